@@ -1,0 +1,257 @@
+"""The maths of MiMo-V2: embedding, blocks of attention and MLP, router, MTP draft blocks, output head.
+
+Holds the dense weights and no sequence: the KV cache and the runner of the routed experts come as arguments.
+Knows nothing of files, budgets, tokenizers or where an expert's bytes lie. The residual stream is float32;
+projections run in the dtype their input is cast to. Sources: arXiv 2601.02780 and transformers 5.23
+(`mimo_v2_flash`), against which tests/model compares it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from localmimo.attend import attend, window_mask
+from localmimo.config import LayerSpec, ModelConfig
+from quant import QTensor, linear
+
+
+# ---- pure maths (differentiable: examples/train_mini.py trains with it) ----
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, in float32 -> x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def rope_table(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [n, rotary_dim / 2] in float32 for positions [n]; frequency i is theta^(-2i / rotary_dim)."""
+    exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)[None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 * cos.shape[-1] dimensions of x [..., n, d]; pairs are (i, i + half); the rest passes."""
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, scale: float = 1.0, normalise: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Choose experts for x [n, hidden]: (experts int64 [n, k] in ascending order, their weights float32 [n, k]).
+
+    Sigmoid scores in float32 from weight [E, hidden]; `bias` [E] takes part in the choice alone.
+    """
+    scores = torch.sigmoid(F.linear(x.float(), weight.float()))
+    chosen = (scores + bias.float()).topk(top_k, dim=-1).indices.sort(dim=-1).values
+    picked = scores.gather(-1, chosen)
+    return chosen, (picked / (picked.sum(-1, keepdim=True) + 1e-20) if normalise else picked) * scale
+
+
+# ---- weights ----
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    qkv: QTensor  # rows: all Q heads, all K heads, all V heads
+    o: QTensor
+    sink: Tensor | None  # [heads]
+
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights:
+    gate: QTensor
+    up: QTensor
+    down: QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWeights:
+    weight: Tensor  # [experts, hidden]
+    bias: Tensor  # [experts], for the choice alone
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    attn_norm: Tensor
+    mlp_norm: Tensor
+    attention: AttentionWeights
+    mlp: MlpWeights | RouterWeights
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWeights:
+    """One MTP block."""
+
+    embed_norm: Tensor
+    hidden_norm: Tensor
+    final_norm: Tensor
+    proj: QTensor  # [hidden, 2 * hidden]; embedding columns first
+    block: BlockWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    embed: Tensor  # [vocab, hidden]
+    norm: Tensor
+    head: QTensor
+    blocks: tuple[BlockWeights, ...]
+    drafts: tuple[DraftWeights, ...]
+
+
+class DenseSource(Protocol):
+    """Where dense tensors come from: a pack."""
+
+    def tensor(self, name: str) -> QTensor | Tensor: ...
+
+    def has(self, name: str) -> bool: ...
+
+
+def load_weights(source: DenseSource, config: ModelConfig) -> Weights:
+    """Read every dense tensor of the model and of its MTP blocks."""
+    blocks = tuple(_block(source, f"layers.{i}", spec) for i, spec in enumerate(config.layers))
+    n_mtp = sum(source.has(f"mtp.{k}.proj") for k in range(config.n_mtp))
+    return Weights(
+        embed=_plain(source, "embed"),
+        norm=_plain(source, "norm"),
+        head=_packed(source, "head"),
+        blocks=blocks,
+        drafts=tuple(_draft(source, f"mtp.{k}", config.mtp_layer) for k in range(n_mtp)),
+    )
+
+
+def _plain(source: DenseSource, name: str) -> Tensor:
+    tensor = source.tensor(name)
+    return tensor if isinstance(tensor, Tensor) else tensor.parts["weight"]
+
+
+def _packed(source: DenseSource, name: str) -> QTensor:
+    tensor = source.tensor(name)
+    assert isinstance(tensor, QTensor), name
+    return tensor
+
+
+def _block(source: DenseSource, prefix: str, spec: LayerSpec) -> BlockWeights:
+    sink = _plain(source, f"{prefix}.attn.sink") if spec.sink else None
+    attention = AttentionWeights(_packed(source, f"{prefix}.attn.qkv"), _packed(source, f"{prefix}.attn.o"), sink)
+    mlp = _mlp(source, f"{prefix}.mlp") if spec.mlp == "dense" else _router(source, f"{prefix}.router")
+    return BlockWeights(_plain(source, f"{prefix}.attn_norm"), _plain(source, f"{prefix}.mlp_norm"), attention, mlp)
+
+
+def _mlp(source: DenseSource, prefix: str) -> MlpWeights:
+    return MlpWeights(*(_packed(source, f"{prefix}.{part}") for part in ("gate", "up", "down")))
+
+
+def _router(source: DenseSource, prefix: str) -> RouterWeights:
+    return RouterWeights(_plain(source, f"{prefix}.weight"), _plain(source, f"{prefix}.bias"))
+
+
+def _draft(source: DenseSource, prefix: str, spec: LayerSpec) -> DraftWeights:
+    norms = (_plain(source, f"{prefix}.{name}") for name in ("embed_norm", "hidden_norm", "final_norm"))
+    return DraftWeights(*norms, proj=_packed(source, f"{prefix}.proj"), block=_block(source, prefix, spec))
+
+
+# ---- the model ----
+
+
+class LayerKV(Protocol):
+    """One layer's keys and values of one sequence."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add keys, values [kv_heads, n, d]; returns all that may be visible, and their positions [m]."""
+
+
+class Cache(Protocol):
+    """The KV of one sequence: its length, and one LayerKV per layer."""
+
+    length: int
+    layers: list[LayerKV]
+
+    def advance(self, n: int) -> None: ...
+
+
+class Experts(Protocol):
+    """Runs the routed experts of a layer for x [n, hidden] -> float32 [n, hidden]."""
+
+    def run(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor: ...
+
+
+def nothing_to_check() -> None:
+    """The default between-layers check: go on."""
+
+
+class Transformer:
+    """The main model: tokens in, hidden states and logits out."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, dtype: torch.dtype) -> None:
+        self.config = config
+        self.weights = weights
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, cache: Cache, experts: Experts, check: Callable[[], None] = nothing_to_check
+    ) -> Tensor:
+        """Run tokens [n] behind what the cache holds; returns the last layer's hidden states, before the final norm.
+
+        `check` is called between layers and may raise to stop: the cache is then as long as before.
+        """
+        positions = torch.arange(cache.length, cache.length + len(tokens))
+        x = F.embedding(tokens, self.weights.embed).float()  # [n, hidden]
+        for i, (spec, block) in enumerate(zip(self.config.layers, self.weights.blocks, strict=True)):
+            check()
+            x = x + self._attention(spec, block, x, positions, cache.layers[i])
+            x = x + self._mlp(i, block, x, experts)
+        cache.advance(len(tokens))
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [n, vocab] of hidden states [n, hidden] taken before the final norm."""
+        return linear(self._norm(hidden, self.weights.norm), self.weights.head).float()
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.config.eps).to(self.dtype)
+
+    def _attention(self, spec: LayerSpec, block: BlockWeights, x: Tensor, positions: Tensor, kv: LayerKV) -> Tensor:
+        q, k, v = self._qkv(spec, linear(self._norm(x, block.attn_norm), block.attention.qkv), positions)
+        keys, values, key_positions = kv.append(k, v)
+        visible = window_mask(positions, key_positions, spec.window)
+        mixed = attend(q, keys, values, visible, block.attention.sink, spec.head_dim**-0.5)
+        return linear(mixed.to(self.dtype), block.attention.o).float()
+
+    def _qkv(self, spec: LayerSpec, joined: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split joined [n, rows] into q, k (rotated) and v (scaled), each [heads, n, d]."""
+        q, k, v = joined.split(spec.qkv_rows, dim=-1)
+        cos, sin = rope_table(positions, spec.rotary_dim, spec.rope_theta)
+        q = rotate(q.unflatten(-1, (spec.n_heads, spec.head_dim)).transpose(0, 1), cos, sin)
+        k = rotate(k.unflatten(-1, (spec.n_kv_heads, spec.head_dim)).transpose(0, 1), cos, sin)
+        v = v.unflatten(-1, (spec.n_kv_heads, spec.v_head_dim)).transpose(0, 1) * self.config.value_scale
+        return q, k, v
+
+    def _mlp(self, layer: int, block: BlockWeights, x: Tensor, experts: Experts) -> Tensor:
+        normed = rms_norm(x, block.mlp_norm, self.config.eps)
+        if isinstance(block.mlp, MlpWeights):
+            return silu_mlp(normed.to(self.dtype), block.mlp).float()
+        chosen, weights = self.route(block.mlp, normed.to(self.dtype))
+        return experts.run(layer, normed.to(self.dtype), chosen, weights)
+
+    def route(self, router: RouterWeights, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token of normed [n, hidden], and their weights (`route`)."""
+        config = self.config
+        # V2.6 multiplies bf16 by bf16; products of bf16 are exact in float32, so rounding the input is enough.
+        x = normed.bfloat16() if config.router_bf16 else normed
+        return route(x, router.weight, router.bias, config.top_k, config.routed_scale, config.norm_topk)
+
+
+def silu_mlp(x: Tensor, mlp: MlpWeights) -> Tensor:
+    """down(silu(gate x) * up x) of x [n, hidden], from packed weights, in x's dtype."""
+    return linear(F.silu(linear(x, mlp.gate)) * linear(x, mlp.up), mlp.down)
