@@ -1,0 +1,462 @@
+"""Conversations: messages become a prompt (ChatTemplate), token text becomes thinking, answer and tool calls
+(StreamParser).
+
+Pure text: knows nothing of token ids, of the model or of the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from localmimo.errors import BadModel, BadRequest
+from localmimo.toolcall import CLOSE, FUNCTION, FUNCTION_END, HEAD, OPEN, ToolCall, functions_of, parse_call
+
+__all__ = ["ChatTemplate", "Delta", "StreamParser", "ToolCall", "check_messages", "check_tools", "parse_message"]
+
+Kind = Literal["thinking", "answer", "tool_call"]
+Message = Mapping[str, Any]
+
+THINK, THINK_END = "<think>", "</think>"
+ROLES = ("system", "user", "assistant", "tool")
+MAX_PROMPT_CHARS = 64 << 20  # far beyond any context; a template that runs away stops here
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+# --- messages ---------------------------------------------------------------------------------------------
+
+
+def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as a template wants them; raises BadRequest with one sentence where they make no sense."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise BadRequest("The messages must be a list of {role, content} objects.")
+    if not messages:
+        raise BadRequest("The conversation is empty: give at least one message.")
+    checked: list[dict[str, Any]] = []
+    waiting: list[str] = []  # ids of calls whose results may follow now
+    for number, message in enumerate(messages, 1):
+        clean = _check_message(number, message)
+        if clean["role"] == "tool":
+            _take_result(number, clean, waiting)
+        else:
+            waiting = [call["id"] for call in clean.get("tool_calls", ())]
+        checked.append(clean)
+    return checked
+
+
+def _check_message(number: int, message: Message) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise BadRequest(f"Message {number} is {_article(message)}; it must be an object with role and content.")
+    role = message.get("role")
+    role = "system" if role == "developer" else role
+    if role not in ROLES:
+        raise BadRequest(f"Message {number} has the role {role!r}; the roles are {', '.join(ROLES)}.")
+    clean: dict[str, Any] = {"role": role}
+    calls = message.get("tool_calls")
+    if calls:
+        if role != "assistant":
+            raise BadRequest(f"Message {number} has tool_calls but the role {role}; only the assistant calls tools.")
+        clean["tool_calls"] = [_check_call(number, call) for call in calls]
+    clean["content"] = _check_content(number, message.get("content"), may_be_empty=role == "assistant")
+    reasoning = message.get("reasoning_content", message.get("reasoning"))
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise BadRequest(f"Message {number}: reasoning_content is {_article(reasoning)}; it must be text.")
+        clean["reasoning_content"] = reasoning
+    if role == "tool" and message.get("tool_call_id") is not None:
+        clean["tool_call_id"] = str(message["tool_call_id"])
+    return clean
+
+
+def _check_content(number: int, content: object, *, may_be_empty: bool) -> str:
+    if content is None and may_be_empty:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence) and not isinstance(content, bytes):
+        return "".join(_text_part(number, part) for part in content)
+    raise BadRequest(f"Message {number}: the content is {_article(content)}; it must be text or a list of text parts.")
+
+
+def _text_part(number: int, part: object) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else _article(part)
+    raise BadRequest(f"Message {number} has a content part of type {kind!r}; this runtime reads text parts only.")
+
+
+def _check_call(number: int, call: object) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRequest(f"Message {number} has a tool call without a function name.")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            name = function["name"]
+            raise BadRequest(f"Message {number}: the arguments of {name} are not valid JSON ({error}).") from None
+    if not isinstance(arguments, Mapping):
+        raise BadRequest(f"Message {number}: the arguments of {function['name']} must be a JSON object.")
+    assert isinstance(call, Mapping)
+    named = {"name": function["name"], "arguments": dict(arguments)}
+    return {"id": str(call.get("id") or ""), "type": "function", "function": named}
+
+
+def _take_result(number: int, message: dict[str, Any], waiting: list[str]) -> None:
+    if not waiting:
+        raise BadRequest(
+            f"Message {number} is a tool result, but no tool call is waiting for one; "
+            "it must follow the assistant message that made the call."
+        )
+    wanted = message.get("tool_call_id")
+    if wanted is None:
+        waiting.pop(0)
+    elif wanted in waiting:
+        waiting.remove(wanted)
+    elif "" in waiting:
+        waiting.remove("")  # the call was given without an id
+    else:
+        raise BadRequest(
+            f"Message {number} answers the tool call {wanted!r}, but the calls waiting for a result "
+            f"are {', '.join(map(repr, waiting))}."
+        )
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """The tools as {"type": "function", "function": {...}} objects, or None; raises BadRequest."""
+    if not tools:
+        return None
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
+        raise BadRequest("The tools must be a list of function objects.")
+    checked = []
+    for number, tool in enumerate(tools, 1):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRequest(f"Tool {number} has no function name.")
+        if not isinstance(function.get("parameters", {}) or {}, Mapping):
+            raise BadRequest(f"Tool {number} ({function['name']}): parameters must be a JSON schema object.")
+        checked.append({"type": "function", "function": dict(function)})
+    return checked
+
+
+def _article(value: object) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+# --- template ---------------------------------------------------------------------------------------------
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with a bound on repetition: 'x' * 10**12 would otherwise eat the machine."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for repeated, times in ((left, right), (right, left)):
+            if hasattr(repeated, "__len__") and isinstance(times, int) and len(repeated) * times > MAX_PROMPT_CHARS:
+                raise SecurityError("it repeats a text too often")
+        if operator == "**" and isinstance(right, int) and abs(right) > 64:
+            raise SecurityError("it raises a number to too high a power")
+        return super().call_binop(context, operator, left, right)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # Chat templates expect plain JSON: jinja2's own filter escapes <, > and & for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _environment() -> jinja2.Environment:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+class ChatTemplate:
+    """How one model wants its conversations written."""
+
+    def __init__(self, source: str, *, name: str, tokens: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.source = source
+        self._tokens = dict(tokens or {})
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise BadModel(f"The chat template {name} is broken at line {error.lineno}: {error.message}.") from None
+        self.think_default = self._thinks_by_itself()
+
+    @classmethod
+    def open(cls, folder: str | Path, config: Mapping[str, Any] | None = None) -> ChatTemplate:
+        """The checkpoint's own template (chat_template.jinja, or in tokenizer_config.json), else the family's."""
+        folder = Path(folder)
+        settings = _read_json(folder / "tokenizer_config.json")
+        own = folder / "chat_template.jinja"
+        if own.is_file():
+            return cls(own.read_text("utf-8"), name=own.name, tokens=_special_tokens(settings))
+        if source := _embedded(settings.get("chat_template")):
+            return cls(source, name="tokenizer_config.json", tokens=_special_tokens(settings))
+        return cls.builtin(family(config or {}))
+
+    @classmethod
+    def builtin(cls, name: str) -> ChatTemplate:
+        """One of the family's templates: mimo-v2-flash, mimo-v2.5, mimo-v2.6."""
+        path = TEMPLATES / f"{name}.jinja"
+        if not path.is_file():
+            known = ", ".join(sorted(entry.stem for entry in TEMPLATES.glob("*.jinja")))
+            raise BadRequest(f"There is no built-in chat template {name!r}; there are {known}.")
+        return cls(path.read_text("utf-8"), name=name)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        think: bool | None = None,
+        keep_reasoning: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt; think None leaves the choice to the template. Raises BadRequest."""
+        switches: dict[str, Any] = {} if think is None else {"enable_thinking": think}
+        return self._write(
+            switches,
+            messages=check_messages(messages),
+            tools=check_tools(tools),
+            keep_all_reasoning=keep_reasoning,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def _write(self, switches: Mapping[str, Any], **values: Any) -> str:
+        pieces: list[str] = []
+        written = 0
+        try:
+            for piece in self._template.generate(**self._tokens, **values, **switches):
+                written += len(piece)
+                if written > MAX_PROMPT_CHARS:
+                    raise SecurityError(f"it writes more than {MAX_PROMPT_CHARS:,} characters")
+                pieces.append(piece)
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise BadRequest(f"The chat template {self.name} refused the conversation: {error}.") from error
+        return "".join(pieces)
+
+    def _thinks_by_itself(self) -> bool:
+        # Asked of the template, not of the model's name: what it does when nobody says is what it does when told.
+        values: dict[str, Any] = {
+            "messages": [{"role": "user", "content": "?"}],
+            "tools": None,
+            "add_generation_prompt": True,
+        }
+        try:
+            told = [self._write({"enable_thinking": think}, **values) for think in (True, False)]
+            return told[0] != told[1] and self._write({}, **values) == told[0]
+        except BadRequest:
+            return False
+
+
+def family(config: Mapping[str, Any]) -> str:
+    """Which built-in template a config.json calls for."""
+    if config.get("model_type") != "mimo_v2":
+        return "mimo-v2-flash"
+    stored = config.get("quantization_config") or {}
+    return "mimo-v2.6" if stored.get("store_dtype") == "mxfp4" else "mimo-v2.5"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BadModel(f"{path} is not valid JSON ({error}); copy the file again from the checkpoint.") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _embedded(value: object) -> str | None:
+    if isinstance(value, list):  # several named templates: the one called default, else the first
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, Mapping)}
+        value = named.get("default") or next(iter(named.values()), None)
+    return value if isinstance(value, str) else None
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = settings.get(key)
+        value = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(value, str):
+            found[key] = value
+    return found
+
+
+# --- stream -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of what the model says. `text` is to be shown; `raw` is what it wrote, tags included.
+
+    A tool call comes whole: `tool_call` is set, and `text` is the call as written.
+    """
+
+    kind: Kind
+    text: str
+    tool_call: ToolCall | None = None
+    raw: str = ""
+
+
+class StreamParser:
+    """Splits token text into thinking, answer and tool calls, however the text is cut into pieces.
+
+    thinking: the prompt ended inside an open <think> block. (MiMo's own templates never do: there the model
+    writes <think> itself, which is recognised at the start of its answer.)
+
+    A call to a function that is not among the tools, or one that cannot be read, stays text where it stands. A
+    call that can be read ends an open <think> block. The `raw` of all deltas put together is the text pushed.
+    """
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = False) -> None:
+        self._functions = functions_of(tools)
+        self._kind: Kind = "thinking" if thinking else "answer"
+        self._fresh = True  # only white space since the start, a </think> or a call: here a <think> is a tag
+        self._implied = False  # a call ended the thinking; its </think> may still come
+        self._held = ""  # not decided yet
+        self._searched = 0  # how far _held was searched for the end of a call
+
+    def push(self, text: str) -> list[Delta]:
+        """The deltas that have become certain with this text."""
+        self._held += text
+        return _merge(self._decide(final=False))
+
+    def finish(self) -> list[Delta]:
+        """What was still held back, the text being at its end."""
+        return _merge(self._decide(final=True))
+
+    def _decide(self, final: bool) -> Iterable[Delta]:
+        while self._held and (delta := self._next(final)) is not None:
+            yield delta
+
+    def _next(self, final: bool) -> Delta | None:
+        if self._functions and self._held.startswith(OPEN):
+            return self._call(final)
+        if self._fresh and self._held[0].isspace():
+            return self._text(len(self._held) - len(self._held.lstrip()))
+        tags = self._tags()
+        for tag in tags:
+            if self._held.startswith(tag) and tag != OPEN:
+                return self._turn(tag)
+        return self._plain(tags, final)
+
+    def _tags(self) -> list[str]:
+        tags = [OPEN] if self._functions else []
+        if self._kind == "thinking" or self._implied:
+            tags.append(THINK_END)
+        if self._fresh:
+            tags.append(THINK)
+        return tags
+
+    def _turn(self, tag: str) -> Delta:
+        self._kind = "thinking" if tag == THINK else "answer"
+        self._implied = False
+        # A repeated <think> right at the start of the thinking is not text either; a third one is.
+        self._fresh = tag == THINK_END
+        return self._take(len(tag), "thinking", shown=False)
+
+    def _plain(self, tags: Sequence[str], final: bool) -> Delta | None:
+        """Text up to the next tag; without one, all but an end that may be the start of a tag."""
+        later = [tag for tag in tags if tag != THINK]  # a <think> counts only where the text starts
+        starts = [at for tag in later if (at := self._held.find(tag)) >= 0]
+        if starts:
+            return self._text(min(starts))
+        if final:
+            return self._text(len(self._held))
+        if self._fresh and THINK.startswith(self._held):
+            return None
+        kept = max((_overlap(self._held, tag) for tag in later), default=0)
+        return self._text(len(self._held) - kept) if kept < len(self._held) else None
+
+    def _text(self, n_chars: int) -> Delta:
+        delta = self._take(n_chars, self._kind)
+        self._fresh = self._fresh and delta.raw.isspace()
+        return delta
+
+    def _take(self, n_chars: int, kind: Kind, shown: bool = True) -> Delta:
+        raw, self._held, self._searched = self._held[:n_chars], self._held[n_chars:], 0
+        return Delta(kind, raw if shown else "", raw=raw)
+
+    def _call(self, final: bool) -> Delta | None:
+        if HEAD.match(self._held) is None:
+            return None if not final and self._may_be_call() else self._text(len(OPEN))
+        if HEAD.match(self._held)[1].strip() not in self._functions:  # type: ignore[index]
+            return self._text(len(OPEN))
+        while (at := self._held.find(CLOSE, self._searched)) >= 0:
+            self._searched = at + len(CLOSE)
+            block = self._held[: self._searched]
+            if call := parse_call(block, self._functions):
+                return self._called(call)
+            if self._held[:at].rstrip().endswith(FUNCTION_END):
+                return self._text(len(OPEN))
+        self._searched = max(self._searched, len(self._held) - len(CLOSE) + 1)
+        return self._unfinished_call() if final else None
+
+    def _unfinished_call(self) -> Delta:
+        """At the end of the text: a call that lacks only its last tag counts, one that was cut off does not."""
+        ended = self._held.rstrip().endswith(FUNCTION_END)
+        call = parse_call(self._held, self._functions) if ended else None
+        return self._called(call) if call else self._text(len(OPEN))
+
+    def _may_be_call(self) -> bool:
+        rest = self._held[len(OPEN) :].lstrip()
+        if not rest.startswith(FUNCTION):
+            return FUNCTION.startswith(rest)
+        name = rest[len(FUNCTION) :].strip()
+        return any(known.startswith(name) for known in self._functions)
+
+    def _called(self, call: ToolCall) -> Delta:
+        self._implied = self._implied or self._kind == "thinking"
+        self._kind, self._fresh = "answer", True
+        self._take(len(call.text), "tool_call")
+        return Delta("tool_call", call.text, call, call.text)
+
+
+def _overlap(text: str, tag: str) -> int:
+    """How many characters at the end of the text may be the start of the tag."""
+    longest = min(len(text), len(tag) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)
+
+
+def _merge(deltas: Iterable[Delta]) -> list[Delta]:
+    merged: list[Delta] = []
+    for delta in deltas:
+        last = merged[-1] if merged else None
+        if last and last.kind == delta.kind and last.tool_call is None and delta.tool_call is None:
+            merged[-1] = Delta(last.kind, last.text + delta.text, raw=last.raw + delta.raw)
+        else:
+            merged.append(delta)
+    return merged
+
+
+def parse_message(
+    text: str, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = False
+) -> tuple[str, str, list[ToolCall]]:
+    """(content, reasoning, tool calls) of a complete answer."""
+    parser = StreamParser(tools, thinking)
+    deltas = [*parser.push(text), *parser.finish()]
+    said = {kind: "".join(delta.text for delta in deltas if delta.kind == kind) for kind in ("answer", "thinking")}
+    return said["answer"], said["thinking"], [delta.tool_call for delta in deltas if delta.tool_call]

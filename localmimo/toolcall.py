@@ -1,0 +1,177 @@
+"""ToolCall: one function call in MiMo's own notation, and the reading of its text by the tools' schemas.
+
+Knows nothing of streams, of templates or of who runs the function.
+
+    <tool_call>
+    <function=NAME>
+    <parameter=KEY>VALUE</parameter>
+    </function>
+    </tool_call>
+
+White space between the tags is optional (V2.6 writes none); a value is everything between its tags, as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+OPEN = "<tool_call>"
+CLOSE = "</tool_call>"
+FUNCTION = "<function="
+FUNCTION_END = "</function>"
+
+HEAD = re.compile(r"<tool_call>\s*<function=([^>]+)>")
+# A value ends at the first closing tag that another parameter or the function's end follows, so that a value
+# may itself speak of </parameter>.
+PARAMETER = re.compile(r"\s*<parameter=([^>]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
+
+Schema = Mapping[str, Any]
+Functions = Mapping[str, Schema]  # function name -> its parameters' schemas by name
+
+
+def _new_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model asked for; `text` is what it wrote, letter by letter."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = field(default_factory=_new_id, compare=False)
+    text: str = field(default="", compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The call in the shape of a chat message's `tool_calls`, its arguments as JSON text."""
+        arguments = json.dumps(self.arguments, ensure_ascii=False)
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+
+
+def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Schema]:
+    """Name -> parameter schemas of every tool, written as {"function": {...}} or as the function itself."""
+    found: dict[str, Schema] = {}
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        properties = (function.get("parameters") or {}).get("properties")
+        found[str(function["name"])] = properties if isinstance(properties, Mapping) else {}
+    return found
+
+
+def parse_call(block: str, functions: Functions) -> ToolCall | None:
+    """The call that a block `<tool_call>...` holds, or None where it is none or names no known function.
+
+    The closing tags may be missing: what counts is that every parameter is closed.
+    """
+    head = HEAD.match(block)
+    if head is None or (name := head[1].strip()) not in functions:
+        return None
+    body = block[head.end() :].rstrip().removesuffix(CLOSE).rstrip().removesuffix(FUNCTION_END)
+    texts = _parameters(body)
+    if texts is None:
+        return None
+    schemas = functions[name]
+    arguments = {key: typed(text, schemas.get(key)) for key, text in texts.items()}
+    return ToolCall(name, arguments, text=block)
+
+
+def _parameters(body: str) -> dict[str, str] | None:
+    found: dict[str, str] = {}
+    position = 0
+    while match := PARAMETER.match(body, position):
+        found[match[1].strip()] = match[2]
+        position = match.end()
+    return None if body[position:].strip() else found
+
+
+def typed(text: str, schema: object) -> Any:
+    """A parameter's text as the JSON type its schema names; text where it names none or the text does not fit."""
+    kinds = _kinds(schema)
+    if "null" in kinds and text.strip() in ("null", "None"):
+        return None
+    if not kinds or "string" in kinds:
+        return text
+    for kind in ("boolean", "integer", "number", "object", "array"):
+        if kind in kinds and (value := _READERS[kind](text.strip())) is not None:
+            return value
+    return text
+
+
+def _kinds(schema: object) -> frozenset[str]:
+    if not isinstance(schema, Mapping):
+        return frozenset()
+    declared = schema.get("type")
+    names = [declared] if isinstance(declared, str) else list(declared or ())
+    kinds = {_ALIASES.get(str(name).lower(), "string") for name in names}
+    for key in ("anyOf", "oneOf"):
+        for choice in schema.get(key) or ():
+            kinds |= _kinds(choice)
+    return frozenset(kinds)
+
+
+_ALIASES = {
+    "null": "null",
+    "none": "null",
+    "bool": "boolean",
+    "boolean": "boolean",
+    "int": "integer",
+    "integer": "integer",
+    "long": "integer",
+    "float": "number",
+    "double": "number",
+    "number": "number",
+    "object": "object",
+    "dict": "object",
+    "array": "array",
+    "list": "array",
+}
+
+
+def _boolean(text: str) -> bool | None:
+    return {"true": True, "false": False}.get(text.lower())
+
+
+def _integer(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> int | float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(value):
+        return None  # JSON has no infinity
+    whole = _integer(text)
+    return value if whole is None else whole
+
+
+def _literal(text: str, kind: type) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+            json.dumps(value, allow_nan=False)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, kind):
+            return value
+    return None
+
+
+_READERS = {
+    "boolean": _boolean,
+    "integer": _integer,
+    "number": _number,
+    "object": lambda text: _literal(text, dict),
+    "array": lambda text: _literal(text, list),
+}
