@@ -1,0 +1,1 @@
+"""Routed experts: where their pages lie, how they come, and what runs them."""

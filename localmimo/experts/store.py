@@ -1,0 +1,124 @@
+"""ExpertStore: the only owner of expert pages in memory. Fetches them from disk into slots, evicts, counts.
+
+Knows pages, slots and bytes; nothing of tokens or of what an expert computes.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass
+
+from localmimo.experts.policy import Lru, Page
+from localmimo.experts.tiers import DiskTier, RamTier
+from quant.pack import Expert, Pack
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What was asked of the store so far."""
+
+    ram_pages: int = 0  # found in RAM
+    disk_pages: int = 0  # read from disk
+    disk_bytes: int = 0
+
+    def since(self, before: "Traffic") -> "Traffic":
+        """The difference to an earlier reading."""
+        earlier = asdict(before)
+        return Traffic(**{name: value - earlier[name] for name, value in asdict(self).items()})
+
+    def copy(self) -> "Traffic":
+        return Traffic(**asdict(self))
+
+
+class ExpertStore:
+    """Pages of one pack in `n_slots` slots of RAM, over the pack's files on disk.
+
+    One fetch at a time; a page yielded by `fetch` is pinned until the next one is asked for.
+    """
+
+    def __init__(self, pack: Pack, n_slots: int) -> None:
+        self._pack = pack
+        self._ram = RamTier(n_slots, pack.page.nbytes)
+        self._disk = DiskTier()
+        self._slots: dict[Page, int] = {}
+        self._free = list(range(n_slots - 1, -1, -1))
+        self._pinned: set[Page] = set()
+        self._policy = Lru()
+        self.traffic = Traffic()
+
+    @property
+    def n_slots(self) -> int:
+        return self._ram.n_slots
+
+    @property
+    def direct(self) -> bool:
+        """Whether the disk is read around the page cache."""
+        return self._disk.direct
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+        """Yield (expert, its weights) of a layer: those in RAM first, while the others are being read.
+
+        Reads start before the first yield; arrivals come as they land. Raises BadModel where a page is bad.
+        """
+        held = [expert for expert in experts if (layer, expert) in self._slots]
+        missing = deque((layer, expert) for expert in experts if (layer, expert) not in self._slots)
+        self._pinned = {(layer, expert) for expert in held}
+        flying: dict[Future[None], tuple[Page, int]] = {}
+        try:
+            self._start_reads(missing, flying)
+            for expert in held:
+                yield expert, self._use((layer, expert))
+                self._pinned.discard((layer, expert))
+                self._start_reads(missing, flying)
+            while flying or missing:
+                self._start_reads(missing, flying)
+                for page in self._landed(flying):
+                    yield page[1], self._use(page)
+                    self._pinned.discard(page)
+        finally:
+            self._abandon(flying)
+            self._pinned.clear()
+        self.traffic.ram_pages += len(held)
+
+    def _use(self, page: Page) -> Expert:
+        self._policy.touch(page)
+        return self._pack.page.expert(self._ram.tensor(self._slots[page]))
+
+    def _start_reads(self, missing: deque[Page], flying: dict["Future[None]", tuple[Page, int]]) -> None:
+        """Start reading as many missing pages as slots can be had for."""
+        while missing and (slot := self._take_slot()) is not None:
+            page = missing.popleft()
+            flying[self._disk.read(self._pack.page_at(*page), self._ram.memory(slot))] = (page, slot)
+
+    def _take_slot(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        victim = self._policy.victim(lambda page: page not in self._pinned)
+        return None if victim is None else self._slots.pop(victim)
+
+    def _landed(self, flying: dict["Future[None]", tuple[Page, int]]) -> Iterator[Page]:
+        """Wait for at least one read; take in all that have come, pinned."""
+        done, _ = wait(flying, return_when=FIRST_COMPLETED)
+        for read in sorted(done, key=lambda read: flying[read][0]):
+            page, slot = flying.pop(read)
+            try:
+                read.result()
+            except BaseException:
+                self._free.append(slot)
+                raise
+            self._slots[page] = slot
+            self._pinned.add(page)
+            self._policy.touch(page)
+            self.traffic.disk_pages += 1
+            self.traffic.disk_bytes += self._pack.page.nbytes
+            yield page
+
+    def _abandon(self, flying: dict["Future[None]", tuple[Page, int]]) -> None:
+        """Wait for reads that nobody wants any more, and give their slots back."""
+        wait(flying)
+        self._free.extend(slot for _, slot in flying.values())
+        flying.clear()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._disk.close()

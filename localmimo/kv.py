@@ -1,0 +1,186 @@
+"""Keys and values of one sequence: a ring per window layer, a growing cache per global layer.
+
+Knows positions and bytes, nothing of tokens, weights or attention. How a ring is laid out never leaves this file:
+whoever asks gets positions beside the keys, and a snapshot lists rows in position order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localmimo.config import LayerSpec
+
+SLACK = 16  # tokens that a window layer can be taken back without a snapshot
+
+
+class GlobalKV:
+    """Keys and values of a global layer: room for the whole context in address space, memory only where written.
+
+    A large block from the allocator costs nothing until it is touched, so growing never copies.
+    """
+
+    def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype) -> None:
+        self._keys = torch.empty(spec.n_kv_heads, capacity, spec.head_dim, dtype=dtype)
+        self._values = torch.empty(spec.n_kv_heads, capacity, spec.v_head_dim, dtype=dtype)
+        self._positions = torch.arange(capacity)
+        self.length = 0
+
+    @staticmethod
+    def nbytes(spec: LayerSpec, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that `tokens` tokens occupy."""
+        return tokens * spec.n_kv_heads * (spec.head_dim + spec.v_head_dim) * dtype.itemsize
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write keys [kv_heads, n, d_k] and values [kv_heads, n, d_v]; returns all keys, values and positions [m]."""
+        end = self.length + keys.shape[1]
+        self._keys[:, self.length : end] = keys
+        self._values[:, self.length : end] = values
+        self.length = end
+        return self._keys[:, :end], self._values[:, :end], self._positions[:end]
+
+    def rewind(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        self.length = length
+
+
+class WindowKV:
+    """Keys and values of a window layer: a ring of window + slack rows; position p lies in row p mod rows."""
+
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype, slack: int = SLACK) -> None:
+        assert spec.window is not None
+        self.window = spec.window
+        self.rows = spec.window + slack
+        self._keys = torch.zeros(spec.n_kv_heads, self.rows, spec.head_dim, dtype=dtype)
+        self._values = torch.zeros(spec.n_kv_heads, self.rows, spec.v_head_dim, dtype=dtype)
+        self.length = 0
+        self._written = 0  # one past the highest position written: rows hold the `rows` positions below it,
+        self._oldest = 0  # but none below this one (after a restore)
+
+    @staticmethod
+    def nbytes(spec: LayerSpec, dtype: torch.dtype = torch.bfloat16, slack: int = 0) -> int:
+        """Bytes of the ring; with no slack, of the window alone."""
+        assert spec.window is not None
+        return (spec.window + slack) * spec.n_kv_heads * (spec.head_dim + spec.v_head_dim) * dtype.itemsize
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write n new rows; returns keys, values and positions of all that the new tokens may see (and more).
+
+        Rows that a rewind left behind carry positions that are not yet reached: the causal mask hides them.
+        """
+        n = keys.shape[1]
+        if n <= self.rows - self.window + 1:
+            self._write(keys, values)
+            return self._keys, self._values, self._row_positions()
+        held = self._row_positions()
+        held = torch.where(held < self.length, held, -1)
+        new = torch.arange(self.length, self.length + n)
+        # New rows are rounded like the stored ones: how a prompt is chunked must not change the answer.
+        all_keys = torch.cat((self._keys, keys.to(self._keys.dtype)), dim=1)
+        all_values = torch.cat((self._values, values.to(self._values.dtype)), dim=1)
+        self._write(keys, values)
+        return all_keys, all_values, torch.cat((held, new))
+
+    def _write(self, keys: Tensor, values: Tensor) -> None:
+        end = self.length + keys.shape[1]
+        last = min(keys.shape[1], self.rows)
+        rows = torch.arange(end - last, end) % self.rows
+        self._keys[:, rows] = keys[:, -last:].to(self._keys.dtype)
+        self._values[:, rows] = values[:, -last:].to(self._values.dtype)
+        self.length = end
+        self._written = max(self._written, end)
+
+    def _row_positions(self) -> Tensor:
+        """The position that each row holds, negative where nothing was written yet."""
+        last = self._written - 1
+        return last - (last - torch.arange(self.rows)) % self.rows
+
+    def can_rewind(self, length: int) -> bool:
+        """Whether every position that a token at `length` sees is still there."""
+        return length == self.length or (
+            length < self.length and max(0, length - self.window + 1) >= max(self._oldest, self._written - self.rows)
+        )
+
+    def rewind(self, length: int) -> None:
+        """Forget everything from position `length` on; `can_rewind` must hold."""
+        assert self.can_rewind(length), (length, self.length, self._written)
+        self.length = length
+
+    def copy(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last `window` positions, in position order."""
+        rows = torch.arange(max(0, self.length - self.window), self.length) % self.rows
+        return self._keys[:, rows], self._values[:, rows]
+
+    def restore(self, length: int, keys: Tensor, values: Tensor) -> None:
+        """Become what `copy` gave when the sequence was `length` long."""
+        self._oldest = length - keys.shape[1]
+        self._written = 0
+        self.length = self._oldest
+        self._write(keys, values)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A point to come back to: the windows as they were when the sequence was `length` long."""
+
+    length: int
+    windows: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self.windows)
+
+
+class KVCache:
+    """The KV of one sequence: one GlobalKV or WindowKV per layer, all of the same length."""
+
+    def __init__(self, specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, slack: int = SLACK) -> None:
+        self.capacity = capacity
+        self.layers: list[GlobalKV | WindowKV] = [
+            GlobalKV(spec, capacity, dtype) if spec.window is None else WindowKV(spec, dtype, slack) for spec in specs
+        ]
+        self.length = 0
+
+    @staticmethod
+    def nbytes(specs: Sequence[LayerSpec], tokens: int, dtype: torch.dtype, slack: int = SLACK) -> int:
+        """Bytes that a sequence of `tokens` tokens occupies."""
+        return sum(
+            GlobalKV.nbytes(spec, tokens, dtype) if spec.window is None else WindowKV.nbytes(spec, dtype, slack)
+            for spec in specs
+        )
+
+    def advance(self, n: int) -> None:
+        """Every layer has appended n more tokens."""
+        self.length += n
+
+    def rewind(self, length: int) -> bool:
+        """Forget everything from position `length` on; False (and nothing done) where a window is gone.
+
+        Also mends layers that a stopped step left longer than the others.
+        """
+        if not all(layer.can_rewind(length) for layer in self._windows()):
+            return False
+        for layer in self.layers:
+            layer.rewind(length)
+        self.length = length
+        return True
+
+    def clear(self) -> None:
+        """Become empty."""
+        self.restore(Snapshot(0, tuple((keys[:, :0], values[:, :0]) for keys, values in map(WindowKV.copy, self._windows()))))
+
+    def snapshot(self) -> Snapshot:
+        """What `restore` needs to come back here: only the windows; global layers are cut at will."""
+        return Snapshot(self.length, tuple(layer.copy() for layer in self._windows()))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Come back to a snapshot of this sequence: everything before it is as it was."""
+        for layer, (keys, values) in zip(self._windows(), snapshot.windows, strict=True):
+            layer.restore(snapshot.length, keys, values)
+        for layer in self.layers:
+            layer.rewind(snapshot.length)
+        self.length = snapshot.length
+
+    def _windows(self) -> list[WindowKV]:
+        return [layer for layer in self.layers if isinstance(layer, WindowKV)]
