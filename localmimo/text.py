@@ -1,0 +1,131 @@
+"""Tokenizer: text to token ids and back; Decoder: the same, one token at a time, never half a character.
+
+Knows nothing of messages, templates or models.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from localmimo.errors import BadModel, BadRequest
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # rows of a padded vocabulary that no token stands for
+
+
+class Tokenizer:
+    """A byte-level BPE (tokenizer.json) with the ids that end a text."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_ids: Iterable[int] = ()) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.eos_ids = frozenset(eos_ids)
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer of a pack or checkpoint folder; raises BadModel."""
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise BadModel(f"{folder} has no tokenizer.json; copy it there from the checkpoint.")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing more precise
+            raise BadModel(f"{path} cannot be read ({error}); copy it again from the checkpoint.") from None
+        if not _is_byte_level(tokenizer):
+            raise BadModel(f"{path} is no byte-level BPE, the only kind that MiMo models use.")
+        return cls(tokenizer, _eos_ids(folder, tokenizer))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens written in the text are recognised, none are added."""
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise BadRequest(f"The text cannot be encoded: {error}.") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token given by its text, such as <|im_end|>."""
+        return self._tokenizer.token_to_id(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, which may be part of a character."""
+        text = self._tokenizer.id_to_token(token) if 0 <= token < self.vocab_size else None
+        return UNKNOWN if text is None else _bytes_of(text)
+
+
+class Decoder:
+    """Turns a stream of tokens into text: a character is given out once all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, often all of its own."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD where a character was cut off. The decoder starts afresh."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+@lru_cache(maxsize=1)
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: bytes that print stand for themselves, the others for U+0100 and up."""
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+def _bytes_of(token: str) -> bytes:
+    alphabet = _byte_alphabet()
+    try:
+        return bytes(alphabet[character] for character in token)
+    except KeyError:
+        return token.encode()  # an added token, written as it is
+
+
+def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
+    if tokenizer.decoder is None:
+        return False
+    decoder = json.loads(tokenizer.decoder.__getstate__())
+    steps = decoder.get("decoders", [decoder])
+    return any(step.get("type") == "ByteLevel" for step in steps)
+
+
+def _eos_ids(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
+    """Every end-of-text id that generation_config.json, tokenizer_config.json and config.json name."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
+        settings = _read_json(folder / name)
+        ids = settings.get("eos_token_id")
+        found.update(entry for entry in (ids if isinstance(ids, list) else [ids]) if type(entry) is int)
+        token = settings.get("eos_token")
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(token, str) and (known := tokenizer.token_to_id(token)) is not None:
+            found.add(known)
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BadModel(f"{path} is not valid JSON ({error}); copy it again from the checkpoint.") from None
+    return value if isinstance(value, dict) else {}
