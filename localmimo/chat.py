@@ -14,146 +14,21 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from localmimo.errors import BadModel, BadRequest
+from localmimo.messages import Message, check_messages, check_tools
 from localmimo.toolcall import CLOSE, FUNCTION, FUNCTION_END, HEAD, OPEN, ToolCall, functions_of, parse_call
 
-__all__ = ["ChatTemplate", "Delta", "StreamParser", "ToolCall", "check_messages", "check_tools", "parse_message"]
+__all__ = ["ChatTemplate", "Delta", "StreamParser", "ToolCall", "parse_message"]
 
 Kind = Literal["thinking", "answer", "tool_call"]
-Message = Mapping[str, Any]
 
 THINK, THINK_END = "<think>", "</think>"
-ROLES = ("system", "user", "assistant", "tool")
 MAX_PROMPT_CHARS = 64 << 20  # far beyond any context; a template that runs away stops here
 TEMPLATES = Path(__file__).with_name("templates")
-
-
-# --- messages ---------------------------------------------------------------------------------------------
-
-
-def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as a template wants them; raises BadRequest with one sentence where they make no sense."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise BadRequest("The messages must be a list of {role, content} objects.")
-    if not messages:
-        raise BadRequest("The conversation is empty: give at least one message.")
-    checked: list[dict[str, Any]] = []
-    waiting: list[str] = []  # ids of calls whose results may follow now
-    for number, message in enumerate(messages, 1):
-        clean = _check_message(number, message)
-        if clean["role"] == "tool":
-            _take_result(number, clean, waiting)
-        else:
-            waiting = [call["id"] for call in clean.get("tool_calls", ())]
-        checked.append(clean)
-    return checked
-
-
-def _check_message(number: int, message: Message) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise BadRequest(f"Message {number} is {_article(message)}; it must be an object with role and content.")
-    role = message.get("role")
-    role = "system" if role == "developer" else role
-    if role not in ROLES:
-        raise BadRequest(f"Message {number} has the role {role!r}; the roles are {', '.join(ROLES)}.")
-    clean: dict[str, Any] = {"role": role}
-    calls = message.get("tool_calls")
-    if calls:
-        if role != "assistant":
-            raise BadRequest(f"Message {number} has tool_calls but the role {role}; only the assistant calls tools.")
-        clean["tool_calls"] = [_check_call(number, call) for call in calls]
-    clean["content"] = _check_content(number, message.get("content"), may_be_empty=role == "assistant")
-    reasoning = message.get("reasoning_content", message.get("reasoning"))
-    if reasoning is not None:
-        if not isinstance(reasoning, str):
-            raise BadRequest(f"Message {number}: reasoning_content is {_article(reasoning)}; it must be text.")
-        clean["reasoning_content"] = reasoning
-    if role == "tool" and message.get("tool_call_id") is not None:
-        clean["tool_call_id"] = str(message["tool_call_id"])
-    return clean
-
-
-def _check_content(number: int, content: object, *, may_be_empty: bool) -> str:
-    if content is None and may_be_empty:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence) and not isinstance(content, bytes):
-        return "".join(_text_part(number, part) for part in content)
-    raise BadRequest(f"Message {number}: the content is {_article(content)}; it must be text or a list of text parts.")
-
-
-def _text_part(number: int, part: object) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else _article(part)
-    raise BadRequest(f"Message {number} has a content part of type {kind!r}; this runtime reads text parts only.")
-
-
-def _check_call(number: int, call: object) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRequest(f"Message {number} has a tool call without a function name.")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            name = function["name"]
-            raise BadRequest(f"Message {number}: the arguments of {name} are not valid JSON ({error}).") from None
-    if not isinstance(arguments, Mapping):
-        raise BadRequest(f"Message {number}: the arguments of {function['name']} must be a JSON object.")
-    assert isinstance(call, Mapping)
-    named = {"name": function["name"], "arguments": dict(arguments)}
-    return {"id": str(call.get("id") or ""), "type": "function", "function": named}
-
-
-def _take_result(number: int, message: dict[str, Any], waiting: list[str]) -> None:
-    if not waiting:
-        raise BadRequest(
-            f"Message {number} is a tool result, but no tool call is waiting for one; "
-            "it must follow the assistant message that made the call."
-        )
-    wanted = message.get("tool_call_id")
-    if wanted is None:
-        waiting.pop(0)
-    elif wanted in waiting:
-        waiting.remove(wanted)
-    elif "" in waiting:
-        waiting.remove("")  # the call was given without an id
-    else:
-        raise BadRequest(
-            f"Message {number} answers the tool call {wanted!r}, but the calls waiting for a result "
-            f"are {', '.join(map(repr, waiting))}."
-        )
-
-
-def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """The tools as {"type": "function", "function": {...}} objects, or None; raises BadRequest."""
-    if not tools:
-        return None
-    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
-        raise BadRequest("The tools must be a list of function objects.")
-    checked = []
-    for number, tool in enumerate(tools, 1):
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRequest(f"Tool {number} has no function name.")
-        if not isinstance(function.get("parameters", {}) or {}, Mapping):
-            raise BadRequest(f"Tool {number} ({function['name']}): parameters must be a JSON schema object.")
-        checked.append({"type": "function", "function": dict(function)})
-    return checked
-
-
-def _article(value: object) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
-    names |= {list: "a list", dict: "an object"}
-    return names.get(type(value), f"of type {type(value).__name__}")
 
 
 # --- template ---------------------------------------------------------------------------------------------
@@ -166,7 +41,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         for repeated, times in ((left, right), (right, left)):
-            if hasattr(repeated, "__len__") and isinstance(times, int) and len(repeated) * times > MAX_PROMPT_CHARS:
+            if (
+                hasattr(repeated, "__len__")
+                and isinstance(times, int)
+                and len(repeated) * times > MAX_PROMPT_CHARS
+            ):
                 raise SecurityError("it repeats a text too often")
         if operator == "**" and isinstance(right, int) and abs(right) > 64:
             raise SecurityError("it raises a number to too high a power")
@@ -200,7 +79,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise BadModel(f"The chat template {name} is broken at line {error.lineno}: {error.message}.") from None
+            raise BadModel(
+                f"The chat template {name} is broken at line {error.lineno}: {error.message}."
+            ) from None
         self.think_default = self._thinks_by_itself()
 
     @classmethod
@@ -252,8 +133,16 @@ class ChatTemplate:
                 if written > MAX_PROMPT_CHARS:
                     raise SecurityError(f"it writes more than {MAX_PROMPT_CHARS:,} characters")
                 pieces.append(piece)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise BadRequest(f"The chat template {self.name} refused the conversation: {error}.") from error
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:
+            reason = str(error).rstrip(".")
+            raise BadRequest(f"The chat template {self.name} refused the conversation: {reason}.") from error
         return "".join(pieces)
 
     def _thinks_by_itself(self) -> bool:
@@ -284,7 +173,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise BadModel(f"{path} is not valid JSON ({error}); copy the file again from the checkpoint.") from None
+        raise BadModel(
+            f"{path} is not valid JSON ({error}); copy the file again from the checkpoint."
+        ) from None
     return value if isinstance(value, dict) else {}
 
 
@@ -458,5 +349,7 @@ def parse_message(
     """(content, reasoning, tool calls) of a complete answer."""
     parser = StreamParser(tools, thinking)
     deltas = [*parser.push(text), *parser.finish()]
-    said = {kind: "".join(delta.text for delta in deltas if delta.kind == kind) for kind in ("answer", "thinking")}
+    said = {
+        kind: "".join(delta.text for delta in deltas if delta.kind == kind) for kind in ("answer", "thinking")
+    }
     return said["answer"], said["thinking"], [delta.tool_call for delta in deltas if delta.tool_call]

@@ -38,7 +38,7 @@ class Tokenizer:
             raise BadModel(f"{folder} has no tokenizer.json; copy it there from the checkpoint.")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing more precise
+        except Exception as error:  # noqa: BLE001 - the package raises nothing more precise
             raise BadModel(f"{path} cannot be read ({error}); copy it again from the checkpoint.") from None
         if not _is_byte_level(tokenizer):
             raise BadModel(f"{path} is no byte-level BPE, the only kind that MiMo models use.")
@@ -102,7 +102,7 @@ def _bytes_of(token: str) -> bytes:
 def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
     if tokenizer.decoder is None:
         return False
-    decoder = json.loads(tokenizer.decoder.__getstate__())
+    decoder = json.loads(bytes(tokenizer.decoder.__getstate__()))
     steps = decoder.get("decoders", [decoder])
     return any(step.get("type") == "ByteLevel" for step in steps)
 

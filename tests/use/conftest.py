@@ -15,7 +15,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pack")
     bpe.small().save(str(folder / "tokenizer.json"))
     (folder / "generation_config.json").write_text('{"eos_token_id": [401, 400]}')
-    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}, "pad_token": null}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"eos_token": {"content": "<|im_end|>"}, "pad_token": null}'
+    )
     (folder / "config.json").write_text('{"eos_token_id": 400, "model_type": "mimo_v2"}')
     return folder
 

@@ -92,7 +92,9 @@ def test_a_missing_tokenizer_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("broken", ["", "{", '{"version": "1.0"}'])
 def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path, broken: str) -> None:
     (tmp_path / "tokenizer.json").write_text(broken)
-    with pytest.raises(BadModel, match=r"tokenizer.json cannot be read .*; copy it again from the checkpoint\.$"):
+    with pytest.raises(
+        BadModel, match=r"tokenizer.json cannot be read .*; copy it again from the checkpoint\.$"
+    ):
         Tokenizer.open(tmp_path)
 
 

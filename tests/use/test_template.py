@@ -1,0 +1,232 @@
+"""Messages to prompts: golden renders, the checkpoint's own template, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmimo.chat import ChatTemplate, family
+from localmimo.errors import BadModel, BadRequest
+
+GOLDEN = Path(__file__).with_name("golden")
+FAMILY = ("mimo-v2-flash", "mimo-v2.5", "mimo-v2.6")
+USER = {"role": "user", "content": "Hello"}
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": " The weather of a place. ",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "place": {"type": "string", "description": "A town <or village>", "enum": ["Zürich", "Oslo"]},
+                "days": {"type": "integer", "minimum": 1},
+                "anything": {},
+            },
+            "required": ["place"],
+        },
+    },
+}
+CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+
+
+def call(name: str, arguments: Any, id: str = "") -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+HISTORY: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Weather and time?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "Two calls.",
+        "tool_calls": [
+            call("get_weather", '{"place": "Zürich", "days": 2, "anything": {"a": ["ü", null]}}', "a"),
+            call("clock", {}, "b"),
+        ],
+    },
+    {"role": "tool", "content": "sun", "tool_call_id": "b"},
+    {"role": "tool", "content": [{"type": "text", "text": "12:"}, {"type": "text", "text": "00"}]},
+    {"role": "assistant", "content": "<think>Both known.</think>Sunny, noon."},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Welcome.", "reasoning": "Polite."},
+    {"role": "system", "content": "Now be long."},
+    {"role": "user", "content": "Why?"},
+]
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"messages": [USER]},
+    "thinking-on": {"messages": [USER], "think": True},
+    "thinking-off": {"messages": [USER], "think": False},
+    "system": {"messages": [{"role": "system", "content": "Be brief."}, USER]},
+    "tools": {"messages": [USER], "tools": [WEATHER, CLOCK]},
+    "tools-and-system": {"messages": [{"role": "developer", "content": "Be brief."}, USER], "tools": [CLOCK]},
+    "history-kept": {"messages": HISTORY},
+    "history-dropped": {"messages": HISTORY, "keep_reasoning": False},
+    "call-open": {"messages": HISTORY[:5], "keep_reasoning": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FAMILY)
+def test_golden(name: str, case: str) -> None:
+    expected = (GOLDEN / f"{name}.{case}.txt").read_text("utf-8")
+    assert ChatTemplate.builtin(name).render(**CASES[case]) == expected
+
+
+def test_the_published_v25_prompt() -> None:
+    assert ChatTemplate.builtin("mimo-v2.5").render([USER], think=False) == (
+        "<|im_start|>system\nYou are MiMo, a helpful AI assistant engineered by Xiaomi.<|im_end|>"
+        "<|im_start|>user\nHello<|im_end|><|im_start|>assistant\n<think></think>"
+    )
+
+
+@pytest.mark.parametrize(("name", "default"), list(zip(FAMILY, (False, True, True), strict=True)))
+def test_think_default(name: str, default: bool) -> None:
+    template = ChatTemplate.builtin(name)
+    assert template.think_default is default
+    assert template.render([USER]) == template.render([USER], think=default)
+
+
+def test_the_last_users_turn_keeps_its_reasoning() -> None:
+    text = ChatTemplate.builtin("mimo-v2.5").render(HISTORY[:5], keep_reasoning=False)
+    assert "<think>Two calls.</think>" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({}, "mimo-v2-flash"),
+        ({"model_type": "mimo_v2_flash"}, "mimo-v2-flash"),
+        ({"model_type": "mimo_v2", "quantization_config": {"store_dtype": "fp8"}}, "mimo-v2.5"),
+        ({"model_type": "mimo_v2", "quantization_config": None}, "mimo-v2.5"),
+        ({"model_type": "mimo_v2", "quantization_config": {"store_dtype": "mxfp4"}}, "mimo-v2.6"),
+    ],
+)
+def test_family(tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    assert family(config) == name
+    assert ChatTemplate.open(tmp_path, config).name == name
+
+
+def test_the_checkpoints_own_template_comes_first(tmp_path: Path) -> None:
+    settings = {
+        "chat_template": [
+            {"name": "rag", "template": "R"},
+            {"name": "default", "template": "D{{ eos_token }}"},
+        ],
+        "eos_token": {"content": "<|im_end|>"},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert ChatTemplate.open(tmp_path).render([USER]) == "D<|im_end|>"
+    (tmp_path / "chat_template.jinja").write_text("own {{ messages[0].content }}")
+    own = ChatTemplate.open(tmp_path)
+    assert own.render([USER]) == "own Hello"
+    assert own.think_default is False  # it has no such switch
+
+
+def test_what_hugging_face_templates_use(tmp_path: Path) -> None:
+    source = (
+        "{% for n in [1, 2, 3] %}\n    {% if n == 2 %}{% continue %}{% endif %}\n    {{- n }}\n{% endfor %}"
+        "{{ {'k': '<ü&>'} | tojson }} {{ strftime_now('%Y') | length }}{{ tools is none }}"
+    )
+    assert ChatTemplate(source, name="t").render([USER]) == '1\n3\n{"k": "<ü&>"} 4True'
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", "refused the conversation: Roles must alternate."),
+        ("{{ nothing.at_all }}", "refused the conversation: 'nothing' is undefined."),
+        (
+            "{{ ().__class__.__mro__ }}",
+            "refused the conversation: access to attribute '__class__' .* is unsafe",
+        ),
+        ("{{ messages.append(1) }}", "refused the conversation: access to attribute 'append' .* is unsafe"),
+        ("{{ 'x' * 10**12 }}", "refused the conversation: it repeats a text too often"),
+        ("{{ 10**10000 }}", "refused the conversation: it raises a number to too high a power"),
+        ("{{ 1 + 'a' }}", "refused the conversation: unsupported operand"),
+        ("{{ 1 / 0 }}", "refused the conversation: division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refused the conversation: maximum recursion"),
+        (
+            "{% for a in range(9999) %}{% for b in range(9999) %}xxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+            "refused the conversation: it writes more than 67,108,864 characters",
+        ),
+    ],
+)
+def test_hostile_templates_are_sentences(source: str, says: str) -> None:
+    with pytest.raises(BadRequest, match=says):
+        ChatTemplate(source, name="t").render([USER])
+
+
+def test_a_broken_template_is_a_bad_model() -> None:
+    with pytest.raises(BadModel, match="The chat template t is broken at line 2: "):
+        ChatTemplate("\n{% if %}", name="t")
+
+
+def test_an_unknown_builtin_names_the_known_ones() -> None:
+    with pytest.raises(BadRequest, match="there are mimo-v2-flash, mimo-v2.5, mimo-v2.6"):
+        ChatTemplate.builtin("gpt")
+
+
+CALLING = {"role": "assistant", "tool_calls": [call("clock", {}, "a")]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([], "The conversation is empty: give at least one message."),
+        ("hello", "The messages must be a list of {role, content} objects."),
+        ([7], "Message 1 is a number; it must be an object with role and content."),
+        ([{"content": "x"}], "Message 1 has the role None; the roles are system, user, assistant, tool."),
+        ([USER, {"role": "bot", "content": "x"}], "Message 2 has the role 'bot'; "),
+        ([{"role": "user"}], "Message 1: the content is null; it must be text or a list of text parts."),
+        ([{"role": "user", "content": {"a": 1}}], "Message 1: the content is an object; "),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "Message 1 has a content part of type 'image_url'; this runtime reads text parts only.",
+        ),
+        ([USER, {"role": "tool", "content": "x"}], "Message 2 is a tool result, but no tool call is waiting"),
+        (
+            [CALLING, {"role": "tool", "content": "x", "tool_call_id": "z"}],
+            "Message 2 answers the tool call 'z', but",
+        ),
+        (
+            [CALLING, {"role": "tool", "content": "x"}, {"role": "tool", "content": "y"}],
+            "Message 3 is a tool result, but no tool call is waiting",
+        ),
+        ([CALLING, USER, {"role": "tool", "content": "x"}], "Message 3 is a tool result, but no tool call"),
+        ([{**USER, "tool_calls": [call("f", {})]}], "Message 1 has tool_calls but the role user; "),
+        (
+            [{"role": "assistant", "tool_calls": [{"id": "a"}]}],
+            "Message 1 has a tool call without a function name.",
+        ),
+        ([{"role": "assistant", "tool_calls": [call("f", "{")]}], "the arguments of f are not valid JSON"),
+        (
+            [{"role": "assistant", "tool_calls": [call("f", "[1]")]}],
+            "the arguments of f must be a JSON object.",
+        ),
+        ([{"role": "assistant", "content": "x", "reasoning_content": 3}], "reasoning_content is a number"),
+    ],
+)
+def test_bad_messages_are_sentences(messages: Any, says: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        ChatTemplate.builtin("mimo-v2.5").render(messages)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("tools", "says"),
+    [
+        ({"name": "f"}, "The tools must be a list of function objects."),
+        ([{"type": "function"}], "Tool 1 has no function name."),
+        (["clock"], "Tool 1 has no function name."),
+        ([CLOCK, {"name": "f", "parameters": 3}], "Tool 2 (f): parameters must be a JSON schema object."),
+    ],
+)
+def test_bad_tools_are_sentences(tools: Any, says: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        ChatTemplate.builtin("mimo-v2.5").render([USER], tools=tools)
+    assert str(raised.value) == says
