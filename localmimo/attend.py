@@ -6,7 +6,7 @@ Pure functions over tensors. Knows nothing of caches, layers or positions: who m
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 64 << 20  # of logits at a time: long prompts are cut into blocks of queries
+WORKSPACE_BYTES = 8 << 20  # of logits at a time: long prompts are cut into blocks of queries (plan.py counts it)
 
 
 def window_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

@@ -1,0 +1,58 @@
+"""localmimo: runs MiMo-V2 language models on one workstation.
+
+    from localmimo import load, Sampling
+
+The names below are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from localmimo.engine import Completion, Engine, Message, load
+    from localmimo.errors import BadModel, BadRequest, Cancelled, ContextFull, DoesNotFit, LocalMimoError
+    from localmimo.generate import Stats, Step
+    from localmimo.sample import Sampling
+    from localmimo.session import Session
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "load": "engine",
+    "Engine": "engine",
+    "Completion": "engine",
+    "Message": "engine",
+    "Sampling": "sample",
+    "Session": "session",
+    "Step": "generate",
+    "Stats": "generate",
+    "LocalMimoError": "errors",
+    "BadModel": "errors",
+    "BadRequest": "errors",
+    "Cancelled": "errors",
+    "ContextFull": "errors",
+    "DoesNotFit": "errors",
+}
+
+__all__ = [
+    "BadModel",
+    "BadRequest",
+    "Cancelled",
+    "Completion",
+    "ContextFull",
+    "DoesNotFit",
+    "Engine",
+    "LocalMimoError",
+    "Message",
+    "Sampling",
+    "Session",
+    "Stats",
+    "Step",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'localmimo' has no attribute {name!r}")
+    return getattr(import_module(f"localmimo.{_ROOMS[name]}"), name)

@@ -1,0 +1,25 @@
+"""The embedded model's pack: made from the checkpoint inside the package, the first time it is asked for."""
+
+import sys
+import time
+from pathlib import Path
+
+from localmimo.home import home
+from localmimo.mini import CHECKPOINT
+
+NAME = "mimo-mini"
+
+
+def embedded_pack() -> Path:
+    """The pack of mimo-mini under LOCALMIMO_HOME; converts it first (seconds) where it is not there yet."""
+    from quant import Source, convert
+
+    out = home() / "packs" / f"{NAME}-{Source.open(CHECKPOINT).fingerprint[:12]}"
+    if not (out / "manifest.json").exists():
+        began = time.perf_counter()
+        print(f"First use: converting the embedded model {NAME} to {out} ...", file=sys.stderr)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for _ in convert(CHECKPOINT, out):
+            pass
+        print(f"Done in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
+    return out

@@ -1,0 +1,304 @@
+"""Engine: an opened pack, ready to answer. `load` assembles it; generate, stream, chat, session and logits use it.
+
+The Python API. Knows every room to its left; knows nothing of terminals or HTTP.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from localmimo import kv
+from localmimo.chat import ChatTemplate, StreamParser, ToolCall
+from localmimo.config import ModelConfig
+from localmimo.embedded import embedded_pack
+from localmimo.errors import BadRequest, ContextFull, DoesNotFit
+from localmimo.experts.run import ExpertRunner
+from localmimo.experts.store import ExpertStore
+from localmimo.generate import FinishReason, Generation, Rules, Stats, Step, Verbatim
+from localmimo.machine import Machine, format_bytes, parse_bytes
+from localmimo.model import Transformer, load_weights
+from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, make_plan
+from localmimo.sample import Sampling
+from localmimo.session import Progress, Session
+from localmimo.text import Tokenizer
+from quant import Pack
+from quant.linear import backend
+
+Messages = Sequence[Mapping[str, Any]]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished text."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The assistant's turn. `as_dict` is what goes back into the messages: the reasoning travels along."""
+
+    content: str
+    reasoning_content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason = "stop"
+    stats: Stats = field(default_factory=Stats)
+    role: str = "assistant"
+
+    def as_dict(self) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning_content:
+            said["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            said["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        return said
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    context: int | None = None,
+    ram: str | int | None = None,
+    vram: str | int | None = None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    window_keys: int | None = None,
+) -> "Engine":
+    """Open a pack; None opens the embedded model, mimo-mini.
+
+    context: positions to make room for (default: 32,768 or the model's own limit). ram: bytes or "96GiB", for
+    everything but the interpreter and its libraries (default: what is free, less a reserve). dtype: of the
+    activations; "float32" keeps the KV cache in float32 too, otherwise it is bfloat16. window_keys: keys that
+    a window layer sees, with the token itself (default: the config's sliding_window).
+    Raises BadPack, BadModel, or DoesNotFit with the numbers.
+    """
+    if device not in ("auto", "cpu") or vram is not None:
+        raise BadRequest("This version runs on the CPU alone: leave out vram, and device or give device='cpu'.")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise BadRequest(f'dtype is "{dtype}"; it is one of auto, float32, bfloat16.')
+    pack = Pack.open(Path(path).expanduser() if path is not None else embedded_pack())
+    config = ModelConfig.parse(pack.config, window_keys)
+    kv_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+    plan = _plan(pack, config, context, ram, kv_dtype)
+    return Engine(pack, config, plan, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, kv_dtype=kv_dtype)
+
+
+def _plan(pack: Pack, config: ModelConfig, context: int | None, ram: str | int | None, kv_dtype: torch.dtype) -> Plan:
+    context = min(DEFAULT_CONTEXT, config.max_context) if context is None else context
+    if not 1 <= context <= config.max_context:
+        raise BadRequest(f"The context is {context:,}; this model has from 1 to {config.max_context:,} positions.")
+    machine = Machine.probe()
+    budget = machine.automatic_ram_bytes if ram is None else parse_bytes(ram)
+    if budget > machine.ram_bytes:
+        raise DoesNotFit(f"The RAM budget is {format_bytes(budget)} and this machine has {format_bytes(machine.ram_bytes)}.")
+    return make_plan(
+        config,
+        dense_bytes=pack.dense_bytes,
+        page_bytes=pack.page.nbytes,
+        context=context,
+        ram_bytes=budget,
+        kv_item_bytes=kv_dtype.itemsize,
+        slack=kv.SLACK,
+    )
+
+
+class Engine:
+    """One opened pack. Thread-safe: one generation at a time, the others wait."""
+
+    def __init__(self, pack: Pack, config: ModelConfig, plan: Plan, *, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+        self.pack = pack
+        self.config = config
+        self.plan = plan
+        self.tokenizer = Tokenizer.open(pack.path)
+        self.template = ChatTemplate.open(pack.path, pack.config)
+        self._dtype = dtype
+        self._kv_dtype = kv_dtype
+        self._store = ExpertStore(pack, plan.n_slots)
+        self._model = Transformer(config, load_weights(pack, config), dtype)
+        self._experts = ExpertRunner(self._store)
+        self._own: Session | None = None
+        self._holder: int | None = None  # the thread that is using the timeline
+        self._lock = threading.Lock()
+
+    @property
+    def context(self) -> int:
+        """Positions of a session."""
+        return self.plan.context
+
+    def effective(self) -> dict[str, Any]:
+        """The configuration in force, for people and for JSON."""
+        return {
+            "model": self.pack.name,
+            "pack": str(self.pack.path),
+            "pack_id": self.pack.id,
+            "experts": self.pack.page.codec,
+            "device": "cpu",
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "kv_dtype": str(self._kv_dtype).removeprefix("torch."),
+            "kernels": backend(),
+            "threads": torch.get_num_threads(),
+            "window_keys": self.config.mtp_layer.window,
+            "context": self.context,
+            "direct_reads": self._store.direct,
+            "plan": self.plan.as_dict(),
+        }
+
+    # ---- text ----
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens are recognised, none is added."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(tokens)
+
+    def render(
+        self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool | None = None
+    ) -> str:
+        """The prompt that a conversation becomes."""
+        return self.template.render(messages, tools=tools, think=think)
+
+    # ---- answers ----
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        think: bool | None = None,
+        think_budget: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        logprobs: int | None = None,
+        session: Session | None = None,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Step]:
+        """Answer a prompt (continued as it is) or messages (through the chat template), step by step.
+
+        Closing the iterator stops the generation; setting `cancel` from any thread does so within a layer.
+        Raises BadRequest, ContextFull.
+        """
+        text = prompt if isinstance(prompt, str) else self.render(prompt, tools=tools, think=think)
+        tokens = self._prompt_tokens(text)
+        thinking = not isinstance(prompt, str) and text.rstrip().endswith("<think>")
+        rules = Rules(max_tokens, tuple(stop), think_budget, logprobs)
+        with self._borrow(session) as timeline:
+            yield from Generation(
+                session=timeline,
+                tokenizer=self.tokenizer,
+                parser=Verbatim() if isinstance(prompt, str) else StreamParser(tools, thinking),
+                sampling=sampling or Sampling(),
+                rules=rules,
+                traffic=lambda: self._store.traffic,
+                cancel=cancel or threading.Event(),
+                progress=progress,
+            ).run(tokens)
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> Completion: ...
+    @overload
+    def generate(self, prompt: list[str], **options: Any) -> list[Completion]: ...
+    def generate(self, prompt: str | list[str], **options: Any) -> Completion | list[Completion]:
+        """Continue a text, or each of a list of texts. Options as for `stream`."""
+        if isinstance(prompt, list):
+            return [self.generate(text, **options) for text in prompt]
+        steps = list(self.stream(prompt, **options))
+        last = steps[-1]
+        assert last.finish_reason is not None
+        return Completion("".join(step.text for step in steps), _tokens(steps), last.finish_reason, last.stats)
+
+    def chat(self, messages: Messages, **options: Any) -> Message:
+        """The assistant's next turn. Options as for `stream`."""
+        if isinstance(messages, str):
+            raise BadRequest("chat takes a list of messages; give a text to generate, or [{'role': 'user', ...}].")
+        steps = list(self.stream(messages, **options))
+        last = steps[-1]
+        assert last.finish_reason is not None
+        return Message(
+            content="".join(step.text for step in steps if step.kind == "answer"),
+            reasoning_content="".join(step.text for step in steps if step.kind == "thinking"),
+            tool_calls=tuple(step.tool_call for step in steps if step.tool_call is not None),
+            tokens=tuple(_tokens(steps)),
+            finish_reason=last.finish_reason,
+            stats=last.stats,
+        )
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """The engine's timeline, for you alone until the `with` block ends: sync, step, rewind."""
+        with self._borrow(None) as timeline:
+            yield timeline
+
+    def logits(self, tokens: Sequence[int], *, chunk: int = PREFILL_CHUNK) -> Tensor:
+        """Logits float32 [n, vocab] after each of n tokens, read from an empty context `chunk` tokens at a time."""
+        tokens = self._check_tokens(list(tokens))
+        with self._borrow(None) as timeline:
+            return timeline.logits(tokens, chunk)
+
+    # ---- inside ----
+
+    def _prompt_tokens(self, text: str) -> list[int]:
+        if not text.strip():
+            raise BadRequest("The prompt is empty: say something.")
+        return self._check_tokens(self.encode(text))
+
+    def _check_tokens(self, tokens: list[int]) -> list[int]:
+        if not tokens:
+            raise BadRequest("The prompt is empty: give at least one token.")
+        if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
+            raise BadRequest(f"Token {max(tokens)} is outside the model's vocabulary of {self.config.vocab_size:,}.")
+        if len(tokens) > self.context:
+            raise ContextFull(
+                f"The prompt has {len(tokens):,} tokens and the context {self.context:,}: "
+                f"give a longer --context (this model: up to {self.config.max_context:,}) or a shorter prompt."
+            )
+        return tokens
+
+    @contextmanager
+    def _borrow(self, session: Session | None) -> Iterator[Session]:
+        """The engine's own timeline, for one caller at a time: the plan counts one KV cache. Others wait.
+
+        A plain lock, not a re-entrant one: a generator may be advanced from another thread than it was begun in.
+        """
+        if session is not None and session is self._own and self._holder is not None:
+            yield session  # lent out by `session`, whose block is still open
+            return
+        if self._holder == threading.get_ident():
+            raise BadRequest("The engine is answering already in this thread: finish or close that answer first.")
+        with self._lock:
+            self._holder = threading.get_ident()
+            self._own = self._own or Session(self._model, self._experts, self.context, self._kv_dtype)
+            try:
+                yield self._own
+            finally:
+                self._holder = None
+
+    def close(self) -> None:
+        """Stop reading and give the memory back."""
+        self._store.close()
+        self._own = None
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _tokens(steps: Sequence[Step]) -> list[int]:
+    return [step.token for step in steps if step.token is not None]

@@ -1,0 +1,102 @@
+"""Plan: dense weights + KV + workspace + expert slots against a budget, or the reason it does not fit.
+
+Arithmetic only: knows shapes and bytes, loads no torch and opens no file.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from localmimo.config import LayerSpec, ModelConfig
+from localmimo.errors import DoesNotFit
+from localmimo.machine import format_bytes
+
+PREFILL_CHUNK = 1024  # tokens that go through a layer at a time: fixed, so that a budget never changes an answer
+N_SNAPSHOTS = 4  # points of a conversation that can be come back to
+ATTENTION_WORKSPACE_BYTES = 8 << 20  # attention logits at a time
+LINEAR_WORKSPACE_BYTES = 8 << 20  # packed weights unpacked at a time
+DEFAULT_CONTEXT = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a RAM budget is spent."""
+
+    context: int
+    ram_bytes: int  # the budget
+    dense_bytes: int
+    kv_bytes: int  # of the whole context, its snapshots included
+    workspace_bytes: int
+    page_bytes: int
+    n_pages: int  # experts of the model
+    n_slots: int  # experts that fit
+
+    @property
+    def slots_bytes(self) -> int:
+        return self.n_slots * self.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.dense_bytes + self.kv_bytes + self.workspace_bytes + self.slots_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"slots_bytes": self.slots_bytes, "used_bytes": self.used_bytes}
+
+    def __str__(self) -> str:
+        share = 100 * self.n_slots / self.n_pages
+        return (
+            f"RAM {format_bytes(self.used_bytes)} of {format_bytes(self.ram_bytes)}: dense {format_bytes(self.dense_bytes)}"
+            f" · kv {format_bytes(self.kv_bytes)} · workspace {format_bytes(self.workspace_bytes)}"
+            f" · experts {format_bytes(self.slots_bytes)} ({self.n_slots:,} of {self.n_pages:,}, {share:.0f}%)"
+        )
+
+
+def make_plan(
+    config: ModelConfig, *, dense_bytes: int, page_bytes: int, context: int, ram_bytes: int, kv_item_bytes: int = 2, slack: int
+) -> Plan:
+    """Spend `ram_bytes`: what every token needs first, expert slots with the rest.
+
+    Raises DoesNotFit where less than one token's experts would fit.
+    """
+    n_pages = config.n_experts * len(config.moe_layers)
+    kv = kv_bytes(config, context, kv_item_bytes, slack)
+    fixed = dense_bytes + kv + workspace_bytes(config, context)
+    slots = min(n_pages, max(0, ram_bytes - fixed) // page_bytes) if n_pages else 0
+    if fixed + config.pages_per_token * page_bytes > ram_bytes:
+        raise DoesNotFit(_too_small(config, fixed, dense_bytes, kv, page_bytes, context, ram_bytes))
+    return Plan(context, ram_bytes, dense_bytes, kv, workspace_bytes(config, context), page_bytes, n_pages, slots)
+
+
+def _too_small(
+    config: ModelConfig, fixed: int, dense: int, kv: int, page_bytes: int, context: int, ram_bytes: int
+) -> str:
+    experts = config.pages_per_token * page_bytes
+    return (
+        f"This model needs {format_bytes(fixed + experts)} of RAM at the least and the budget is {format_bytes(ram_bytes)}: "
+        f"dense weights {format_bytes(dense)}, KV for {context:,} tokens {format_bytes(kv)}, "
+        f"workspace {format_bytes(fixed - dense - kv)}, one token's {config.pages_per_token} experts {format_bytes(experts)}. "
+        f"Give --ram {-(-(fixed + experts) // (1 << 20))}MiB or a shorter --context."
+    )
+
+
+def kv_bytes(config: ModelConfig, context: int, item_bytes: int, slack: int) -> int:
+    """KV of `context` tokens: global layers whole, window layers as rings, and the snapshots of the rings."""
+    total = 0
+    for spec in config.layers:
+        row = spec.n_kv_heads * (spec.head_dim + spec.v_head_dim) * item_bytes
+        total += row * (context if spec.window is None else spec.window + slack + N_SNAPSHOTS * spec.window)
+    return total
+
+
+def workspace_bytes(config: ModelConfig, context: int) -> int:
+    """Upper estimate of what one prefill chunk needs at a time, in float32, over the weights and the KV."""
+    n = min(PREFILL_CHUNK, context)
+    layer = max(_attention_floats(config, spec, n, context) for spec in config.layers)
+    experts = n * (config.top_k + 4) * config.hidden + 3 * n * config.expert_inner
+    dense = 3 * n * config.dense_inner
+    floats = 4 * n * config.hidden + max(layer, experts, dense) + 4 * config.vocab_size
+    return 4 * floats + 3 * ATTENTION_WORKSPACE_BYTES + 2 * LINEAR_WORKSPACE_BYTES
+
+
+def _attention_floats(config: ModelConfig, spec: LayerSpec, n: int, context: int) -> int:
+    keys = context if spec.window is None else spec.window + n
+    return 2 * n * sum(spec.qkv_rows) + keys * spec.n_kv_heads * (spec.head_dim + spec.v_head_dim)
