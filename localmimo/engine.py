@@ -105,7 +105,7 @@ def _plan(pack: Pack, config: ModelConfig, context: int | None, ram: str | int |
         raise DoesNotFit(f"The RAM budget is {format_bytes(budget)} and this machine has {format_bytes(machine.ram_bytes)}.")
     return make_plan(
         config,
-        dense_bytes=pack.dense_bytes,
+        dense_bytes=sum(tensor.nbytes for name, tensor in pack.tensors.items() if not name.startswith("mtp.")),
         page_bytes=pack.page.nbytes,
         context=context,
         ram_bytes=budget,

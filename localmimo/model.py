@@ -1,4 +1,4 @@
-"""The maths of MiMo-V2: embedding, blocks of attention and MLP, router, MTP draft blocks, output head.
+"""The maths of MiMo-V2: embedding, blocks of attention and MLP, router, output head.
 
 Holds the dense weights and no sequence: the KV cache and the runner of the routed experts come as arguments.
 Knows nothing of files, budgets, tokenizers or where an expert's bytes lie. The residual stream is float32;
@@ -88,23 +88,11 @@ class BlockWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftWeights:
-    """One MTP block."""
-
-    embed_norm: Tensor
-    hidden_norm: Tensor
-    final_norm: Tensor
-    proj: QTensor  # [hidden, 2 * hidden]; embedding columns first
-    block: BlockWeights
-
-
-@dataclass(frozen=True, slots=True)
 class Weights:
     embed: Tensor  # [vocab, hidden]
     norm: Tensor
     head: QTensor
     blocks: tuple[BlockWeights, ...]
-    drafts: tuple[DraftWeights, ...]
 
 
 class DenseSource(Protocol):
@@ -112,19 +100,14 @@ class DenseSource(Protocol):
 
     def tensor(self, name: str) -> QTensor | Tensor: ...
 
-    def has(self, name: str) -> bool: ...
-
 
 def load_weights(source: DenseSource, config: ModelConfig) -> Weights:
-    """Read every dense tensor of the model and of its MTP blocks."""
-    blocks = tuple(_block(source, f"layers.{i}", spec) for i, spec in enumerate(config.layers))
-    n_mtp = sum(source.has(f"mtp.{k}.proj") for k in range(config.n_mtp))
+    """Read every dense tensor of the main model (not the MTP blocks)."""
     return Weights(
         embed=_plain(source, "embed"),
         norm=_plain(source, "norm"),
         head=_packed(source, "head"),
-        blocks=blocks,
-        drafts=tuple(_draft(source, f"mtp.{k}", config.mtp_layer) for k in range(n_mtp)),
+        blocks=tuple(_block(source, f"layers.{i}", spec) for i, spec in enumerate(config.layers)),
     )
 
 
@@ -152,11 +135,6 @@ def _mlp(source: DenseSource, prefix: str) -> MlpWeights:
 
 def _router(source: DenseSource, prefix: str) -> RouterWeights:
     return RouterWeights(_plain(source, f"{prefix}.weight"), _plain(source, f"{prefix}.bias"))
-
-
-def _draft(source: DenseSource, prefix: str, spec: LayerSpec) -> DraftWeights:
-    norms = (_plain(source, f"{prefix}.{name}") for name in ("embed_norm", "hidden_norm", "final_norm"))
-    return DraftWeights(*norms, proj=_packed(source, f"{prefix}.proj"), block=_block(source, prefix, spec))
 
 
 # ---- the model ----

@@ -1,0 +1,80 @@
+"""The house keeps its order: imports point one way, and the light rooms stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A room imports only rooms of earlier rows (or its own row's earlier entries).
+QUANT = """errors geometry distortion codec qtensor fourbit eightbit page shard source recipe kernels linear pack report
+convert""".split()
+LOCALMIMO = """errors home toolcall messages config machine attend kv sample text chat plan model experts.policy
+experts.tiers experts.store experts.run session generate mini embedded engine server cli""".split()
+
+
+def rooms(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path, package: str) -> str:
+    parts = path.relative_to(ROOT / package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute module names that a file imports anywhere, lazily too; names under TYPE_CHECKING do not count."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(module: str, order: list[str]) -> str | None:
+    """The room of the order that a dotted name (without its package) belongs to."""
+    parts = module.split(".")
+    return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in order), None)
+
+
+@pytest.mark.parametrize(("package", "order"), [("quant", QUANT), ("localmimo", LOCALMIMO)])
+def test_imports_point_one_way(package: str, order: list[str]) -> None:
+    for path in rooms(package):
+        here = room(name_of(path, package), order)
+        if here is None:
+            assert path.name in ("__init__.py", "__main__.py"), f"{path} is in no room: add it to the order"
+            continue
+        for module in imports(path):
+            if module.startswith(f"{package}."):
+                there = room(module.removeprefix(f"{package}."), order)
+                assert there is None or order.index(there) <= order.index(here), f"{path} imports {module}"
+
+
+def test_quant_never_imports_localmimo() -> None:
+    assert not [path for path in rooms("quant") if any(m.split(".")[0] == "localmimo" for m in imports(path))]
+
+
+def test_only_the_quantize_face_and_the_embedded_model_convert() -> None:
+    users = {name_of(p, "localmimo") for p in rooms("localmimo") if {"quant.convert", "quant.convert.convert"} & imports(p)}
+    assert users <= {"cli.quantize", "embedded"}
+
+
+@pytest.mark.parametrize("module", ["localmimo", "localmimo.cli.app", "localmimo.plan", "localmimo.chat", "quant", "quant.recipe"])
+def test_light_rooms_do_not_load_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
