@@ -1,0 +1,35 @@
+// Compute: the two entries, a packed matrix and a layer's experts. Knows no Python.
+#pragma once
+#include <cstdint>
+
+#include "layout.h"
+
+namespace localmimo {
+
+// y [n, rows] float32 = x [n, cols] W^T; x is float32, or bf16 when `half`.
+void linear(const Matrix& w, const void* x, bool half, int64_t n, float* y);
+
+// Where the nine parts of an expert lie in its page.
+struct PageShape {
+  Format format;
+  int64_t hidden, inner;
+  struct Part { int64_t codes, scales, scale; } gate, up, down;  // scale < 0: no tensor scale
+};
+
+// The work of one call. Expert e runs for the pairs first[e] .. first[e + 1] - 1; pair i is token
+// token[i] with weight[i]. Its output is added to row to[i] of `out`, or stored there if `store`.
+struct Routing {
+  int64_t n_experts;
+  const uint8_t* const* pages;
+  const int64_t* first;
+  const int32_t* token;
+  const float* weight;
+  const int32_t* to;
+  bool store;
+};
+
+// x [n, hidden] float32, or bf16 when `half`; out [.., hidden] float32. Additions happen in the order
+// of the experts in `routing`, whatever the threads do.
+void experts(const PageShape& shape, const Routing& routing, const void* x, bool half, int64_t n, float* out);
+
+}  // namespace localmimo

@@ -1,0 +1,126 @@
+// AVX-512 with VNNI (F, BW, DQ, VL): the book is looked up by vpermw, which reads bits 0 to 4 of each
+// word only, so a book written twice needs no mask; vpdpwssd multiplies and adds pairs of 16-bit codes.
+#include "kernels.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX512VNNI__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "product.h"
+
+namespace localmimo {
+namespace {
+
+struct Avx512 {
+  using F = __m512;
+  using Sum = __m512i;
+  using Table = __m512i;
+  struct Step { __m512i even, odd; };  // columns (0, 2) and (1, 3) of each row
+  struct Acts { __m512i even, odd; };
+  static constexpr int kDirect = 4;
+  static constexpr int kTile = 12;  // 12 sums and 12 totals leave 8 registers
+
+  static LM_INLINE F zero() { return _mm512_setzero_ps(); }
+  static LM_INLINE F set1(float x) { return _mm512_set1_ps(x); }
+  static LM_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static LM_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static LM_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static LM_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static LM_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static LM_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static LM_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static LM_INLINE F rint(F a) { return _mm512_roundscale_ps(a, 8); }
+  static LM_INLINE F clamp(F a, float low, float high) {  // operands in this order keep a NaN
+    return _mm512_min_ps(set1(high), _mm512_max_ps(set1(low), a));
+  }
+  static LM_INLINE F scale_by_power(F a, F n) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+  }
+
+  static LM_INLINE Sum no_sum() { return _mm512_setzero_si512(); }
+  static LM_INLINE F to_float(Sum s) { return _mm512_cvtepi32_ps(s); }
+  static LM_INLINE Table table(const int16_t* book) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(book)));
+  }
+
+  static LM_INLINE void look_up(const uint8_t* p, const Table& t, Step& low, Step& high) {
+    const __m512i w = _mm512_loadu_si512(p);
+    low.even = _mm512_permutexvar_epi16(w, t);
+    high.even = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), t);
+    low.odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), t);
+    high.odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), t);
+  }
+  static LM_INLINE Step widen(const uint8_t* p) {
+    const __m512i w = _mm512_loadu_si512(p);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
+  }
+  static LM_INLINE void save(int16_t* p, const Step& s) {
+    _mm512_storeu_si512(p, s.even);
+    _mm512_storeu_si512(p + 32, s.odd);
+  }
+  static LM_INLINE Step saved(const int16_t* p) {
+    return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 32)};
+  }
+  static LM_INLINE Acts acts(const int16_t* p) {
+    int32_t pair[2];
+    std::memcpy(pair, p, 8);
+    return {_mm512_set1_epi32(pair[0]), _mm512_set1_epi32(pair[1])};
+  }
+  static LM_INLINE void mac(Sum& s, const Step& w, const Acts& a) {
+    s = _mm512_dpwssd_epi32(s, w.even, a.even);
+    s = _mm512_dpwssd_epi32(s, w.odd, a.odd);
+  }
+  template <int64_t bytes>
+  static LM_INLINE void prefetch(const uint8_t* p) {
+    for (int64_t i = 0; i < bytes; i += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(p + i + kAhead), _MM_HINT_T0);
+  }
+
+  static LM_INLINE F e4m3(const uint8_t* p) {  // as half precision: sign, 4 exponent, 3 mantissa bits
+    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(int16_t(0xBFFF))));
+  }
+  static LM_INLINE F e8m0(const uint8_t* p) {  // byte 0 is 2^-127, the one that is a denormal float
+    const __m512i w = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(w, 23), _mm512_set1_epi32(0x00400000)));
+  }
+  static LM_INLINE F half(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  static LM_INLINE float largest(const float* x) {
+    const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+    const __m512i a = _mm512_and_si512(_mm512_loadu_si512(x), mask);
+    const __m512i b = _mm512_and_si512(_mm512_loadu_si512(x + 16), mask);
+    const int bits = _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+  }
+  // Four columns are stored as 0, 2, 1, 3: the pairs that the words of the packed codes hold.
+  static LM_INLINE void round(const float* x, float inverse, int16_t* codes) {
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), set1(inverse)));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), set1(inverse)));
+    const auto order = static_cast<_MM_PERM_ENUM>(0xD8);
+    const __m256i low = _mm512_cvtsepi32_epi16(_mm512_shuffle_epi32(a, order));
+    const __m256i high = _mm512_cvtsepi32_epi16(_mm512_shuffle_epi32(b, order));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 16), high);
+  }
+};
+
+constexpr Kernels kKernels = kernels_of<Avx512>("avx512-vnni");
+
+}  // namespace
+
+const Kernels* avx512_kernels() { return &kKernels; }
+
+}  // namespace localmimo
+#else
+namespace localmimo {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace localmimo
+#endif

@@ -1,0 +1,33 @@
+// Kernels: what one instruction set offers. Each isa_*.cpp fills one table; dispatch.cpp picks one.
+// All of them do the same arithmetic in the same order, so that they agree bit for bit.
+#pragma once
+#include <cstdint>
+
+#include "layout.h"
+
+namespace localmimo {
+
+// Quantised activations of some tokens, reached through one pointer per token.
+struct Rows {
+  const int16_t* const* codes;  // [n][padded_cols]
+  const float* const* scales;   // [n][padded_cols / 32]
+};
+
+struct Kernels {
+  const char* name;
+  // x [cols] -> codes [padded], scales [padded / 32]; columns beyond `cols` become 0.
+  void (*quantise)(const float* x, int64_t cols, int top, int16_t* codes, float* scales);
+  // out[t * kStrip + g * 16 + r] = row (group + g) * 16 + r of W times token t; n_groups is 1 or 2.
+  void (*product)(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
+                  void* scratch);
+  // gate[i] = silu(gate[i]) * up[i]
+  void (*silu_mul)(float* gate, const float* up, int64_t n);
+};
+
+constexpr int64_t kScratchBytes = 1 << 16;  // what `product` may use per thread
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();    // null where the file was built for another CPU family
+const Kernels* avx512_kernels();
+
+}  // namespace localmimo

@@ -1,0 +1,87 @@
+// The Python face. Addresses come in as integers: `quant/kernels/__init__.py` has compared every
+// tensor's type, size and layout with the codec before it hands out a pointer.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "compute.h"
+#include "dispatch.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace localmimo;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+Format format_of(int code) {
+  if (code < 0 || code >= kFormats) throw nb::value_error("unknown format code");
+  return static_cast<Format>(code);
+}
+
+Matrix matrix(int format, int64_t rows, int64_t cols, Address codes, Address scales, Address scale) {
+  return {format_of(format), rows, cols, at<uint8_t>(codes), at<uint8_t>(scales), at<float>(scale)};
+}
+
+void py_linear(int format, int64_t rows, int64_t cols, Address codes, Address scales, Address scale, Address x,
+               bool half, int64_t n, Address y) {
+  const Matrix w = matrix(format, rows, cols, codes, scales, scale);
+  nb::gil_scoped_release release;
+  linear(w, at<void>(x), half, n, at<float>(y));
+}
+
+// offsets: codes, scales, scale (-1: none) of gate, up and down.
+void py_experts(int format, int64_t hidden, int64_t inner, const std::vector<int64_t>& offsets,
+                const std::vector<Address>& pages, Address first, Address token, Address weight, Address to,
+                bool store, Address x, bool half, int64_t n, Address out) {
+  if (offsets.size() != 9) throw nb::value_error("an expert page has nine part offsets");
+  const int64_t* o = offsets.data();
+  const PageShape shape{format_of(format), hidden,           inner,
+                        {o[0], o[1], o[2]}, {o[3], o[4], o[5]}, {o[6], o[7], o[8]}};
+  std::vector<const uint8_t*> bytes;
+  for (Address page : pages) bytes.push_back(at<uint8_t>(page));
+  const Routing routing{static_cast<int64_t>(bytes.size()), bytes.data(), at<int64_t>(first), at<int32_t>(token),
+                        at<float>(weight), at<int32_t>(to), store};
+  nb::gil_scoped_release release;
+  experts(shape, routing, at<void>(x), half, n, at<float>(out));
+}
+
+std::tuple<int64_t, int64_t> py_part_bytes(int format, int64_t rows, int64_t cols) {
+  const Format f = format_of(format);
+  return {codes_bytes(f, rows, cols), scales_bytes(f, rows, cols)};
+}
+
+void set_threads(int n) {
+  nb::gil_scoped_release release;
+  Pool::instance().set_threads(n);
+}
+
+bool pin(const std::vector<int>& cpus) {
+  nb::gil_scoped_release release;
+  return Pool::instance().pin(cpus);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native kernels over packed bytes; use quant.kernels, which checks sizes.";
+  m.def("linear", &py_linear);
+  m.def("experts", &py_experts);
+  m.def("part_bytes", &py_part_bytes);
+  m.def("supported", &supported);
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("force", &force);
+  m.def("set_threads", &set_threads);
+  m.def("threads", [] { return Pool::instance().threads(); });
+  m.def("pin", &pin);
+}

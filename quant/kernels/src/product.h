@@ -1,0 +1,288 @@
+// Product: integer dot products of packed rows with quantised activations, written once over a
+// policy V that names the vector operations of one instruction set. Included by isa_*.cpp only, and
+// kept in an unnamed namespace: code built with AVX-512 flags must never be shared by the linker.
+//
+// V has: F (16 floats), Sum (integer sums of 16 rows), Step (16-bit weights, 16 rows x 4 columns),
+// Acts (4 activations, broadcast), Table (a 16-entry book), and the operations used below.
+//
+// Order of the arithmetic, the same everywhere: per block of 32 columns (16 for nf4-16) an exact
+// integer sum; then out = fma(float(sum), weight_scale * activation_scale, out), blocks ascending;
+// at the end one multiplication by the tensor's scale. Batch size, tiling and threads cannot change it.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include "kernels.h"
+
+#if defined(_MSC_VER)
+#define LM_INLINE __forceinline
+#define LM_INLINE_LAMBDA
+#else
+#define LM_INLINE inline __attribute__((always_inline))
+#define LM_INLINE_LAMBDA __attribute__((always_inline))
+#endif
+
+namespace localmimo {
+namespace {
+
+constexpr int kAhead = 2048;         // bytes that the software prefetch runs ahead of the codes
+constexpr int kStepCodes = 64;               // int16 weights of one step: 16 rows x 4 columns
+constexpr int kPanelBlocks = 8;              // blocks unpacked at a time: 2 x 8 KiB of weights stay in L1
+constexpr int kBlockCodes = 8 * kStepCodes;  // int16 weights of one unpacked block
+
+template <Format f>
+struct Reader {
+  static constexpr int kParts = f == Format::nf4_16 ? 2 : 1;  // scales per block and row
+
+  static constexpr const int16_t* book() {
+    return f == Format::mxfp4 ? kMxfp4Book : kNf4Book;
+  }
+
+  static const uint8_t* codes(const Matrix& w, int64_t group) {
+    return w.codes + group * blocks(f, w.cols) * codes_per_block(f);
+  }
+
+  static const uint8_t* scales(const Matrix& w, int64_t group) {
+    return w.scales + group * blocks(f, w.cols) * scales_per_block(f);
+  }
+
+  // Calls use(step, column) for the eight steps of a block.
+  template <class V, class Use>
+  static LM_INLINE void steps(const uint8_t* block, const typename V::Table& table, Use use) {
+    if constexpr (f == Format::int8) {
+      for (int v = 0; v < 8; ++v) use(V::widen(block + v * 64), 4 * v);
+    } else {
+      for (int v = 0; v < 4; ++v) {
+        typename V::Step low, high;
+        V::look_up(block + v * 64, table, low, high);
+        use(low, 4 * v);
+        use(high, 16 + 4 * v);
+      }
+    }
+  }
+
+  // The scales of one part of block b of a row group.
+  template <class V>
+  static LM_INLINE typename V::F scale(const uint8_t* scales, int64_t b, int part) {
+    if constexpr (f == Format::int8) return V::half(scales + b / 2 * 32);
+    else if constexpr (f == Format::mxfp4) return V::e8m0(scales + b * 16);
+    else return V::e4m3(scales + (b * kParts + part) * 16);
+  }
+};
+
+template <class V>
+LM_INLINE typename V::F add_block(typename V::F total, const typename V::Sum& sum, typename V::F weight_scale,
+                                  float activation_scale) {
+  return V::fma(V::to_float(sum), V::mul(weight_scale, V::set1(activation_scale)), total);
+}
+
+inline float end_factor(const Matrix& w) {
+  float scale = 1.0f;
+  if (w.scale) std::memcpy(&scale, w.scale, sizeof scale);
+  return scale * unit(w.format);
+}
+
+// n tokens, one row group, straight from the packed bytes: the path of decoding.
+template <class V, Format f, int n>
+void direct(const Matrix& w, int64_t group, const Rows& x, float* out) {
+  using R = Reader<f>;
+  const int64_t n_blocks = blocks(f, w.cols);
+  const uint8_t* codes = R::codes(w, group);
+  const uint8_t* scales = R::scales(w, group);
+  const typename V::Table table = V::table(R::book());
+  typename V::F total[n];
+  for (int t = 0; t < n; ++t) total[t] = V::zero();
+  const int16_t* acts[n];
+  for (int t = 0; t < n; ++t) acts[t] = x.codes[t];
+  for (int64_t b = 0; b < n_blocks; ++b) {
+    typename V::Sum sum[n][R::kParts];
+    for (int t = 0; t < n; ++t)
+      for (int p = 0; p < R::kParts; ++p) sum[t][p] = V::no_sum();
+    const uint8_t* block = codes + b * codes_per_block(f);
+    V::template prefetch<codes_per_block(f)>(block);
+    R::template steps<V>(block, table, [&](const typename V::Step& step, int column) LM_INLINE_LAMBDA {
+      for (int t = 0; t < n; ++t)
+        V::mac(sum[t][R::kParts == 2 ? column / 16 : 0], step, V::acts(acts[t] + b * kBlock + column));
+    });
+    for (int p = 0; p < R::kParts; ++p) {
+      const typename V::F scale = R::template scale<V>(scales, b, p);
+      for (int t = 0; t < n; ++t) total[t] = add_block<V>(total[t], sum[t][p], scale, x.scales[t][b]);
+    }
+  }
+  const typename V::F factor = V::set1(end_factor(w));
+  for (int t = 0; t < n; ++t) V::store(out + t * kStrip, V::mul(total[t], factor));
+}
+
+// Unpacked weights of up to kPanelBlocks blocks of one row group.
+struct Panel {
+  int16_t codes[kPanelBlocks * kBlockCodes];
+  float scales[kPanelBlocks * 2 * kLanes];
+};
+static_assert(2 * sizeof(Panel) <= kScratchBytes, "two panels per thread");
+
+template <class V, Format f>
+void unpack(const Matrix& w, int64_t group, int64_t first, int count, Panel& panel) {
+  using R = Reader<f>;
+  const uint8_t* codes = R::codes(w, group);
+  const uint8_t* scales = R::scales(w, group);
+  const typename V::Table table = V::table(R::book());
+  for (int b = 0; b < count; ++b) {
+    const uint8_t* block = codes + (first + b) * codes_per_block(f);
+    V::template prefetch<codes_per_block(f)>(block);
+    int16_t* to = panel.codes + b * kBlockCodes;
+    R::template steps<V>(block, table, [&](const typename V::Step& step, int column) LM_INLINE_LAMBDA {
+      V::save(to + column * kLanes, step);
+    });
+    for (int p = 0; p < R::kParts; ++p)
+      V::store(panel.scales + (b * R::kParts + p) * kLanes, R::template scale<V>(scales, first + b, p));
+  }
+}
+
+// A register tile: n_groups x n tokens over the blocks of a panel, continuing the totals in `out`.
+template <class V, int n_parts, int n_groups, int n>
+void tile(const Panel* panels, int count, const Rows& x, int64_t first, float* out) {
+  typename V::F total[n_groups][n];
+  for (int g = 0; g < n_groups; ++g)
+    for (int t = 0; t < n; ++t) total[g][t] = first ? V::load(out + t * kStrip + g * kLanes) : V::zero();
+  const int16_t* acts[n];
+  for (int t = 0; t < n; ++t) acts[t] = x.codes[t] + first * kBlock;
+  for (int b = 0; b < count; ++b) {
+    for (int p = 0; p < n_parts; ++p) {
+      typename V::Sum sum[n_groups][n];
+      for (int g = 0; g < n_groups; ++g)
+        for (int t = 0; t < n; ++t) sum[g][t] = V::no_sum();
+      for (int s = p * (8 / n_parts); s < (p + 1) * (8 / n_parts); ++s) {
+        const int at = b * kBlockCodes + s * kStepCodes;
+        typename V::Step step[n_groups];
+        for (int g = 0; g < n_groups; ++g) step[g] = V::saved(panels[g].codes + at);
+        for (int t = 0; t < n; ++t) {
+          const typename V::Acts a = V::acts(acts[t] + b * kBlock + 4 * s);
+          for (int g = 0; g < n_groups; ++g) V::mac(sum[g][t], step[g], a);
+        }
+      }
+      for (int g = 0; g < n_groups; ++g) {
+        const typename V::F scale = V::load(panels[g].scales + (b * n_parts + p) * kLanes);
+        for (int t = 0; t < n; ++t)
+          total[g][t] = add_block<V>(total[g][t], sum[g][t], scale, x.scales[t][first + b]);
+      }
+    }
+  }
+  for (int g = 0; g < n_groups; ++g)
+    for (int t = 0; t < n; ++t) V::store(out + t * kStrip + g * kLanes, total[g][t]);
+}
+
+template <class V, int n_parts, int n_groups, int n>
+void tiles(const Panel* panels, int count, const Rows& x, int64_t first, int n_tokens, float* out) {
+  int t = 0;
+  for (; t + n <= n_tokens; t += n)
+    tile<V, n_parts, n_groups, n>(panels, count, {x.codes + t, x.scales + t}, first, out + t * kStrip);
+  if constexpr (n > 1) {
+    if (t < n_tokens)
+      tiles<V, n_parts, n_groups, (n + 1) / 2>(panels, count, {x.codes + t, x.scales + t}, first, n_tokens - t,
+                                               out + t * kStrip);
+  }
+}
+
+// Many tokens: unpack a panel of both row groups once, then run register tiles over it.
+template <class V, Format f, int n_groups>
+void panelled(const Matrix& w, int64_t group, const Rows& x, int n_tokens, float* out, void* scratch) {
+  constexpr int kTile = V::kTile / n_groups;
+  constexpr int kParts = Reader<f>::kParts;
+  Panel* panels = static_cast<Panel*>(scratch);
+  const int64_t n_blocks = blocks(f, w.cols);
+  for (int64_t first = 0; first < n_blocks; first += kPanelBlocks) {
+    const int count = static_cast<int>(n_blocks - first < kPanelBlocks ? n_blocks - first : kPanelBlocks);
+    for (int g = 0; g < n_groups; ++g) unpack<V, f>(w, group + g, first, count, panels[g]);
+    tiles<V, kParts, n_groups, kTile>(panels, count, x, first, n_tokens, out);
+  }
+  const typename V::F factor = V::set1(end_factor(w));
+  for (int t = 0; t < n_tokens; ++t)
+    for (int g = 0; g < n_groups; ++g) {
+      float* at = out + t * kStrip + g * kLanes;
+      V::store(at, V::mul(V::load(at), factor));
+    }
+}
+
+template <class V, Format f>
+void product_of(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
+                void* scratch) {
+  if (n_tokens > V::kDirect) {
+    if (n_groups == 2) panelled<V, f, 2>(w, group, x, n_tokens, out, scratch);
+    else panelled<V, f, 1>(w, group, x, n_tokens, out, scratch);
+    return;
+  }
+  for (int g = 0; g < n_groups; ++g) {
+    float* to = out + g * kLanes;
+    switch (n_tokens) {
+      case 1: direct<V, f, 1>(w, group + g, x, to); break;
+      case 2: direct<V, f, 2>(w, group + g, x, to); break;
+      case 3: direct<V, f, 3>(w, group + g, x, to); break;
+      default: direct<V, f, 4>(w, group + g, x, to); break;
+    }
+  }
+}
+
+template <class V>
+void product(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
+             void* scratch) {
+  switch (w.format) {
+    case Format::nf4: return product_of<V, Format::nf4>(w, group, n_groups, x, n_tokens, out, scratch);
+    case Format::nf4_16: return product_of<V, Format::nf4_16>(w, group, n_groups, x, n_tokens, out, scratch);
+    case Format::mxfp4: return product_of<V, Format::mxfp4>(w, group, n_groups, x, n_tokens, out, scratch);
+    case Format::int8: return product_of<V, Format::int8>(w, group, n_groups, x, n_tokens, out, scratch);
+  }
+}
+
+// ---- activations
+
+template <class V>
+void quantise(const float* x, int64_t cols, int top, int16_t* codes, float* scales) {
+  alignas(64) float tail[kBlock];
+  const int64_t n_blocks = padded_cols(cols) / kBlock;
+  for (int64_t b = 0; b < n_blocks; ++b) {
+    const float* from = x + b * kBlock;
+    const int64_t left = cols - b * kBlock;
+    if (left < kBlock) {
+      for (int i = 0; i < kBlock; ++i) tail[i] = i < left ? from[i] : 0.0f;
+      from = tail;
+    }
+    const float largest = V::largest(from);  // NaN wins, so that it reaches the output
+    // Below 1e-30 the inverse would overflow; such a block counts as zero.
+    const float inverse = largest >= 1e-30f ? static_cast<float>(top) / largest : 0.0f;
+    scales[b] = largest / static_cast<float>(top);
+    V::round(from, inverse, codes + b * kBlock);
+  }
+}
+
+// ---- SiLU: exp by Cody-Waite reduction and a polynomial, elementwise the same on every machine
+
+template <class V>
+LM_INLINE typename V::F exponential(typename V::F x) {
+  x = V::clamp(x, -87.0f, 88.0f);
+  const typename V::F n = V::rint(V::mul(x, V::set1(1.44269504f)));
+  typename V::F r = V::fma(n, V::set1(-0.693359375f), x);
+  r = V::fma(n, V::set1(2.12194440e-4f), r);
+  typename V::F p = V::set1(1.0f / 5040);  // Taylor to x^7: |r| <= 0.35 leaves 6e-9
+  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = V::fma(p, r, V::set1(c));
+  return V::scale_by_power(p, n);
+}
+
+template <class V>
+void silu_mul(float* gate, const float* up, int64_t n) {  // n is a multiple of 16
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const typename V::F g = V::load(gate + i);
+    const typename V::F e = exponential<V>(V::sub(V::zero(), g));
+    const typename V::F s = V::div(g, V::add(V::set1(1.0f), e));
+    V::store(gate + i, V::mul(s, V::load(up + i)));
+  }
+}
+
+template <class V>
+constexpr Kernels kernels_of(const char* name) {
+  return {name, quantise<V>, product<V>, silu_mul<V>};
+}
+
+}  // namespace
+}  // namespace localmimo
