@@ -50,6 +50,11 @@ struct Avx2 {
     const __m256i z = _mm256_setzero_si256();
     return {{z, z, z, z}};
   }
+  static LM_INLINE Sum merge(const Sum& a, const Sum& b) {
+    Sum s;
+    for (int i = 0; i < 4; ++i) s.v[i] = _mm256_add_epi32(a.v[i], b.v[i]);
+    return s;
+  }
   static LM_INLINE F to_float(const Sum& s) {
     return {_mm256_cvtepi32_ps(_mm256_hadd_epi32(s.v[0], s.v[1])),
             _mm256_cvtepi32_ps(_mm256_hadd_epi32(s.v[2], s.v[3]))};

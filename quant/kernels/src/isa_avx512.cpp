@@ -41,6 +41,7 @@ struct Avx512 {
   }
 
   static LM_INLINE Sum no_sum() { return _mm512_setzero_si512(); }
+  static LM_INLINE Sum merge(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
   static LM_INLINE F to_float(Sum s) { return _mm512_cvtepi32_ps(s); }
   static LM_INLINE Table table(const int16_t* book) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(book)));

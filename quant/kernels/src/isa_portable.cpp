@@ -43,6 +43,12 @@ struct Portable {
   }
 
   static LM_INLINE Sum no_sum() { return {}; }
+  static LM_INLINE Sum merge(const Sum& a, const Sum& b) {
+    Sum s;
+    for (int i = 0; i < kLanes; ++i)
+      s.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
+    return s;
+  }
   static LM_INLINE F to_float(const Sum& s) {
     return each([&](int i) { return static_cast<float>(s.v[i]); });
   }

@@ -96,18 +96,20 @@ void direct(const Matrix& w, int64_t group, const Rows& x, float* out) {
   const int16_t* acts[n];
   for (int t = 0; t < n; ++t) acts[t] = x.codes[t];
   for (int64_t b = 0; b < n_blocks; ++b) {
-    typename V::Sum sum[n][R::kParts];
-    for (int t = 0; t < n; ++t)
-      for (int p = 0; p < R::kParts; ++p) sum[t][p] = V::no_sum();
+    typename V::Sum sum[n][2];  // the two halves of the block: short chains, and the two parts of nf4-16
+    for (int t = 0; t < n; ++t) sum[t][0] = sum[t][1] = V::no_sum();
     const uint8_t* block = codes + b * codes_per_block(f);
     V::template prefetch<codes_per_block(f)>(block);
     R::template steps<V>(block, table, [&](const typename V::Step& step, int column) LM_INLINE_LAMBDA {
       for (int t = 0; t < n; ++t)
-        V::mac(sum[t][R::kParts == 2 ? column / 16 : 0], step, V::acts(acts[t] + b * kBlock + column));
+        V::mac(sum[t][column / 16], step, V::acts(acts[t] + b * kBlock + column));
     });
     for (int p = 0; p < R::kParts; ++p) {
       const typename V::F scale = R::template scale<V>(scales, b, p);
-      for (int t = 0; t < n; ++t) total[t] = add_block<V>(total[t], sum[t][p], scale, x.scales[t][b]);
+      for (int t = 0; t < n; ++t) {
+        const typename V::Sum whole = R::kParts == 2 ? sum[t][p] : V::merge(sum[t][0], sum[t][1]);
+        total[t] = add_block<V>(total[t], whole, scale, x.scales[t][b]);
+      }
     }
   }
   const typename V::F factor = V::set1(end_factor(w));

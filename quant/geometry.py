@@ -1,0 +1,161 @@
+"""The dimensions of a MiMo-V2 checkpoint, from its config.json: enough to know every tensor's shape, nothing more.
+
+How the model computes is none of this package's business; keys that only change the maths are copied, not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quant.errors import BadCheckpoint
+
+ARCHITECTURES = ("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM")
+MODEL_TYPES = ("mimo_v2_flash", "mimo_v2")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention of one kind of layer. `shards`: how many [Q | K | V] groups a fused tensor holds."""
+
+    q: int
+    kv: int
+    qk_dim: int
+    v_dim: int
+    shards: int
+
+    @property
+    def q_rows(self) -> int:
+        return self.q * self.qk_dim
+
+    @property
+    def k_rows(self) -> int:
+        return self.kv * self.qk_dim
+
+    @property
+    def v_rows(self) -> int:
+        return self.kv * self.v_dim
+
+    @property
+    def rows(self) -> int:
+        return self.q_rows + self.k_rows + self.v_rows
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Dimensions of the text model."""
+
+    hidden: int
+    vocab: int
+    inner_dense: int
+    inner_expert: int
+    n_experts: int
+    window: tuple[bool, ...]  # per layer
+    moe: tuple[bool, ...]  # per layer
+    global_heads: Heads
+    window_heads: Heads
+    fused: bool
+    scale_block: tuple[int, int]
+    n_mtp: int | None  # None: config.json does not say
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.window)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, moe in enumerate(self.moe) if moe)
+
+    def heads(self, layer: int) -> Heads:
+        return self.window_heads if self.window[layer] else self.global_heads
+
+    @classmethod
+    def parse(cls, config: object) -> Geometry:
+        """Read config.json strictly; raises BadCheckpoint naming the key."""
+        if not isinstance(config, dict):
+            raise BadCheckpoint("config.json is not a JSON object.")
+        _check_family(config)
+        n_layers = _count(config, "num_hidden_layers")
+        n_mtp = config.get("num_nextn_predict_layers")
+        moe = _flags(config, "moe_layer_freq", n_layers)
+        return cls(
+            hidden=_count(config, "hidden_size"),
+            vocab=_count(config, "vocab_size"),
+            inner_dense=_count(config, "intermediate_size"),
+            inner_expert=_count(config, "moe_intermediate_size") if any(moe) else 0,
+            n_experts=_count(config, "n_routed_experts") if any(moe) else 0,
+            window=_flags(config, "hybrid_layer_pattern", n_layers),
+            moe=moe,
+            global_heads=_heads(config, ""),
+            window_heads=_heads(config, "swa_"),
+            fused=_fused(config),
+            scale_block=_scale_block(config),
+            n_mtp=None if n_mtp is None else _count(config, "num_nextn_predict_layers", least=0),
+        )
+
+
+def _check_family(config: Mapping[str, object]) -> None:
+    architectures = config.get("architectures") or []
+    ours = isinstance(architectures, list) and any(a in ARCHITECTURES for a in architectures)
+    if not ours and config.get("model_type") not in MODEL_TYPES:
+        raise BadCheckpoint(
+            f"config.json describes {architectures or config.get('model_type')!r}, not a MiMo-V2 model "
+            f"({', '.join(ARCHITECTURES)})."
+        )
+
+
+def _count(config: Mapping[str, object], key: str, *, least: int = 1) -> int:
+    value = config.get(key)
+    if type(value) is not int or not least <= value < 1 << 31:
+        raise BadCheckpoint(f"config.json: {key} is {value!r}; a whole number of at least {least} was expected.")
+    return value
+
+
+def _flags(config: Mapping[str, object], key: str, n_layers: int) -> tuple[bool, ...]:
+    """A 0/1 list with one entry per layer; a missing key means 0 everywhere, as in the reference config class."""
+    value = config.get(key)
+    if value is None:
+        return (False,) * n_layers
+    if not isinstance(value, list) or any(v not in (0, 1) for v in value):
+        raise BadCheckpoint(f"config.json: {key} must be a list of 0 and 1.")
+    if len(value) != n_layers:
+        raise BadCheckpoint(f"config.json: {key} has {len(value)} entries for {n_layers} layers.")
+    return tuple(bool(v) for v in value)
+
+
+def _heads(config: Mapping[str, object], prefix: str) -> Heads:
+    """Head counts of one layer kind; a missing swa_ key means the same as in global layers."""
+
+    def count(key: str) -> int:
+        return _count(config, prefix + key if prefix + key in config else key)
+
+    heads = Heads(
+        q=count("num_attention_heads"),
+        kv=count("num_key_value_heads"),
+        qk_dim=count("head_dim"),
+        v_dim=count("v_head_dim"),
+        shards=_count(config, "num_key_value_heads"),
+    )
+    if heads.q % heads.kv:
+        raise BadCheckpoint(f"config.json: {heads.q} query heads do not divide by {heads.kv} KV heads.")
+    if _fused(config) and heads.kv % heads.shards:
+        raise BadCheckpoint(f"config.json: {heads.kv} KV heads do not divide into {heads.shards} fused shards.")
+    return heads
+
+
+def _fused(config: Mapping[str, object]) -> bool:
+    layout = config.get("attention_projection_layout")
+    if layout not in (None, "split", "fused_qkv"):
+        raise BadCheckpoint(f"config.json: attention_projection_layout is {layout!r}, not split or fused_qkv.")
+    return layout == "fused_qkv"
+
+
+def _scale_block(config: Mapping[str, object]) -> tuple[int, int]:
+    quantization = config.get("quantization_config")
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    match block:
+        case None:
+            return (128, 128)
+        case [int(rows), int(cols)] if rows > 0 and cols > 0:
+            return (rows, cols)
+    raise BadCheckpoint(f"config.json: weight_block_size is {block!r}; two positive numbers were expected.")

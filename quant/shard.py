@@ -1,0 +1,188 @@
+"""A safetensors file: its header read strictly, its tensors read by pread, and the same file laid out in advance.
+
+Headers and offsets are handled without torch; tensors are read into fresh memory, never mapped, so that resident
+memory is what was asked for. It must not know what the tensors mean.
+
+Format (safetensors README): 8 bytes little-endian header length, a JSON header, then the data. `data_offsets` count
+from the end of the header, leave no holes and do not overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quant.codec import PartSpec
+from quant.errors import QuantError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER = 100_000_000  # the limit of the reference implementation
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+DTYPE_NAMES = {"u8": "U8", "i8": "I8", "fp8": "F8_E4M3", "f16": "F16", "bf16": "BF16", "f32": "F32"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file; `offset` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Shard:
+    """One safetensors file, open for reading."""
+
+    def __init__(self, path: Path, blame: type[QuantError]) -> None:
+        """Read and check the header; what is wrong is raised as `blame`, a sentence that names the file."""
+        self.path = path
+        self.blame = blame
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise blame(f"{path} can not be opened: {error.strerror}.") from error
+        try:
+            self.n_bytes = os.fstat(self._fd).st_size
+            header = self._header_bytes()
+            self.digest = hashlib.sha256(header).hexdigest()
+            self.data_offset = 8 + len(header)
+            self.tensors = self._parse(header)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def read(self, offset: int, nbytes: int) -> torch.Tensor:
+        """nbytes from `offset` of the file as a fresh uint8 tensor."""
+        import torch
+
+        out = torch.empty(nbytes, dtype=torch.uint8)
+        view = memoryview(out.numpy())
+        done = 0
+        while done < nbytes:
+            got = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
+            if not got:
+                raise self.blame(f"{self.path} ends {nbytes - done:,} bytes early: it was cut off while being read.")
+            done += got
+        return out
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Tell the kernel that these bytes will not be read again: converting must not evict everything else."""
+        os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _header_bytes(self) -> bytes:
+        if self.n_bytes < 8:
+            raise self.blame(f"{self.path} has {self.n_bytes} bytes and can not be a safetensors file.")
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if length > MAX_HEADER:
+            raise self.blame(f"{self.path} claims a header of {length:,} bytes; at most {MAX_HEADER:,} are allowed.")
+        if 8 + length > self.n_bytes:
+            raise self.blame(f"{self.path} is cut off: its header needs {8 + length:,} bytes, it has {self.n_bytes:,}.")
+        return os.pread(self._fd, length, 8)
+
+    def _parse(self, header: bytes) -> dict[str, Stored]:
+        try:
+            entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise self.blame(f"The header of {self.path} is not JSON: {error}.") from error
+        if not isinstance(entries, dict):
+            raise self.blame(f"The header of {self.path} is not a JSON object.")
+        entries.pop("__metadata__", None)
+        found = {name: self._entry(name, entry) for name, entry in entries.items()}
+        self._check_contiguous(found)
+        return found
+
+    def _entry(self, name: str, entry: object) -> Stored:
+        wrong = f"{self.path}: the header entry of {name}"
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
+                pass
+            case _:
+                raise self.blame(f"{wrong} is malformed.")
+        if dtype not in DTYPE_BITS:
+            raise self.blame(f"{wrong} has the unknown dtype {dtype!r}.")
+        if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+            raise self.blame(f"{wrong} has an impossible shape {shape}.")
+        nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+        if not 0 <= start <= stop or stop - start != nbytes:
+            raise self.blame(f"{wrong} spans {stop - start:,} bytes, but {dtype} {shape} needs {nbytes:,}.")
+        return Stored(name, dtype, tuple(shape), self.data_offset + start, nbytes)
+
+    def _check_contiguous(self, tensors: dict[str, Stored]) -> None:
+        expected = self.data_offset
+        for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+            if tensor.offset != expected:
+                raise self.blame(f"{self.path}: {tensor.name} leaves a hole or overlaps its neighbour.")
+            expected += tensor.nbytes
+        if expected != self.n_bytes:
+            kind = "is cut off" if expected > self.n_bytes else "has bytes that belong to no tensor"
+            raise self.blame(f"{self.path} {kind}: its header describes {expected:,} bytes, it has {self.n_bytes:,}.")
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name appears twice")
+    return out
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A safetensors file before it exists: its header and where each tensor will lie. Offsets are absolute."""
+
+    file: str
+    header: bytes
+    offsets: dict[str, int]
+    n_bytes: int
+
+    @property
+    def data_offset(self) -> int:
+        return len(self.header)
+
+
+def plan_shard(file: str, tensors: Mapping[str, PartSpec], *, align: int = 8) -> ShardPlan:
+    """Lay a file out. Wide elements come first, so that each tensor is aligned to its element size."""
+    order = sorted(tensors, key=lambda name: -_width(tensors[name]))
+    entries: dict[str, object] = {}
+    starts: dict[str, int] = {}
+    offset = 0
+    for name in order:
+        spec = tensors[name]
+        starts[name] = offset
+        entries[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    header = len(text).to_bytes(8, "little") + text
+    return ShardPlan(file, header, {name: len(header) + start for name, start in starts.items()}, len(header) + offset)
+
+
+def _width(spec: PartSpec) -> int:
+    return DTYPE_BITS[DTYPE_NAMES[spec.dtype]]
