@@ -19,7 +19,7 @@ struct Avx512 {
   using Table = __m512i;
   struct Step { __m512i even, odd; };  // columns (0, 2) and (1, 3) of each row
   struct Acts { __m512i even, odd; };
-  static constexpr int kDirect = 4;
+  static constexpr int kDirect = 8;
   static constexpr int kTile = 12;  // 12 sums and 12 totals leave 8 registers
 
   static LM_INLINE F zero() { return _mm512_setzero_ps(); }
@@ -66,9 +66,10 @@ struct Avx512 {
     return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 32)};
   }
   static LM_INLINE Acts acts(const int16_t* p) {
-    int32_t pair[2];
-    std::memcpy(pair, p, 8);
-    return {_mm512_set1_epi32(pair[0]), _mm512_set1_epi32(pair[1])};
+    int32_t even, odd;  // read apart: from one 64-bit word they would take two more instructions each
+    std::memcpy(&even, p, 4);
+    std::memcpy(&odd, p + 2, 4);
+    return {_mm512_set1_epi32(even), _mm512_set1_epi32(odd)};
   }
   static LM_INLINE void mac(Sum& s, const Step& w, const Acts& a) {
     s = _mm512_dpwssd_epi32(s, w.even, a.even);

@@ -87,6 +87,9 @@ inline float end_factor(const Matrix& w) {
 template <class V, Format f, int n>
 void direct(const Matrix& w, int64_t group, const Rows& x, float* out) {
   using R = Reader<f>;
+  // The halves of a block are summed apart: for the two parts of nf4-16, and where one token leaves
+  // nothing else to do while a sum waits for the one before.
+  constexpr int kHalves = R::kParts == 2 || n <= 2 ? 2 : 1;
   const int64_t n_blocks = blocks(f, w.cols);
   const uint8_t* codes = R::codes(w, group);
   const uint8_t* scales = R::scales(w, group);
@@ -96,24 +99,34 @@ void direct(const Matrix& w, int64_t group, const Rows& x, float* out) {
   const int16_t* acts[n];
   for (int t = 0; t < n; ++t) acts[t] = x.codes[t];
   for (int64_t b = 0; b < n_blocks; ++b) {
-    typename V::Sum sum[n][2];  // the two halves of the block: short chains, and the two parts of nf4-16
-    for (int t = 0; t < n; ++t) sum[t][0] = sum[t][1] = V::no_sum();
+    typename V::Sum sum[n][kHalves];
+    for (int t = 0; t < n; ++t)
+      for (int h = 0; h < kHalves; ++h) sum[t][h] = V::no_sum();
     const uint8_t* block = codes + b * codes_per_block(f);
     V::template prefetch<codes_per_block(f)>(block);
     R::template steps<V>(block, table, [&](const typename V::Step& step, int column) LM_INLINE_LAMBDA {
       for (int t = 0; t < n; ++t)
-        V::mac(sum[t][column / 16], step, V::acts(acts[t] + b * kBlock + column));
+        V::mac(sum[t][kHalves == 2 ? column / 16 : 0], step, V::acts(acts[t] + b * kBlock + column));
     });
     for (int p = 0; p < R::kParts; ++p) {
       const typename V::F scale = R::template scale<V>(scales, b, p);
       for (int t = 0; t < n; ++t) {
-        const typename V::Sum whole = R::kParts == 2 ? sum[t][p] : V::merge(sum[t][0], sum[t][1]);
+        const bool merge = kHalves > R::kParts;
+        const typename V::Sum whole = merge ? V::merge(sum[t][0], sum[t][kHalves - 1]) : sum[t][p];
         total[t] = add_block<V>(total[t], whole, scale, x.scales[t][b]);
       }
     }
   }
   const typename V::F factor = V::set1(end_factor(w));
   for (int t = 0; t < n; ++t) V::store(out + t * kStrip, V::mul(total[t], factor));
+}
+
+template <class V, Format f, int most>
+void direct_any(const Matrix& w, int64_t group, const Rows& x, int n, float* out) {
+  if constexpr (most > 1) {
+    if (n < most) return direct_any<V, f, most - 1>(w, group, x, n, out);
+  }
+  direct<V, f, most>(w, group, x, out);
 }
 
 // Unpacked weights of up to kPanelBlocks blocks of one row group.
@@ -209,20 +222,17 @@ void panelled(const Matrix& w, int64_t group, const Rows& x, int n_tokens, float
 template <class V, Format f>
 void product_of(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
                 void* scratch) {
-  if (n_tokens > V::kDirect) {
+  if (n_tokens > 2 * V::kDirect) {  // unpacking twice in registers beats unpacking once to memory
     if (n_groups == 2) panelled<V, f, 2>(w, group, x, n_tokens, out, scratch);
     else panelled<V, f, 1>(w, group, x, n_tokens, out, scratch);
     return;
   }
-  for (int g = 0; g < n_groups; ++g) {
-    float* to = out + g * kLanes;
-    switch (n_tokens) {
-      case 1: direct<V, f, 1>(w, group + g, x, to); break;
-      case 2: direct<V, f, 2>(w, group + g, x, to); break;
-      case 3: direct<V, f, 3>(w, group + g, x, to); break;
-      default: direct<V, f, 4>(w, group + g, x, to); break;
+  const int part = n_tokens > V::kDirect ? (n_tokens + 1) / 2 : n_tokens;
+  for (int g = 0; g < n_groups; ++g)
+    for (int t = 0; t < n_tokens; t += part) {
+      const int n = part < n_tokens - t ? part : n_tokens - t;
+      direct_any<V, f, V::kDirect>(w, group + g, {x.codes + t, x.scales + t}, n, out + t * kStrip + g * kLanes);
     }
-  }
 }
 
 template <class V>
