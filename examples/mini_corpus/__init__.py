@@ -1,0 +1,1 @@
+"""The text that trains the embedded miniature: hand-made templates and a few openly licensed sources."""

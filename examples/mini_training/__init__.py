@@ -1,0 +1,1 @@
+"""Training, export and evaluation of the embedded miniature (see examples/train_mini.py)."""
