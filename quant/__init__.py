@@ -1,0 +1,60 @@
+"""Checkpoint in, pack out: codecs, kernels and bytes of quantised MiMo-V2 weights.
+
+Everything up to the bytes of a pack, nothing of how a model runs. Names load on first use; `import quant` brings in
+no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quant.conversion import Progress, convert
+    from quant.errors import QuantError
+    from quant.matmul import backend, linear
+    from quant.pack import Pack
+    from quant.qtensor import QTensor, quantize
+    from quant.recipe import Recipe
+    from quant.report import verify
+    from quant.source import Source
+
+_HOMES = {
+    "convert": "conversion",
+    "Progress": "conversion",
+    "QuantError": "errors",
+    "backend": "matmul",
+    "linear": "matmul",
+    "Pack": "pack",
+    "QTensor": "qtensor",
+    "quantize": "qtensor",
+    "Recipe": "recipe",
+    "verify": "report",
+    "Source": "source",
+}
+
+__all__ = [
+    "Pack",
+    "Progress",
+    "QTensor",
+    "QuantError",
+    "Recipe",
+    "Source",
+    "backend",
+    "convert",
+    "linear",
+    "quantize",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quant' has no attribute {name!r}")
+    value = getattr(import_module(f"quant.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,354 @@
+"""Source times recipe -> pack, unit by unit, resumable, in bounded memory.
+
+`convert` checks everything that can be checked beforehand, then returns an iterator of Progress. A unit is one file
+of the pack: the experts of one layer, or up to a gibibyte of dense tensors. Closing the iterator stops after the
+last finished unit; the same call goes on from there, and the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quant.codec import codec
+from quant.distortion import Distortion
+from quant.errors import BadPack, NotWritable
+from quant.listing import BAND, Entry, FilePlan, Listing
+from quant.manifest import CARD, copied_files, make_card, make_manifest, settings_of
+from quant.pack import MANIFEST, Pack
+from quant.page import MATRICES, PageLayout
+from quant.recipe import Recipe
+from quant.source import Source
+from quant.writer import (
+    JOURNAL,
+    OpenFile,
+    PackWriter,
+    check_settings,
+    existing_parent,
+    no_space,
+    partial_path,
+    read_journal,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from quant.qtensor import QTensor
+
+SMALL_FILES = 1 << 26  # room for the manifest and the tokenizer on top of the exact sizes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is. Errors are relative root-mean-square errors of the weights."""
+
+    unit: str  # file being made
+    done_units: int
+    total_units: int
+    done_bytes: int  # of the pack's safetensors files, resumed ones included
+    total_bytes: int
+    resumed_bytes: int  # finished by an earlier run
+    rms_error: float  # of everything quantised so far
+    worst_error: float
+    worst_name: str
+    elapsed_s: float
+    note: str = ""  # "already done" when there was nothing to do
+
+
+@dataclass
+class _Tally:
+    """Distortions by tensor, or by expert."""
+
+    items: dict[str, Distortion] = field(default_factory=dict)
+
+    def add(self, name: str, distortion: Distortion) -> None:
+        self.items[name] = self.items.get(name, Distortion()) + distortion
+
+    @property
+    def total(self) -> Distortion:
+        return sum(self.items.values(), Distortion())
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        return max(((name, d.rms) for name, d in self.items.items()), key=lambda item: item[1], default=("", 0.0))
+
+    def as_record(self) -> dict[str, list[float]]:
+        return {name: [d.squared_error, d.squared_norm] for name, d in self.items.items()}
+
+    def read(self, record: dict[str, list[float]]) -> None:
+        for name, (error, norm) in record.items():
+            self.add(name, Distortion(error, norm))
+
+
+def convert(
+    src: str | Path,
+    out: str | Path,
+    *,
+    experts: str = "nf4",
+    dense: str = "int8",
+    recipe: Recipe | str | Path | None = None,
+    restart: bool = False,
+) -> Iterator[Progress]:
+    """Make the pack `out` from the checkpoint folder `src`.
+
+    `recipe` (a Recipe, a preset's name or a .toml file) takes the place of `experts` and `dense`. Raises
+    BadCheckpoint, BadRecipe, NoSpace or NotWritable before anything is written; while running, also on a full disk.
+    """
+    source = Source.open(src)
+    listing = Recipe.of(recipe, experts=experts, dense=dense).resolve(source)
+    job = _Job(source, listing, Path(out).expanduser().absolute())
+    return job.run() if job.preflight(restart=restart) else job.already_done()
+
+
+class _Job:
+    """One conversion."""
+
+    def __init__(self, source: Source, listing: Listing, out: Path) -> None:
+        self.source = source
+        self.listing = listing
+        self.out = out
+        self.settings = settings_of(source, listing)
+        self.tally = _Tally()
+        self.started = time.monotonic()
+        self.done_bytes = 0
+        self.resumed_bytes = 0
+        self.done_units = 0
+
+    # before
+
+    def preflight(self, *, restart: bool) -> bool:
+        """Whether there is work to do; raises when it can not be done."""
+        if self.out.exists() and self._finished_before():
+            return False
+        partial = partial_path(self.out)
+        if restart:
+            _discard(partial)
+        had, done = read_journal(partial)
+        if had is not None:
+            check_settings(partial, had, self.settings, "Add --restart to begin again.")
+        elif partial.exists() and not (partial / MANIFEST).exists() and not _only_ours(partial):
+            raise NotWritable(f"{partial} is in the way and was not made by an earlier run. Move it away.")
+        self._check_space(sum(record["bytes"] for record in done.values()), complete=(partial / MANIFEST).exists())
+        return True
+
+    def _finished_before(self) -> bool:
+        """Whether OUT is this very pack; refuses when it is something else."""
+        if not self.out.is_dir():
+            raise NotWritable(f"{self.out} exists and is not a folder. Choose another --out.")
+        if not any(self.out.iterdir()):
+            return False
+        try:
+            with Pack.open(self.out) as pack:
+                had = pack.manifest
+        except BadPack as error:
+            raise NotWritable(f"{self.out} exists and is not a complete pack ({error}) Choose another --out.") from error
+        check_settings(self.out, _settings_in(had), self.settings, "Choose another --out, or delete it first.")
+        (self.out / JOURNAL).unlink(missing_ok=True)
+        return True
+
+    def _check_space(self, finished: int, *, complete: bool) -> None:
+        needed = 0 if complete else self.listing.total_bytes - finished + SMALL_FILES
+        if shutil.disk_usage(existing_parent(self.out)).free < needed:
+            raise no_space(partial_path(self.out), needed)
+
+    # the work
+
+    def already_done(self) -> Iterator[Progress]:
+        self.done_units, self.done_bytes = len(self.listing.files), self.listing.total_bytes
+        self.resumed_bytes = self.done_bytes
+        yield self._progress("", note="already done")
+
+    def run(self) -> Iterator[Progress]:
+        with self.source, PackWriter(self.out, self.settings, self.listing.total_bytes) as writer:
+            if writer.complete:
+                yield from self._publish(writer)
+                return
+            for file in self.listing.files:
+                self._take_over(file, writer)
+            for file in self.listing.files:
+                if file.name not in writer.done:
+                    yield from self._unit(file, writer)
+            small = [writer.write_text(name, content) for name, content in self._small_files(writer)]
+            writer.finish(make_manifest(self.source, self.listing, writer.done, small))
+            yield self._progress("manifest.json")
+
+    def _small_files(self, writer: PackWriter) -> Iterator[tuple[str, bytes]]:
+        yield from copied_files(self.source)
+        yield CARD, make_card(self.source, self.listing, writer.done).encode()
+
+    def _publish(self, writer: PackWriter) -> Iterator[Progress]:
+        """An earlier run was killed between the manifest and the final name."""
+        with Pack.open(writer.folder) as pack:
+            check_settings(writer.folder, _settings_in(pack.manifest), self.settings, "Add --restart to begin again.")
+        writer.publish()
+        yield from self.already_done()
+
+    def _take_over(self, file: FilePlan, writer: PackWriter) -> None:
+        record = writer.done.get(file.name)
+        if record is None:
+            return
+        self.tally.read(record["distortion"])
+        self.done_units += 1
+        self.done_bytes += record["bytes"]
+        self.resumed_bytes += record["bytes"]
+
+    def _unit(self, file: FilePlan, writer: PackWriter) -> Iterator[Progress]:
+        unit = _Tally()
+        before = self.done_bytes
+        record: dict[str, object] = {}
+        with writer.file(file.name) as target:
+            target.write(0, file.shard.header)
+            if file.layer is None:
+                steps = self._dense(file, target, unit)
+            else:
+                record["crc32"] = crcs = []
+                steps = self._experts(file, target, unit, crcs)
+            for name in steps:
+                self.tally.add(name, unit.items[name])
+                yield self._progress(file.name)
+        writer.commit(file.name, {**record, "distortion": unit.as_record()})
+        self.done_units += 1
+        self.done_bytes = before + file.shard.n_bytes
+        yield self._progress(file.name)
+
+    def _dense(self, file: FilePlan, target: OpenFile, unit: _Tally) -> Iterator[str]:
+        for entry in file.entries:
+            unit.add(entry.name, _write_dense(self.source, entry, file, target))
+            self.source.matrices[entry.name].forget()
+            self.done_bytes += entry.nbytes
+            yield entry.name
+
+    def _experts(self, file: FilePlan, target: OpenFile, unit: _Tally, crcs: list[int]) -> Iterator[str]:
+        page = self.listing.page
+        assert page is not None and file.layer is not None
+        for expert in self.source.experts(file.layer):
+            name = f"layers.{file.layer}.experts.{expert}"
+            buffer, distortion = make_page(self.source, name, page)
+            crcs.append(zlib.crc32(buffer))
+            target.write(file.shard.offsets[name], buffer)
+            unit.add(name, distortion)
+            self.done_bytes += page.bytes
+            yield name
+
+    def _progress(self, unit: str, note: str = "") -> Progress:
+        worst_name, worst = self.tally.worst
+        return Progress(
+            unit=unit,
+            done_units=self.done_units,
+            total_units=len(self.listing.files),
+            done_bytes=self.done_bytes,
+            total_bytes=self.listing.total_bytes,
+            resumed_bytes=self.resumed_bytes,
+            rms_error=self.tally.total.rms,
+            worst_error=worst,
+            worst_name=worst_name,
+            elapsed_s=time.monotonic() - self.started,
+            note=note,
+        )
+
+
+def _settings_in(manifest: dict) -> dict[str, object]:
+    return {"source": manifest["source"]["fingerprint"], "layout": manifest["version"], **manifest["recipe"]}
+
+
+def _only_ours(partial: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that was killed before its first journal line."""
+    return partial.is_dir() and all(p.name == JOURNAL or p.suffix == ".tmp" for p in partial.iterdir())
+
+
+def _discard(partial: Path) -> None:
+    if not partial.exists():
+        return
+    if not (partial / JOURNAL).exists() and not (partial / MANIFEST).exists() and not _only_ours(partial):
+        raise NotWritable(f"{partial} is in the way and was not made by an earlier run. Move it away.")
+    shutil.rmtree(partial)
+
+
+def make_page(source: Source, name: str, page: PageLayout) -> tuple[memoryview, Distortion]:
+    """The page of one expert (`layers.L.experts.E`) and its distortion."""
+    import torch
+
+    buffer = torch.zeros(page.bytes, dtype=torch.uint8)
+    views = page.expert(buffer)
+    total = Distortion()
+    for matrix in MATRICES:
+        packed, distortion = _pack_matrix(source, f"{name}.{matrix}", page.codec)
+        for part, there in getattr(views, matrix).parts.items():
+            there.copy_(packed.parts[part])
+        source.matrices[f"{name}.{matrix}"].forget()
+        total += distortion
+    return memoryview(buffer.numpy()), total
+
+
+def _pack_matrix(source: Source, name: str, chosen: str) -> tuple[QTensor, Distortion]:
+    from quant.qtensor import quantize_measured
+
+    return _as_stored(source, name, chosen) or quantize_measured(source.read(name), chosen)
+
+
+def _as_stored(source: Source, name: str, chosen: str) -> tuple[QTensor, Distortion] | None:
+    """A matrix whose stored values fit the codec as they are: rearranged, not rounded again."""
+    from quant import fourbit
+    from quant.qtensor import QTensor
+
+    matrix = source.matrices[name]
+    shape = (matrix.shape[0], matrix.shape[1])
+    if chosen == matrix.dtype == "mxfp4":
+        return QTensor(chosen, shape, fourbit.from_mxfp4(*matrix.mxfp4())), Distortion()
+    if chosen == "fp8" and matrix.plain_fp8(codec("fp8").block):
+        weight, scales = matrix.fp8()
+        return QTensor(chosen, shape, {"weight": weight, "scales": scales}), Distortion()
+    return None
+
+
+def _write_dense(source: Source, entry: Entry, file: FilePlan, target: OpenFile) -> Distortion:
+    """Write one dense tensor, a band of rows at a time."""
+    from quant.qtensor import DTYPES, quantize_measured, row_bands
+
+    offsets = file.shard.offsets
+    if len(entry.shape) == 1:
+        _write(target, offsets[entry.name], source.read(entry.name).to(DTYPES[entry.codec]))
+        return Distortion()
+    kept = _as_stored(source, entry.name, entry.codec)
+    if kept:
+        _write_parts(target, entry, offsets, kept[0], 0)
+        return kept[1]
+    shape = (entry.shape[0], entry.shape[1])
+    bands = row_bands(shape, codec(entry.codec).row_step, BAND)
+    largest = _largest(source, entry, bands)
+    total = Distortion()
+    for start, stop in bands:
+        rows = source.rows(entry.name, start, stop)
+        packed, distortion = quantize_measured(rows, entry.codec, largest=largest)
+        _write_parts(target, entry, offsets, packed, start)
+        total += distortion
+    return total if total.squared_error else Distortion()
+
+
+def _largest(source: Source, entry: Entry, bands: list[tuple[int, int]]) -> float | None:
+    """The largest magnitude of a matrix in several bands, where the codec has a scale for the whole matrix."""
+    if codec(entry.codec).kind != "four" or len(bands) == 1:
+        return None
+    return max(float(source.rows(entry.name, start, stop).abs().max()) for start, stop in bands)
+
+
+def _write_parts(target: OpenFile, entry: Entry, offsets: dict[str, int], packed: QTensor, first_row: int) -> None:
+    """Write the parts of a band of rows: they lie together, since row groups are the outermost dimension."""
+    step = codec(entry.codec).row_step
+    for part, tensor in packed.parts.items():
+        offset = offsets[f"{entry.name}.{part}"]
+        if part != "scale":
+            row_bytes = tensor[0].numel() * tensor.element_size()
+            offset += first_row // (1 if part == "weight" else step) * row_bytes
+        _write(target, offset, tensor)
+
+
+def _write(target: OpenFile, offset: int, tensor: torch.Tensor) -> None:
+    import torch
+
+    target.write(offset, memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
