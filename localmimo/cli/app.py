@@ -1,0 +1,332 @@
+"""The commands, their flags, and what every failure becomes: one sentence on stderr and an exit code.
+
+Imports no torch: each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from localmimo import __version__
+from localmimo.errors import BadModel, BadRequest, Cancelled, DoesNotFit, LocalMimoError
+
+OK, FAILED, USAGE, NO_ROOM, BAD_PACK, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+# Public name of nothing in typer: BadParameter's parent is the usage error, and its parent every shown error.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+ShownError: type[Exception] = UsageError.__bases__[0]
+
+
+@dataclass(slots=True)
+class Settings:
+    """What -v and -q said, kept for the moment when something fails."""
+
+    verbose: int = 0
+    quiet: bool = False
+
+
+app = typer.Typer(
+    name="localmimo",
+    help="Runs Xiaomi's MiMo-V2 mixture-of-experts models on one workstation: experts that do not fit in memory "
+    "are paged in from disk.",
+    epilog="Start with: localmimo chat  (talks to the small model that comes along).",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _set_verbose(context: typer.Context, value: int) -> int:
+    context.ensure_object(Settings).verbose = value
+    return value
+
+
+def _set_quiet(context: typer.Context, value: bool) -> bool:
+    context.ensure_object(Settings).quiet = value
+    return value
+
+
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "-v",
+        "--verbose",
+        count=True,
+        callback=_set_verbose,
+        show_default=False,
+        help="Say more; tracebacks of failures.",
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="Say nothing but results and errors.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"localmimo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of a MiMo-V2 checkpoint (safetensors).")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="DIR", help="The pack's folder  [default: ./NAME-EXPERTS]"),
+    ] = None,
+    experts: Annotated[
+        str, typer.Option(metavar="CODEC", help="Codec of the experts: nf4, nf4-16, mxfp4, int8, bf16.")
+    ] = "nf4",
+    dense: Annotated[
+        str, typer.Option(metavar="CODEC", help="Codec of attention and dense layers: int8, bf16, nf4.")
+    ] = "int8",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and checks; write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an earlier run began.")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a long conversion.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Convert a checkpoint into a pack. Ctrl-C stops it; the same command goes on where it stopped."""
+    from localmimo.cli.quantize import Conversion, run_quantize
+
+    job = Conversion(
+        source.expanduser(), out and out.expanduser(), experts, dense, dry_run, restart, yes, as_json
+    )
+    return run_quantize(job, _ui(verbose, quiet))
+
+
+@app.command()
+def verify(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="Folder of a pack.")],
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Read a pack from end to end and compare every checksum."""
+    from localmimo.cli.verify import run_verify
+
+    return run_verify(pack.expanduser(), _ui(verbose, quiet), as_json=as_json)
+
+
+@app.command()
+def perplexity(
+    pack: Annotated[str, typer.Argument(metavar="PACK", help="Folder of a pack, or mimo-mini.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A text file (UTF-8), or - for stdin.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACK", help="Also compare, position by position, with this pack of the same model."
+        ),
+    ] = None,
+    context: Annotated[
+        str, typer.Option("-c", "--context", metavar="N", help="Tokens in a window.")
+    ] = "2048",
+    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how well a pack predicts a text, and how far it strays from another pack.
+
+    The text is cut into windows of N tokens that do not overlap. Each window is read from an empty context, and
+    every token but its first is predicted from those before it in the window.
+    """
+    from localmimo.cli.perplexity import Measurement, run_perplexity
+    from localmimo.cli.ui import parse_count
+
+    job = Measurement(pack, file, against, parse_count(context, "--context"), ram, as_json)
+    return run_perplexity(job, _ui(verbose, quiet))
+
+
+@app.command()
+def chat(
+    first: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A pack's folder, or mimo-mini.", show_default=False)
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="Answer this and exit; - reads it from stdin.", show_default=False
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option("-c", "--context", metavar="N", help="Positions of the context, such as 32k."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("-n", "--max-tokens", metavar="N", min=1, help="Tokens of an answer, at most."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature", "--temp", metavar="X", min=0, help="0 takes the likeliest token.  [default: 0.7]"
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p", metavar="X", min=0, max=1, help="Share of probability kept.  [default: 0.95]"
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", metavar="N", min=0, help="Tokens kept; 0 keeps all.  [default: 0]"),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p",
+            metavar="X",
+            min=0,
+            max=1,
+            help="Least share of the likeliest token's probability.  [default: 0]",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes an answer repeatable.")] = None,
+    system: Annotated[
+        str | None, typer.Option("-s", "--system", metavar="TEXT|@FILE", help="System prompt.")
+    ] = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Think first.  [default: as the model's template says]"),
+    ] = None,
+    think_budget: Annotated[
+        int | None, typer.Option("--think-budget", metavar="N", min=0, help="Tokens of thinking, at most.")
+    ] = None,
+    hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Do not show thinking.")] = False,
+    stats: Annotated[
+        bool | None,
+        typer.Option("--stats/--no-stats", help="Figures after an answer.  [default: in a terminal]"),
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Of activations: auto, float32, bfloat16.")
+    ] = "auto",
+    plain: Annotated[bool, typer.Option("--plain", help="No Markdown, no redrawing.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Talk with a model: localmimo chat [MODEL] [PROMPT].
+
+    Without a PROMPT it opens a conversation (/help lists its commands). With one, or with text piped in, it
+    prints the answer on stdout and exits. A single word or text that is neither a folder nor "mimo-mini" is
+    taken as the PROMPT for the small model that comes along.
+    """
+    from localmimo.cli.chat import Options, run_chat
+
+    options = Options(
+        arguments=tuple(text for text in (first, second) if text is not None),
+        context=context,
+        ram=ram,
+        dtype=dtype,
+        system=system,
+        think=think,
+        think_budget=think_budget,
+        max_tokens=max_tokens,
+        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
+        hide_thinking=hide_thinking,
+        stats=stats,
+        plain=plain,
+        as_json=as_json,
+    )
+    return run_chat(options, _ui(verbose, quiet))
+
+
+def _ui(verbose: int, quiet: bool) -> Any:
+    from localmimo.cli.ui import Ui
+
+    return Ui.of_process(quiet=quiet, verbose=verbose)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command line; the exit code."""
+    settings = Settings()
+    try:
+        code = app(args=arguments, prog_name="localmimo", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our stdout went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return _complain("interrupted.", INTERRUPTED)
+    except ShownError as error:
+        return _usage(error)
+    except Exception as error:  # noqa: BLE001 - the last resort of the command line
+        return _fail(error, settings)
+    return code if isinstance(code, int) else OK
+
+
+def _fail(error: Exception, settings: Settings) -> int:
+    if settings.verbose:
+        traceback.print_exc()
+    code = exit_code(error)
+    if code is not None:
+        return _complain(str(error), code)
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return _complain(f"{error.strerror}{where}.", FAILED)
+    hint = "" if settings.verbose else " Run with -v for the traceback."
+    return _complain(f"{type(error).__name__}: {' '.join(str(error).split())}.{hint}", FAILED)
+
+
+def exit_code(error: Exception) -> int | None:
+    """The exit code of an error raised on purpose, None for any other."""
+    if isinstance(error, LocalMimoError):
+        known: list[tuple[type[Exception], int]] = [
+            (DoesNotFit, NO_ROOM), (BadModel, BAD_PACK), (BadRequest, USAGE), (Cancelled, INTERRUPTED)
+        ]  # fmt: skip
+    else:
+        from quant.errors import BadCheckpoint, BadPack, BadRecipe, NoSpace, QuantError
+
+        if not isinstance(error, QuantError):
+            return None
+        known = [(NoSpace, NO_ROOM), (BadPack, BAD_PACK), (BadCheckpoint, BAD_PACK), (BadRecipe, USAGE)]
+    return next((code for kind, code in known if isinstance(error, kind)), FAILED)
+
+
+def _usage(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "localmimo"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(context.get_help())
+        return OK
+    return _complain(f"{error.format_message().rstrip('.')}. See {command} --help.", USAGE)
+
+
+def _complain(sentence: str, code: int) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return code

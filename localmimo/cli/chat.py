@@ -1,0 +1,251 @@
+"""`localmimo chat`: finds out what is asked, opens the engine, then answers once or hands over to the Repl.
+
+Knows flags, stdin and folders; nothing of keys or of how an answer looks.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from localmimo.cli.ui import Ui, parse_count
+from localmimo.errors import BadRequest
+
+if TYPE_CHECKING:
+    from localmimo.cli.repl import Manner, Turn
+    from localmimo.engine import Engine
+
+EMBEDDED = "mimo-mini"
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line of `localmimo chat`."""
+
+    arguments: tuple[str, ...] = ()
+    context: str | None = None
+    ram: str | None = None
+    dtype: str = "auto"
+    system: str | None = None
+    think: bool | None = None
+    think_budget: int | None = None
+    max_tokens: int | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    hide_thinking: bool = False
+    stats: bool | None = None
+    plain: bool = False
+    as_json: bool = False
+
+
+Opener = Callable[[str | None, Options, Ui], "Engine"]
+
+
+def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: Opener | None = None) -> int:
+    """Carry the command out; the exit code."""
+    stdin = stdin or sys.stdin
+    model, prompt = model_and_prompt(options.arguments)
+    prompt = _given_prompt(prompt, stdin)
+    if options.as_json and prompt is None:
+        raise BadRequest("--json answers one prompt: give a PROMPT, or pipe it in.")
+    system = _system_text(options.system)
+    if options.context is not None:
+        parse_count(options.context, "--context")
+    with (opener or open_engine)(model, options, ui) as engine:
+        if prompt is None:
+            return _converse(engine, options, ui, system)
+        return _answer_once(engine, options, ui, system, _with_stdin(prompt, stdin, ui))
+
+
+def model_and_prompt(arguments: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """(model or None for the embedded one, prompt or None) of the positional arguments."""
+    match arguments:
+        case (model, prompt):
+            return _model(model), prompt
+        case (one,) if one == EMBEDDED or _looks_like_path(one):
+            return _model(one), None
+        case (one,):
+            return None, one
+    return None, None
+
+
+def _model(name: str) -> str | None:
+    return None if name == EMBEDDED else name
+
+
+def _looks_like_path(text: str) -> bool:
+    """An existing folder, or a single word that can only be meant as one."""
+    if text.strip() and len(text) < 4096 and "\0" not in text and Path(text).expanduser().is_dir():
+        return True
+    return len(text.split()) == 1 and text.startswith(("/", "./", "../", "~"))
+
+
+def _given_prompt(prompt: str | None, stdin: IO[str]) -> str | None:
+    if prompt == STDIN or (prompt is None and not stdin.isatty()):
+        prompt = stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise BadRequest("The prompt is empty: say something.")
+    return prompt
+
+
+def _with_stdin(prompt: str, stdin: IO[str], ui: Ui) -> str:
+    """The prompt, and below it what was piped in along with it."""
+    if stdin.isatty() or stdin.closed:
+        return prompt
+    try:
+        ready = bool(select.select([stdin], [], [], 0)[0])
+    except (OSError, ValueError):  # no real file
+        ready = True
+    if not ready:
+        ui.note(
+            "Nothing came in on stdin yet, so it is not read; give - as the PROMPT to wait for it.",
+            style="dim",
+        )
+        return prompt
+    piped = stdin.read()
+    return f"{prompt}\n\n{piped}" if piped.strip() else prompt
+
+
+def _system_text(system: str | None) -> str | None:
+    if system is None or not system.startswith("@"):
+        return system
+    path = Path(system[1:]).expanduser()
+    if not path.is_file():
+        raise BadRequest(f"--system: there is no file {path}.")
+    try:
+        return path.read_text("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BadRequest(f"--system: {path} is no UTF-8 text.") from None
+
+
+def open_engine(model: str | None, options: Options, ui: Ui) -> Engine:
+    """Load the model, saying so while it lasts."""
+    context = None if options.context is None else parse_count(options.context, "--context")
+    ui.status.show(f"  opening {model or EMBEDDED} ...", now=True)
+    try:
+        from localmimo.embedded import embedded_pack
+        from localmimo.engine import load
+
+        if model is None:
+            ui.status.clear()  # the first use says what it does
+        path = Path(model).expanduser() if model else embedded_pack()
+        ui.status.show(f"  opening {path.name} ...", now=True)
+        return load(path, context=context, ram=options.ram, dtype=options.dtype)  # type: ignore[arg-type]
+    finally:
+        ui.status.clear()
+
+
+def _manner(options: Options, ui: Ui) -> Manner:
+    from localmimo.cli.repl import Manner
+
+    stats = ui.err.is_terminal if options.stats is None else options.stats
+    return Manner(
+        sampling=dict(options.sampling),
+        max_tokens=options.max_tokens,
+        think=options.think,
+        think_budget=options.think_budget,
+        stats=stats,
+    )
+
+
+def _converse(engine: Engine, options: Options, ui: Ui, system: str | None) -> int:
+    from localmimo.cli.commands import COMMANDS
+    from localmimo.cli.keys import KeyReader
+    from localmimo.cli.repl import Repl
+    from localmimo.cli.screen import Screen
+
+    manner = _manner(options, ui)
+    manner.stream_options()
+    reader = KeyReader(command.name for command in COMMANDS)
+    screen = Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
+    repl = Repl(reader, ui, engine, manner=manner, screen=screen, system=system)
+    greet(engine, manner, ui)
+    repl.run()
+    return 0
+
+
+def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
+    """What is being talked to, and how it was fitted into the machine."""
+    from localmimo.machine import format_bytes
+
+    facts = engine.effective()
+    think = engine.template.think_default if manner.think is None else manner.think
+    ui.parts(
+        [
+            str(facts["model"]),
+            str(facts["experts"]),
+            f"{format_bytes(engine.pack.n_bytes)} pack",
+            f"context {engine.context:,}",
+            f"thinking {'on' if think else 'off'}",
+        ],
+        indent=0,
+        style="bold",
+    )
+    ui.parts(str(engine.plan).split(" · "))
+    if ui.verbose:
+        for key, value in facts.items():
+            ui.note(f"  {key:<14} {value}", style="dim")
+    ui.note("  /help for commands, Ctrl-D to leave", style="dim")
+
+
+def _answer_once(engine: Engine, options: Options, ui: Ui, system: str | None, prompt: str) -> int:
+    from localmimo.cli.repl import answer, ending_of
+    from localmimo.cli.screen import Screen, figures
+
+    manner = _manner(options, ui)
+    messages = [{"role": "user", "content": prompt}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    screen: Any = (
+        Silent() if options.as_json else Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
+    )
+    turn = answer(engine, messages, manner, screen)
+    ending = ending_of(turn, engine.context)
+    facts = figures(turn.stats, engine.context) if turn.stats and manner.stats else []
+    if ending or facts:
+        ui.parts([*([ending] if ending else []), *facts])
+    if options.as_json:
+        ui.json(as_object(turn, engine, manner))
+    return 130 if turn.finish_reason == "cancelled" else 0
+
+
+class Silent:
+    """A screen that shows nothing."""
+
+    def begin(self) -> None: ...
+
+    def reading(self, done: int, total: int) -> None: ...
+
+    def show(self, step: Any) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def as_object(turn: Turn, engine: Engine, manner: Manner) -> dict[str, Any]:
+    """An answer for machines: what was said, what it took, and the configuration in force."""
+    from dataclasses import asdict
+
+    chosen = manner.stream_options()
+    n_prompt = turn.stats.prompt_tokens if turn.stats else 0
+    n_said = turn.stats.generated_tokens if turn.stats else 0
+    think = engine.template.think_default if manner.think is None else manner.think
+    return {
+        "text": turn.content,
+        "reasoning_content": turn.reasoning,
+        "tool_calls": [call.as_dict() for call in turn.tool_calls],
+        "tokens": turn.tokens,
+        "finish_reason": turn.finish_reason,
+        "usage": {"prompt_tokens": n_prompt, "completion_tokens": n_said, "total_tokens": n_prompt + n_said},
+        "stats": turn.stats.as_dict() if turn.stats else {},
+        "config": engine.effective()
+        | {
+            "sampling": asdict(chosen["sampling"]),
+            "max_tokens": manner.max_tokens,
+            "think": think,
+            "think_budget": manner.think_budget,
+        },
+    }

@@ -1,0 +1,243 @@
+"""The slash commands of a conversation: a table of names, what they say of themselves, and what they do.
+
+Knows the Repl they act on; nothing of keys or models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localmimo.cli.screen import figures
+from localmimo.cli.ui import parse_count
+from localmimo.errors import BadRequest, LocalMimoError
+
+if TYPE_CHECKING:
+    from localmimo.cli.repl import Repl
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A slash command; `run` gets the text after its name and returns False to end the conversation."""
+
+    name: str
+    usage: str
+    help: str
+    run: Callable[[Repl, str], bool | None]
+
+
+ALIASES = {"quit": "exit", "bye": "exit", "?": "help"}
+
+
+def obey(repl: Repl, entry: str) -> bool:
+    """Carry out an entry that starts with a slash; False if it ends the conversation."""
+    name, _, argument = entry[1:].strip().partition(" ")
+    name = ALIASES.get(name, name)
+    command = next((command for command in COMMANDS if command.name == name), None)
+    if command is None:
+        repl.ui.note(_unknown(name))
+        return True
+    try:
+        return command.run(repl, argument.strip()) is not False
+    except (LocalMimoError, OSError) as error:
+        repl.ui.note(f"error: {error}", style="red")
+        return True
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, [command.name for command in COMMANDS], n=1, cutoff=0.5)
+    guess = f" Did you mean /{close[0]}?" if close else " /help lists the commands."
+    return f"Unknown command /{name}.{guess} To send it as text, start with //."
+
+
+def _help(repl: Repl, _argument: str) -> None:
+    width = max(len(command.usage) for command in COMMANDS)
+    for command in COMMANDS:
+        repl.ui.note(f"  {command.usage:<{width}}  {command.help}")
+    repl.ui.note(
+        "  Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, // sends a leading slash."
+    )
+
+
+def _exit(_repl: Repl, _argument: str) -> bool:
+    return False
+
+
+def _clear(repl: Repl, _argument: str) -> None:
+    repl.messages.clear()
+    repl.attached.clear()
+    repl.asked, repl.last = "", None
+    repl.ui.note(
+        "  The conversation is empty" + (", the system prompt stays." if repl.system else "."), style="dim"
+    )
+
+
+def _system(repl: Repl, text: str) -> None:
+    if not text:
+        repl.ui.note(
+            f"  {repl.system}" if repl.system else "  No system prompt: the model's own is used.", style="dim"
+        )
+    elif text == "off":
+        repl.system = None
+        repl.ui.note("  No system prompt: the model's own is used.", style="dim")
+    else:
+        repl.system = text
+        repl.ui.note("  The system prompt holds from the next message on.", style="dim")
+
+
+SETTINGS: dict[str, tuple[str, type]] = {
+    "temperature": ("temperature", float),
+    "temp": ("temperature", float),
+    "top-p": ("top_p", float),
+    "top-k": ("top_k", int),
+    "min-p": ("min_p", float),
+    "repetition-penalty": ("repetition_penalty", float),
+    "presence-penalty": ("presence_penalty", float),
+    "frequency-penalty": ("frequency_penalty", float),
+    "seed": ("seed", int),
+    "max-tokens": ("max_tokens", int),
+}
+
+
+def _set(repl: Repl, argument: str) -> None:
+    for pair in argument.split():
+        _set_one(repl, pair)
+    sampling = repl.manner.stream_options()["sampling"]
+    shown = {
+        name: getattr(sampling, key, repl.manner.max_tokens)
+        for name, (key, _) in SETTINGS.items()
+        if name != "temp"
+    }
+    repl.ui.parts(f"{name} {'off' if value is None else value}" for name, value in shown.items())
+
+
+def _set_one(repl: Repl, pair: str) -> None:
+    key, equals, text = pair.partition("=")
+    name = key.strip().lower().replace("_", "-")
+    if not equals or name not in SETTINGS:
+        raise BadRequest(f"/set {pair}: write name=value, the name one of {', '.join(SETTINGS)}.")
+    target, kind = SETTINGS[name]
+    try:
+        value = None if text.lower() in ("", "off", "none") else kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise BadRequest(f'/set {name}: "{text}" is not {wanted}.') from None
+    if target == "max_tokens":
+        if value is not None and value < 1:
+            raise BadRequest(f"/set max-tokens: {value} is too few; it must be at least 1, or off.")
+        repl.manner.max_tokens = value
+        return
+    before = repl.manner.sampling.get(target)
+    repl.manner.sampling[target] = value
+    try:
+        repl.manner.stream_options()
+    except BadRequest:
+        repl.manner.sampling[target] = before
+        raise
+
+
+def _think(repl: Repl, argument: str) -> None:
+    match argument:
+        case "on":
+            repl.manner.think, repl.manner.think_budget = True, None
+        case "off":
+            repl.manner.think, repl.manner.think_budget = False, None
+        case "":
+            pass
+        case _:
+            repl.manner.think, repl.manner.think_budget = True, parse_count(argument, "/think")
+    budget = repl.manner.think_budget
+    repl.ui.note(
+        f"  thinking {'on' if thinks(repl) else 'off'}"
+        + ("" if budget is None else f", at most {budget:,} tokens"),
+        style="dim",
+    )
+
+
+def thinks(repl: Repl) -> bool:
+    """Whether the next answer starts with thinking."""
+    return repl.engine.template.think_default if repl.manner.think is None else repl.manner.think
+
+
+def _thoughts(repl: Repl, _argument: str) -> None:
+    if repl.last is None or not repl.last.reasoning:
+        repl.ui.note("  The last answer came without thinking.", style="dim")
+    else:
+        repl.ui.note(repl.last.reasoning.strip(), style="dim")
+
+
+def _stats(repl: Repl, _argument: str) -> None:
+    if repl.last is not None and repl.last.stats is not None:
+        repl.ui.parts(figures(repl.last.stats, repl.engine.context))
+    for key, value in repl.engine.effective().items():
+        repl.ui.note(
+            f"  {key:<14} {value if isinstance(value, str) else json.dumps(value, default=str)}", style="dim"
+        )
+
+
+def _retry(repl: Repl, _argument: str) -> None:
+    if not repl.asked:
+        raise BadRequest("There is nothing to ask again.")
+    if repl.messages and repl.messages[-1]["role"] == "assistant":
+        repl.take_back()
+    repl.ask(repl.asked)
+
+
+def _undo(repl: Repl, _argument: str) -> None:
+    if not repl.take_back():
+        raise BadRequest("There is nothing to take back.")
+    repl.last = None
+    n_left = sum(message["role"] == "user" for message in repl.messages)
+    repl.ui.note(f"  The last question and its answer are gone; {n_left} left.", style="dim")
+
+
+def _read(repl: Repl, argument: str) -> None:
+    try:
+        names = shlex.split(argument)
+    except ValueError as error:
+        raise BadRequest(f"/read: {error}.") from None
+    if not names:
+        raise BadRequest("/read: name at least one file.")
+    for path in [Path(name).expanduser() for name in names]:
+        text = _text_of(path)
+        n_tokens = len(repl.engine.encode(text))
+        if n_tokens >= repl.engine.context:
+            raise BadRequest(
+                f"{path} has {n_tokens:,} tokens and the context {repl.engine.context:,}; read a part of it."
+            )
+        repl.attached.append(f"File {path.name}:\n{text}")
+        repl.ui.note(f"  {path.name}: {n_tokens:,} tokens, goes with your next message", style="dim")
+
+
+def _text_of(path: Path) -> str:
+    if not path.is_file():
+        raise BadRequest(f"There is no file {path}.")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise BadRequest(f"{path} is no UTF-8 text.") from None
+
+
+COMMANDS = (
+    Command("help", "/help", "this list", _help),
+    Command("exit", "/exit", "leave (so does Ctrl-D)", _exit),
+    Command("clear", "/clear", "begin anew", _clear),
+    Command("system", "/system [TEXT|off]", "show or change the system prompt", _system),
+    Command(
+        "set",
+        "/set [NAME=VALUE ...]",
+        "show or change sampling: temperature, top-p, seed, max-tokens ...",
+        _set,
+    ),
+    Command("think", "/think [on|off|N]", "whether to think first, and for how many tokens at most", _think),
+    Command("thoughts", "/thoughts", "show the last answer's thinking", _thoughts),
+    Command("stats", "/stats", "figures of the last answer, and the configuration in force", _stats),
+    Command("retry", "/retry", "ask the last question again", _retry),
+    Command("undo", "/undo", "take the last question and its answer back", _undo),
+    Command("read", "/read FILE ...", "put files into your next message", _read),
+)
