@@ -26,16 +26,16 @@ def reference(x: Tensor, q: QTensor) -> Tensor:
     return out
 
 
-def _find_kernel() -> tuple[str, Kernel | None]:
-    """The native kernels when this build has them."""
+def _native_kernel() -> Kernel | None:
+    """The native kernels where this build has them."""
     try:
         from quant import kernels
     except ImportError:
-        return "torch-reference", None
-    return kernels.name(), kernels.linear
+        return None
+    return kernels.linear if kernels.available() else None
 
 
-_NAME, _KERNEL = _find_kernel()
+_KERNEL = _native_kernel()
 
 
 def linear(x: Tensor, q: QTensor) -> Tensor:
@@ -48,5 +48,9 @@ def linear(x: Tensor, q: QTensor) -> Tensor:
 
 
 def backend() -> str:
-    """What `linear` runs: the name of the native kernels, or "torch-reference"."""
-    return _NAME
+    """What `linear` runs: the instruction set of the native kernels, or "torch-reference"."""
+    if _KERNEL is None:
+        return "torch-reference"
+    from quant import kernels
+
+    return kernels.isa()
