@@ -1,7 +1,7 @@
 """Checkpoint in, pack out: codecs, kernels and bytes of quantised MiMo-V2 weights.
 
-Everything up to the bytes of a pack, nothing of how a model runs. Names load on first use; `import quant` brings in
-no torch.
+Everything up to the bytes of a pack, nothing of how a model runs. Names load on first use; `import quant`
+brings in no torch.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Codecs as arithmetic: which parts a packed matrix has, in which layout, and how many bytes they take.
 
-Knows shapes and bytes only. It must not import torch: recipes and dry runs price whole models with it. The values
-are made in `qtensor.py`.
+Knows shapes and bytes only. It must not import torch: recipes and dry runs price whole models with it. The
+values are made in `qtensor.py`.
 
-Four-bit layout, shared by nf4, nf4-16 and mxfp4 so that one kernel serves them. Rows are padded to 16, columns to
-32. For row group g and column block b of 32 columns `codes[g, b]` are 256 bytes, four vectors v of 64 bytes; byte
-v*64 + r*4 + j holds the code of row g*16+r, column b*32 + v*4 + j in its low nibble and that of the column 16 to the
-right in its high nibble. One such vector is what an AVX-512 dot-product instruction consumes. `scales[g, b]` holds
-one byte per row for each sub-block of the 32 columns, all rows of the first sub-block first.
+Four-bit layout, shared by nf4, nf4-16 and mxfp4 so that one kernel serves them. Rows are padded to 16,
+columns to 32. For row group g and column block b of 32 columns `codes[g, b]` are 256 bytes, four vectors v of
+64 bytes; byte v*64 + r*4 + j holds the code of row g*16+r, column b*32 + v*4 + j in its low nibble and that
+of the column 16 to the right in its high nibble. One such vector is what an AVX-512 dot-product instruction
+consumes. `scales[g, b]` holds one byte per row for each sub-block of the 32 columns, all rows of the first
+sub-block first.
 
-Eight-bit layout: `codes[g, b, v]` are 64 bytes for columns b*64 + v*4 + j of 16 rows, byte r*4 + j; `scales[g, b]`
-has one float16 per row and 64 columns.
+Eight-bit layout: `codes[g, b, v]` are 64 bytes for columns b*64 + v*4 + j of 16 rows, byte r*4 + j;
+`scales[g, b]` has one float16 per row and 64 columns.
 """
 
 from __future__ import annotations

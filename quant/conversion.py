@@ -1,8 +1,8 @@
 """Source times recipe -> pack, unit by unit, resumable, in bounded memory.
 
-`convert` checks everything that can be checked beforehand, then returns an iterator of Progress. A unit is one file
-of the pack: the experts of one layer, or up to a gibibyte of dense tensors. Closing the iterator stops after the
-last finished unit; the same call goes on from there, and the result is the same to the byte.
+`convert` checks everything that can be checked beforehand, then returns an iterator of Progress. A unit is
+one file of the pack: the experts of one layer, or up to a gibibyte of dense tensors. Closing the iterator
+stops after the last finished unit; the same call goes on from there, and the result is the same to the byte.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,27 +62,16 @@ class Progress:
 
 @dataclass
 class _Tally:
-    """Distortions by tensor, or by expert."""
+    """Running distortion of many tensors or experts, each added once."""
 
-    items: dict[str, Distortion] = field(default_factory=dict)
+    total: Distortion = Distortion()
+    worst: float = 0.0
+    worst_name: str = ""
 
     def add(self, name: str, distortion: Distortion) -> None:
-        self.items[name] = self.items.get(name, Distortion()) + distortion
-
-    @property
-    def total(self) -> Distortion:
-        return sum(self.items.values(), Distortion())
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        return max(((name, d.rms) for name, d in self.items.items()), key=lambda item: item[1], default=("", 0.0))
-
-    def as_record(self) -> dict[str, list[float]]:
-        return {name: [d.squared_error, d.squared_norm] for name, d in self.items.items()}
-
-    def read(self, record: dict[str, list[float]]) -> None:
-        for name, (error, norm) in record.items():
-            self.add(name, Distortion(error, norm))
+        self.total += distortion
+        if distortion.rms > self.worst:
+            self.worst, self.worst_name = distortion.rms, name
 
 
 def convert(
@@ -97,7 +86,8 @@ def convert(
     """Make the pack `out` from the checkpoint folder `src`.
 
     `recipe` (a Recipe, a preset's name or a .toml file) takes the place of `experts` and `dense`. Raises
-    BadCheckpoint, BadRecipe, NoSpace or NotWritable before anything is written; while running, also on a full disk.
+    BadCheckpoint, BadRecipe, NoSpace or NotWritable before anything is written; while running, also on a full
+    disk.
     """
     source = Source.open(src)
     listing = Recipe.of(recipe, experts=experts, dense=dense).resolve(source)
@@ -133,7 +123,9 @@ class _Job:
             check_settings(partial, had, self.settings, "Add --restart to begin again.")
         elif partial.exists() and not (partial / MANIFEST).exists() and not _only_ours(partial):
             raise NotWritable(f"{partial} is in the way and was not made by an earlier run. Move it away.")
-        self._check_space(sum(record["bytes"] for record in done.values()), complete=(partial / MANIFEST).exists())
+        self._check_space(
+            sum(record["bytes"] for record in done.values()), complete=(partial / MANIFEST).exists()
+        )
         return True
 
     def _finished_before(self) -> bool:
@@ -146,8 +138,12 @@ class _Job:
             with Pack.open(self.out) as pack:
                 had = pack.manifest
         except BadPack as error:
-            raise NotWritable(f"{self.out} exists and is not a complete pack ({error}) Choose another --out.") from error
-        check_settings(self.out, _settings_in(had), self.settings, "Choose another --out, or delete it first.")
+            raise NotWritable(
+                f"{self.out} exists and is not a complete pack ({error}) Choose another --out."
+            ) from error
+        check_settings(
+            self.out, _settings_in(had), self.settings, "Choose another --out, or delete it first."
+        )
         (self.out / JOURNAL).unlink(missing_ok=True)
         return True
 
@@ -184,7 +180,9 @@ class _Job:
     def _publish(self, writer: PackWriter) -> Iterator[Progress]:
         """An earlier run was killed between the manifest and the final name."""
         with Pack.open(writer.folder) as pack:
-            check_settings(writer.folder, _settings_in(pack.manifest), self.settings, "Add --restart to begin again.")
+            check_settings(
+                writer.folder, _settings_in(pack.manifest), self.settings, "Add --restart to begin again."
+            )
         writer.publish()
         yield from self.already_done()
 
@@ -192,38 +190,40 @@ class _Job:
         record = writer.done.get(file.name)
         if record is None:
             return
-        self.tally.read(record["distortion"])
+        for name, (error, norm) in record["distortion"].items():
+            self.tally.add(name, Distortion(error, norm))
         self.done_units += 1
         self.done_bytes += record["bytes"]
         self.resumed_bytes += record["bytes"]
 
     def _unit(self, file: FilePlan, writer: PackWriter) -> Iterator[Progress]:
-        unit = _Tally()
         before = self.done_bytes
-        record: dict[str, object] = {}
+        record: dict[str, dict[str, list[float]] | list[int]] = {}
         with writer.file(file.name) as target:
             target.write(0, file.shard.header)
-            if file.layer is None:
-                steps = self._dense(file, target, unit)
-            else:
-                record["crc32"] = crcs = []
-                steps = self._experts(file, target, unit, crcs)
-            for name in steps:
-                self.tally.add(name, unit.items[name])
+            distortions = {}
+            crcs: list[int] = []
+            steps = self._dense(file, target) if file.layer is None else self._experts(file, target, crcs)
+            for name, distortion in steps:
+                self.tally.add(name, distortion)
+                distortions[name] = [distortion.squared_error, distortion.squared_norm]
                 yield self._progress(file.name)
-        writer.commit(file.name, {**record, "distortion": unit.as_record()})
+        if file.layer is not None:
+            record["crc32"] = crcs
+        writer.commit(file.name, {**record, "distortion": distortions})
         self.done_units += 1
         self.done_bytes = before + file.shard.n_bytes
         yield self._progress(file.name)
 
-    def _dense(self, file: FilePlan, target: OpenFile, unit: _Tally) -> Iterator[str]:
+    def _dense(self, file: FilePlan, target: OpenFile) -> Iterator[tuple[str, Distortion]]:
         for entry in file.entries:
-            unit.add(entry.name, _write_dense(self.source, entry, file, target))
+            distortion = _write_dense(self.source, entry, file, target)
             self.source.matrices[entry.name].forget()
             self.done_bytes += entry.nbytes
-            yield entry.name
+            yield entry.name, distortion
 
-    def _experts(self, file: FilePlan, target: OpenFile, unit: _Tally, crcs: list[int]) -> Iterator[str]:
+    def _experts(self, file: FilePlan, target: OpenFile, crcs: list[int]) -> Iterator[tuple[str, Distortion]]:
+        """`crcs` receives the checksum of each page."""
         page = self.listing.page
         assert page is not None and file.layer is not None
         for expert in self.source.experts(file.layer):
@@ -231,12 +231,10 @@ class _Job:
             buffer, distortion = make_page(self.source, name, page)
             crcs.append(zlib.crc32(buffer))
             target.write(file.shard.offsets[name], buffer)
-            unit.add(name, distortion)
             self.done_bytes += page.bytes
-            yield name
+            yield name, distortion
 
     def _progress(self, unit: str, note: str = "") -> Progress:
-        worst_name, worst = self.tally.worst
         return Progress(
             unit=unit,
             done_units=self.done_units,
@@ -245,8 +243,8 @@ class _Job:
             total_bytes=self.listing.total_bytes,
             resumed_bytes=self.resumed_bytes,
             rms_error=self.tally.total.rms,
-            worst_error=worst,
-            worst_name=worst_name,
+            worst_error=self.tally.worst,
+            worst_name=self.tally.worst_name,
             elapsed_s=time.monotonic() - self.started,
             note=note,
         )
@@ -331,13 +329,16 @@ def _write_dense(source: Source, entry: Entry, file: FilePlan, target: OpenFile)
 
 
 def _largest(source: Source, entry: Entry, bands: list[tuple[int, int]]) -> float | None:
-    """The largest magnitude of a matrix in several bands, where the codec has a scale for the whole matrix."""
+    """The largest magnitude of a matrix in several bands, where the codec has a scale for the whole
+    matrix."""
     if codec(entry.codec).kind != "four" or len(bands) == 1:
         return None
     return max(float(source.rows(entry.name, start, stop).abs().max()) for start, stop in bands)
 
 
-def _write_parts(target: OpenFile, entry: Entry, offsets: dict[str, int], packed: QTensor, first_row: int) -> None:
+def _write_parts(
+    target: OpenFile, entry: Entry, offsets: dict[str, int], packed: QTensor, first_row: int
+) -> None:
     """Write the parts of a band of rows: they lie together, since row groups are the outermost dimension."""
     step = codec(entry.codec).row_step
     for part, tensor in packed.parts.items():

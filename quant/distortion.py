@@ -1,4 +1,5 @@
-"""How far packed weights are from their source: sums of squares that add up over rows, matrices and layers."""
+"""How far packed weights are from their source: sums of squares that add up over rows, matrices and
+layers."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-SLICE = 1 << 14  # below torch's threshold for splitting a sum between threads: the order of summation stays fixed
+SLICE = (
+    1 << 14
+)  # below torch's threshold for splitting a sum between threads: the order of summation stays fixed
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The eight-bit codecs in torch: int8 with one float16 scale per row and 64 columns, and FP8 in blocks of 128 x 128.
+"""The eight-bit codecs in torch: int8 with one float16 scale per row and 64 columns, and FP8 in blocks of 128
+x 128.
 
 The reference; layouts are described in `codec.py`. It must not know files, names or models.
 """
@@ -51,7 +52,8 @@ def decode_int8(codec: Codec, parts: dict[str, Tensor]) -> Tensor:
 
 
 def encode_fp8(codec: Codec, weight: Tensor) -> dict[str, Tensor]:
-    """Pack float32 [rows, cols]; each scale puts the largest magnitude of its block at the end of the range."""
+    """Pack float32 [rows, cols]; each scale puts the largest magnitude of its block at the end of the
+    range."""
     n_rows, n_cols = weight.shape
     side = codec.block
     padded = F.pad(weight, (0, -n_cols % side, 0, -n_rows % side))

@@ -1,4 +1,5 @@
-"""What can go wrong between a checkpoint and a pack. Messages are sentences; the CLI maps classes to exit codes."""
+"""What can go wrong between a checkpoint and a pack. Messages are sentences; the CLI maps classes to exit
+codes."""
 
 from __future__ import annotations
 

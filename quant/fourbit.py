@@ -1,19 +1,21 @@
 """The four-bit codecs in torch: scale search, nearest codes, packing, and the way back. The reference.
 
-A block of 16 or 32 columns shares one scale byte, chosen by least squared error among a few candidates around the
-one that just covers the largest magnitude. nf4 scales are float8 e4m3 times one float32 per matrix and may be
-negative, which turns the lopsided book around; mxfp4 scales are powers of two.
+A block of 16 or 32 columns shares one scale byte, chosen by least squared error among a few candidates around
+the one that just covers the largest magnitude. nf4 scales are float8 e4m3 times one float32 per matrix and
+may be negative, which turns the lopsided book around; mxfp4 scales are powers of two.
 
-Everything but the final sums is element by element, so the bytes depend neither on the number of threads nor on how
-a matrix was cut into bands. Works on chunks that fit the cache. It must not know files, names or models.
+Everything but the final sums is element by element, so the bytes depend neither on the number of threads nor
+on how a matrix was cut into bands. Works on chunks that fit the cache. It must not know files, names or
+models.
 
-Sources: the NF4 values are bitsandbytes' (Dettmers et al. 2023, QLoRA, appendix E); E2M1 and E8M0 are those of the
-OCP Microscaling Formats specification 1.0.
+Sources: the NF4 values are bitsandbytes' (Dettmers et al. 2023, QLoRA, appendix E); E2M1 and E8M0 are those
+of the OCP Microscaling Formats specification 1.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,19 +34,26 @@ NF4_VALUES = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4_CODES = (*FP4_VALUES, *(-v for v in FP4_VALUES))
 
-CHUNK = 1 << 16  # weights in flight: three float32 arrays of this size fit a level-2 cache
+CHUNK = 1 << 16  # weights in flight per thread: a few float32 arrays of this size fit a level-2 cache
 N_CELLS = 1024  # of the lookup table that finds the nearest code; narrower than half the closest two values
-NF4_TOP = 256.0  # the tensor scale puts the largest magnitude here; e4m3 reaches 448, leaving candidates above
+NF4_TOP = (
+    256.0  # the tensor scale puts the largest magnitude here; e4m3 reaches 448, leaving candidates above
+)
 LARGEST_E4M3 = 126  # byte 127 is NaN
+# Candidates as steps of e4m3 from the scale that just covers the block. Three above, the largest weight lands on the
+# second largest value instead. On Gaussian weights these four, in both signs, give a relative error of 0.0784 (block
+# 32) and 0.0699 (block 16), against 0.0786 and 0.0708 for (-2, -1, 0, 1, 2) and 0.0779 and 0.0685 for -2 to 6.
+NF4_STEPS = (0, -1, -2, 3)
 
 
 @dataclass(frozen=True)
 class Book:
     """The 16 values of a codec with tables that find the nearest one in a few element-wise steps.
 
-    The range [-reach, reach) is cut into cells. A cell contains at most one midpoint between neighbouring values:
-    `position` is the rank of the nearest value at the left edge, one more to the right of `midpoint`.
+    The range [-reach, reach) is cut into cells. A cell contains at most one midpoint between neighbouring
+    values: `position` is the rank of the nearest value at the left edge, one more to the right of `midpoint`.
     """
 
     values: Tensor  # [16] by code
@@ -60,9 +69,6 @@ class Book:
 def book(name: str) -> Book:
     """The book of a four-bit codec."""
     return _make_book(FP4_CODES, _e8m0(), 8.0) if name == "mxfp4" else _make_book(NF4_VALUES, _e4m3(), 2.0)
-
-
-FP4_CODES = (*FP4_VALUES, *(-v for v in FP4_VALUES))
 
 
 def _make_book(values: tuple[float, ...], scales: Tensor, reach: float) -> Book:
@@ -95,30 +101,49 @@ def _e8m0() -> Tensor:
 
 
 def tensor_scale(name: str, largest: float) -> float:
-    """The float32 factor of a whole matrix, from its largest magnitude; 1 for mxfp4 and for a matrix of zeros."""
+    """The float32 factor of a whole matrix, from its largest magnitude; 1 for mxfp4 and for a matrix of
+    zeros."""
     if name == "mxfp4" or largest == 0:
         return 1.0
     return max(largest / NF4_TOP, torch.finfo(torch.float32).tiny)
 
 
 def encode(codec: Codec, weight: Tensor, scale: float) -> tuple[dict[str, Tensor], float]:
-    """Pack float32 [rows, cols] -> parts of the layout and the squared error. Rows are padded to whole groups."""
+    """Pack float32 [rows, cols] -> parts of the layout and the squared error. Rows are padded to whole
+    groups."""
     specs = codec.parts((weight.shape[0], weight.shape[1]))
     codes = torch.empty(specs["codes"].shape, dtype=torch.uint8)
     scales = torch.empty(specs["scales"].shape, dtype=torch.uint8)
-    squared_error = 0.0
-    step = max(1, CHUNK // (ROW_GROUP * 32 * max(1, codes.shape[1])))
-    for group in range(0, codes.shape[0], step):
+    step = max(1, CHUNK // (ROW_GROUP * 32 * codes.shape[1]))
+
+    def chunk(group: int) -> float:
         rows = weight[group * ROW_GROUP : (group + step) * ROW_GROUP]
-        blocks = _to_blocks(codec, rows).div_(scale)
-        scale_bytes = _search(codec, blocks)
-        ranks, error = _nearest(codec, blocks, scale_bytes)
-        squared_error += error
         there = slice(group, group + step)
-        codes[there] = _pack(codec, ranks, codes[there].shape)
-        scales[there] = scale_bytes.view(scales[there].shape)
+        return _encode_chunk(codec, rows, scale, codes[there], scales[there])
+
+    squared_error = sum(_in_threads(chunk, range(0, codes.shape[0], step)))
     parts = {"codes": codes, "scales": scales, "scale": torch.tensor([scale], dtype=torch.float32)}
     return parts, squared_error * scale * scale
+
+
+def _in_threads(work: Callable[[int], float], items: range) -> list[float]:
+    """Chunks are independent: one Python thread per torch thread, each running small operations on its
+    own."""
+    n_threads = min(torch.get_num_threads(), len(items))
+    if n_threads <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, items))
+
+
+def _encode_chunk(codec: Codec, rows: Tensor, scale: float, codes: Tensor, scales: Tensor) -> float:
+    """Pack some row groups into their places; returns the squared error in units of `scale`."""
+    blocks = _to_blocks(codec, rows) / scale
+    scale_bytes = _search(codec, blocks)
+    nearest, squared_error = _nearest(codec, blocks, scale_bytes)
+    codes.copy_(_pack(codec, nearest, codes.shape))
+    scales.copy_(scale_bytes.view(scales.shape))
+    return squared_error
 
 
 def _to_blocks(codec: Codec, rows: Tensor) -> Tensor:
@@ -126,7 +151,7 @@ def _to_blocks(codec: Codec, rows: Tensor) -> Tensor:
     n_rows, n_cols = rows.shape
     padded = F.pad(rows, (0, -n_cols % 32, 0, -n_rows % ROW_GROUP))
     split = padded.view(-1, ROW_GROUP, padded.shape[1] // 32, 32 // codec.block, codec.block)
-    return split.permute(4, 0, 2, 3, 1).reshape(codec.block, -1).clone(memory_format=torch.contiguous_format)
+    return split.permute(4, 0, 2, 3, 1).reshape(codec.block, -1).contiguous()
 
 
 def _search(codec: Codec, blocks: Tensor) -> Tensor:
@@ -145,18 +170,19 @@ def _search(codec: Codec, blocks: Tensor) -> Tensor:
 
 
 def _nf4_candidates(largest: Tensor) -> Iterator[Tensor]:
-    """Two steps below to two above the e4m3 value that covers the block, in both signs."""
+    """A few steps around the e4m3 value that covers the block, in both signs."""
     positive = book("nf4").scale_of_byte[: LARGEST_E4M3 + 1]
     covering = torch.bucketize(largest, positive, out_int32=True)
     # Among the few subnormal values two steps may be a factor of three; half the covering scale is enough.
     floor = ((covering + 1) // 2).clamp_(min=1)
     for sign in (0, 128):
-        for step in (0, -1, -2, 1, 2):
+        for step in NF4_STEPS:
             yield torch.maximum(covering + step, floor).clamp_(max=LARGEST_E4M3) + sign
 
 
 def _mxfp4_candidates(largest: Tensor) -> Iterator[Tensor]:
-    """The smallest power of two that covers the block (exact for values that were mxfp4 before), and its neighbours."""
+    """The smallest power of two that covers the block (exact for values that were mxfp4 before), and its
+    neighbours."""
     covering = torch.bucketize(largest, book("mxfp4").scale_of_byte[:255] * FP4_VALUES[-1], out_int32=True)
     for step in (0, -1, 1):
         yield (covering + step).clamp_(0, 254)
@@ -176,10 +202,13 @@ def _cells(table: Book, ratio: Tensor) -> Tensor:
 
 
 def _sum_rows(x: Tensor) -> Tensor:
-    """[block, N] -> [N] by halving: element-wise additions only, so that the order of summation is ours."""
+    """[block, N] -> [N] by halving: element-wise additions only, so that the order of summation is ours.
+
+    Overwrites `x`.
+    """
     while x.shape[0] > 1:
         half = x.shape[0] // 2
-        x = x[:half] + x[half:]
+        x = x[:half].add_(x[half:])
     return x[0]
 
 
@@ -189,11 +218,12 @@ def _nearest(codec: Codec, blocks: Tensor, scale_bytes: Tensor) -> tuple[Tensor,
     scale = table.scale_of_byte.index_select(0, scale_bytes.int())
     ratio = blocks / torch.where(scale == 0, 1.0, scale)
     cells = _cells(table, ratio.clone()).view(-1)
-    rank = table.position.index_select(0, cells)
-    rank += ratio.view(-1) > table.midpoint.index_select(0, cells)
-    codes = table.code_of_rank.index_select(0, rank)
+    codes = table.position.index_select(0, cells)
+    codes += ratio.view(-1) > table.midpoint.index_select(0, cells)
+    if codec.name == "mxfp4":  # whose codes are not in the order of their values
+        codes = table.code_of_rank.index_select(0, codes)
     value = table.values.index_select(0, codes).view(blocks.shape)
-    return codes.view(blocks.shape).to(torch.uint8), sum_of_squares(value.mul_(scale).sub_(blocks))
+    return codes.to(torch.uint8).view(blocks.shape), sum_of_squares(value.mul_(scale).sub_(blocks))
 
 
 def _pack(codec: Codec, codes: Tensor, shape: torch.Size) -> Tensor:
@@ -222,7 +252,8 @@ def decode(codec: Codec, parts: dict[str, Tensor]) -> Tensor:
 
 
 def from_mxfp4(codes: Tensor, scale_bytes: Tensor) -> dict[str, Tensor]:
-    """Rearrange the codes of a checkpoint without touching a value. codes uint8 [rows, cols], scales [rows, cols/32].
+    """Rearrange the codes of a checkpoint without touching a value. codes uint8 [rows, cols], scales [rows,
+    cols/32].
 
     Not a second quantisation: code and scale bytes stay what they are, only their order changes.
     """

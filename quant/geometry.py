@@ -1,6 +1,8 @@
-"""The dimensions of a MiMo-V2 checkpoint, from its config.json: enough to know every tensor's shape, nothing more.
+"""The dimensions of a MiMo-V2 checkpoint, from its config.json: enough to know every tensor's shape, nothing
+more.
 
-How the model computes is none of this package's business; keys that only change the maths are copied, not read.
+How the model computes is none of this package's business; keys that only change the maths are copied, not
+read.
 """
 
 from __future__ import annotations
@@ -107,12 +109,15 @@ def _check_family(config: Mapping[str, object]) -> None:
 def _count(config: Mapping[str, object], key: str, *, least: int = 1) -> int:
     value = config.get(key)
     if type(value) is not int or not least <= value < 1 << 31:
-        raise BadCheckpoint(f"config.json: {key} is {value!r}; a whole number of at least {least} was expected.")
+        raise BadCheckpoint(
+            f"config.json: {key} is {value!r}; a whole number of at least {least} was expected."
+        )
     return value
 
 
 def _flags(config: Mapping[str, object], key: str, n_layers: int) -> tuple[bool, ...]:
-    """A 0/1 list with one entry per layer; a missing key means 0 everywhere, as in the reference config class."""
+    """A 0/1 list with one entry per layer; a missing key means 0 everywhere, as in the reference config
+    class."""
     value = config.get(key)
     if value is None:
         return (False,) * n_layers
@@ -139,14 +144,18 @@ def _heads(config: Mapping[str, object], prefix: str) -> Heads:
     if heads.q % heads.kv:
         raise BadCheckpoint(f"config.json: {heads.q} query heads do not divide by {heads.kv} KV heads.")
     if _fused(config) and heads.kv % heads.shards:
-        raise BadCheckpoint(f"config.json: {heads.kv} KV heads do not divide into {heads.shards} fused shards.")
+        raise BadCheckpoint(
+            f"config.json: {heads.kv} KV heads do not divide into {heads.shards} fused shards."
+        )
     return heads
 
 
 def _fused(config: Mapping[str, object]) -> bool:
     layout = config.get("attention_projection_layout")
     if layout not in (None, "split", "fused_qkv"):
-        raise BadCheckpoint(f"config.json: attention_projection_layout is {layout!r}, not split or fused_qkv.")
+        raise BadCheckpoint(
+            f"config.json: attention_projection_layout is {layout!r}, not split or fused_qkv."
+        )
     return layout == "fused_qkv"
 
 

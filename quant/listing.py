@@ -1,6 +1,8 @@
-"""Listing: a recipe carried out on paper. Every tensor, every file of the pack, every byte, before anything is written.
+"""Listing: a recipe carried out on paper. Every tensor, every file of the pack, every byte, before anything
+is written.
 
-Imports no torch. The converter executes a listing; the sizes it prints are the sizes that the files will have.
+Imports no torch. The converter executes a listing; the sizes it prints are the sizes that the files will
+have.
 """
 
 from __future__ import annotations
@@ -106,7 +108,16 @@ class Listing:
         """The grouped table as text, sizes in decimal units."""
         rows = [("group", "tensors", "from", "to", "size", "was")]
         rows += [_line(total) for total in self.groups]
-        rows.append(("total", f"{len(self.entries):,}", "", "", size_text(self.total_bytes), size_text(self.from_bytes)))
+        rows.append(
+            (
+                "total",
+                f"{len(self.entries):,}",
+                "",
+                "",
+                size_text(self.total_bytes),
+                size_text(self.from_bytes),
+            )
+        )
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         return "\n".join(_columns(row, widths) for row in rows)
 
@@ -157,7 +168,9 @@ def _page(source: Source, codecs: Mapping[str, str]) -> PageLayout | None:
     geometry = source.geometry
     if not geometry.moe_layers:
         return None
-    return PageLayout(codecs[f"layers.{geometry.moe_layers[0]}.experts.0.gate"], geometry.hidden, geometry.inner_expert)
+    return PageLayout(
+        codecs[f"layers.{geometry.moe_layers[0]}.experts.0.gate"], geometry.hidden, geometry.inner_expert
+    )
 
 
 def _dense_files(dense: list[tuple[str, Matrix]], codecs: Mapping[str, str]) -> Iterator[FilePlan]:
@@ -192,7 +205,9 @@ def _entry(matrix: Matrix, chosen: str, file: str) -> Entry:
         nbytes = matrix.shape[0] * ITEM_BYTES[chosen]
     else:
         nbytes = codec(chosen).nbytes((matrix.shape[0], matrix.shape[1]))
-    return Entry(matrix.name, group_of(matrix), matrix.shape, matrix.dtype, matrix.nbytes, chosen, nbytes, file)
+    return Entry(
+        matrix.name, group_of(matrix), matrix.shape, matrix.dtype, matrix.nbytes, chosen, nbytes, file
+    )
 
 
 def group_of(matrix: Matrix) -> str:
@@ -241,7 +256,9 @@ def _line(total: GroupTotal) -> tuple[str, ...]:
 
 def _columns(row: Iterable[str], widths: list[int]) -> str:
     """Names to the left, numbers to the right."""
-    cells = [c.rjust(w) if i in (1, 4, 5) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+    cells = [
+        c.rjust(w) if i in (1, 4, 5) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+    ]
     return "  ".join(cells).rstrip()
 
 

@@ -1,4 +1,5 @@
-"""What is written beside the weights: the manifest, the copied files, the model card. The same input, the same bytes.
+"""What is written beside the weights: the manifest, the copied files, the model card. The same input, the
+same bytes.
 
 No clock, no host name, no path: two conversions of one checkpoint by one version are equal.
 """
@@ -56,7 +57,9 @@ def make_manifest(source: Source, listing: Listing, done: Mapping[str, Record], 
         "source": {"fingerprint": source.fingerprint},
         "recipe": listing.recipe.as_dict(),
         "recipe_hash": listing.recipe.hash,
-        "page": {"codec": page.codec, "hidden": page.hidden, "inner": page.inner, "bytes": page.bytes} if page else None,
+        "page": {"codec": page.codec, "hidden": page.hidden, "inner": page.inner, "bytes": page.bytes}
+        if page
+        else None,
         "layers": {
             str(file.layer): {
                 "file": file.name,

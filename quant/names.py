@@ -1,10 +1,11 @@
 """Published tensor names and layouts -> canonical matrices. The only room that knows both.
 
-Every tensor that the config implies is looked up, its shape and dtype checked, and what is left over is named.
-Must not read weights and must not import torch.
+Every tensor that the config implies is looked up, its shape and dtype checked, and what is left over is
+named. Must not read weights and must not import torch.
 
-Sources of the layouts: the vLLM and SGLang loaders of MiMo-V2 for the fused shards; sgl-project/sglang-jax pull
-request 969 for the joint scale grid of K and V in V2-Flash; SGLang's mimo_v2.py for what a text model skips.
+Sources of the layouts: the vLLM and SGLang loaders of MiMo-V2 for the fused shards; sgl-project/sglang-jax
+pull request 969 for the joint scale grid of K and V in V2-Flash; SGLang's mimo_v2.py for what a text model
+skips.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class Names:
         pieces = self._fused(theirs, heads) if self.geometry.fused else self._split(theirs, heads)
         dtypes = {self._dtype(piece) for piece in pieces}
         if len(dtypes) > 1:
-            raise BadCheckpoint(f"{theirs}: Q, K and V are stored as {' and '.join(sorted(dtypes))}, not alike.")
+            raise BadCheckpoint(
+                f"{theirs}: Q, K and V are stored as {' and '.join(sorted(dtypes))}, not alike."
+            )
         yield Matrix(f"{ours}.qkv", (heads.rows, hidden), dtypes.pop(), tuple(pieces))
         yield self._matrix(f"{ours}.o", f"{theirs}.o_proj", (hidden, heads.q * heads.v_dim))
         if f"{theirs}.attention_sink_bias" in self._stored:
@@ -100,7 +103,11 @@ class Names:
         shard_rows = heads.rows // heads.shards
         grids = self._shard_grids(f"{theirs}.qkv_proj", weight, shard_rows, heads.shards)
         pieces, start = [], 0
-        for n_rows in (heads.q_rows // heads.shards, heads.k_rows // heads.shards, heads.v_rows // heads.shards):
+        for n_rows in (
+            heads.q_rows // heads.shards,
+            heads.k_rows // heads.shards,
+            heads.v_rows // heads.shards,
+        ):
             for shard in range(heads.shards):
                 pieces.append(Piece(weight, shard * shard_rows + start, n_rows, grids[shard]))
             start += n_rows
@@ -127,8 +134,8 @@ class Names:
     def _joint_groups(self, theirs: str, heads: Heads) -> int:
         """Over how many groups [K_g | V_g] the scales of K and V were computed jointly; 0: plain grids.
 
-        V2-Flash quantised K and V of its global layers as one matrix per KV head (per tensor-parallel shard, which
-        is the same there). Only the number of scale rows tells; where it fits a plain grid, it is one.
+        V2-Flash quantised K and V of its global layers as one matrix per KV head (per tensor-parallel shard,
+        which is the same there). Only the number of scale rows tells; where it fits a plain grid, it is one.
         """
         k_scale = self._stored.get(f"{theirs}.k_proj.weight_scale_inv")
         v_scale = self._stored.get(f"{theirs}.v_proj.weight_scale_inv")
@@ -170,7 +177,9 @@ class Names:
             if shared:
                 # V row i of the group is row k_rows + i of the joint matrix.
                 v_pieces.append(
-                    Piece(v_weight, top, shared, Grid(k_scales, g.scale_block, top - k_rows, group * k_blocks))
+                    Piece(
+                        v_weight, top, shared, Grid(k_scales, g.scale_block, top - k_rows, group * k_blocks)
+                    )
                 )
             if shared < v_rows:
                 v_grid = Grid(v_scales, g.scale_block, top + shared, group * v_blocks)
@@ -253,7 +262,9 @@ class Names:
                 skipped[tower] = skipped.get(tower, 0) + 1
         if unknown:
             shown = ", ".join(sorted(unknown)[:3])
-            raise BadCheckpoint(f"The checkpoint holds {len(unknown)} tensors that config.json does not imply: {shown}.")
+            raise BadCheckpoint(
+                f"The checkpoint holds {len(unknown)} tensors that config.json does not imply: {shown}."
+            )
         return dict(sorted(skipped.items()))
 
 

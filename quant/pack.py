@@ -5,8 +5,8 @@
     dense-00001.safetensors   every tensor but the routed experts, NAME.PART for packed matrices
     experts-LL.safetensors    one layer's experts, one page each, on 4096-byte boundaries
 
-A folder without a valid manifest is no pack. Opening checks the manifest against the files' sizes and headers and
-reads no weight; `report.verify` reads everything. Must not know sequences, budgets or how a pack is made.
+A folder without a valid manifest is no pack. Opening checks the manifest against the files' sizes and headers
+and reads no weight; `report.verify` reads everything. Must not know sequences, budgets or how a pack is made.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ class Pack:
         stored = shard.tensors.get(name)
         if stored is None or stored.shape != spec.shape or stored.nbytes != spec.nbytes:
             found = list(stored.shape) if stored else "nothing"
-            raise BadPack(f"{shard.path}: {name} should be {spec.dtype} {list(spec.shape)}, but there is {found}.")
+            raise BadPack(
+                f"{shard.path}: {name} should be {spec.dtype} {list(spec.shape)}, but there is {found}."
+            )
         return shard.read(stored.offset, stored.nbytes)
 
 
@@ -172,7 +174,9 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     if type(version) is not int or version < 1:
         raise BadPack(f"{path / MANIFEST} has the impossible version {version!r}.")
     if version > VERSION:
-        raise BadPack(f"{path} is a pack of version {version}; this program reads up to {VERSION}. Upgrade it.")
+        raise BadPack(
+            f"{path} is a pack of version {version}; this program reads up to {VERSION}. Upgrade it."
+        )
     return manifest
 
 
@@ -192,16 +196,24 @@ class _Schema:
         return value
 
     def count(self, value: object, key: str, *, most: int = 1 << 48) -> int:
-        self.require(type(value) is int and 0 <= value < most, f"{key} is {value!r}, not a count below {most}")
+        self.require(
+            type(value) is int and 0 <= value < most, f"{key} is {value!r}, not a count below {most}"
+        )
         assert isinstance(value, int)
         return value
 
     def file(self, value: object, files: Mapping[str, object], key: str) -> str:
-        self.require(isinstance(value, str) and value in files, f"{key} names {value!r}, which is not among files")
+        self.require(
+            isinstance(value, str) and value in files, f"{key} names {value!r}, which is not among files"
+        )
         return str(value)
 
     def shape(self, value: object, key: str) -> tuple[int, ...]:
-        ok = isinstance(value, list) and len(value) in (1, 2) and all(type(n) is int and 0 < n < 1 << 31 for n in value)
+        ok = (
+            isinstance(value, list)
+            and len(value) in (1, 2)
+            and all(type(n) is int and 0 < n < 1 << 31 for n in value)
+        )
         self.require(ok, f"{key} is {value!r}, not the shape of a vector or matrix")
         assert isinstance(value, list)
         return tuple(value)
@@ -212,7 +224,9 @@ def _check_schema(manifest: dict[str, Any], path: Path) -> None:
     for key in ("producer", "model", "source", "recipe", "layers", "tensors", "files", "error"):
         schema.table(manifest.get(key), key)
     schema.require(isinstance(manifest["model"].get("name"), str), "model.name must be a string")
-    schema.require(isinstance(manifest["source"].get("fingerprint"), str), "source.fingerprint must be a string")
+    schema.require(
+        isinstance(manifest["source"].get("fingerprint"), str), "source.fingerprint must be a string"
+    )
     schema.require(isinstance(manifest.get("recipe_hash"), str), "recipe_hash must be a string")
     _check_files(schema, manifest["files"])
     for name, facts in manifest["tensors"].items():
@@ -245,12 +259,16 @@ def _check_pages(schema: _Schema, manifest: dict[str, Any]) -> None:
         schema.require(not layers, "there are expert layers but no page layout")
         return
     page = schema.table(manifest["page"], "page")
-    schema.require(page.get("codec") in CODECS, f"page.codec is {page.get('codec')!r}; known are {', '.join(CODECS)}")
+    schema.require(
+        page.get("codec") in CODECS, f"page.codec is {page.get('codec')!r}; known are {', '.join(CODECS)}"
+    )
     for key in ("hidden", "inner"):
         schema.count(page.get(key), f"page.{key}", most=1 << 24)
         schema.require(page[key] > 0, f"page.{key} is 0")
     expected = PageLayout(page["codec"], page["hidden"], page["inner"]).bytes
-    schema.require(page.get("bytes") == expected, f"page.bytes is {page.get('bytes')!r}, the layout gives {expected}")
+    schema.require(
+        page.get("bytes") == expected, f"page.bytes is {page.get('bytes')!r}, the layout gives {expected}"
+    )
     for number, facts in layers.items():
         _check_layer(schema, number, schema.table(facts, f"layers.{number}"), manifest["files"], expected)
 
@@ -269,7 +287,9 @@ def _check_layer(
     for crc in crcs:
         schema.count(crc, f"{key}.crc32", most=1 << 32)
     end = offset + len(crcs) * page_bytes
-    schema.require(files[file]["bytes"] == end, f"{file} has {files[file]['bytes']} bytes, its pages end at {end}")
+    schema.require(
+        files[file]["bytes"] == end, f"{file} has {files[file]['bytes']} bytes, its pages end at {end}"
+    )
 
 
 def _check_sizes(manifest: dict[str, Any], path: Path) -> None:
@@ -279,7 +299,9 @@ def _check_sizes(manifest: dict[str, Any], path: Path) -> None:
         except OSError as error:
             raise BadPack(f"{path} lacks {name}, which its manifest lists. Convert again.") from error
         if found != facts["bytes"]:
-            raise BadPack(f"{path / name} has {found:,} bytes; the manifest says {facts['bytes']:,}. Convert again.")
+            raise BadPack(
+                f"{path / name} has {found:,} bytes; the manifest says {facts['bytes']:,}. Convert again."
+            )
 
 
 def experts_of(pack: Pack) -> dict[int, int]:
@@ -288,4 +310,14 @@ def experts_of(pack: Pack) -> dict[int, int]:
     return dict(sorted(layers))
 
 
-__all__ = ["FORMAT", "MANIFEST", "VERSION", "Expert", "Pack", "PackedInfo", "PageAt", "PageLayout", "experts_of"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "Expert",
+    "Pack",
+    "PackedInfo",
+    "PageAt",
+    "PageLayout",
+    "experts_of",
+]

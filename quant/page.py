@@ -1,4 +1,5 @@
-"""One expert as one page: gate, up and down back to back in a fixed layout, padded so that one read brings it whole.
+"""One expert as one page: gate, up and down back to back in a fixed layout, padded so that one read brings it
+whole.
 
 Knows offsets only, no file and no layer. Views into a page buffer are made without copying.
 """

@@ -1,7 +1,7 @@
 """A canonical matrix as runs of rows of stored tensors, each with its own window into a grid of FP8 scales.
 
-This is where the layouts stop mattering: a plain matrix is one piece, a fused or jointly quantised one is several.
-It must not know tensor names. Rows are read one range at a time; torch is imported only for that.
+This is where the layouts stop mattering: a plain matrix is one piece, a fused or jointly quantised one is
+several. It must not know tensor names. Rows are read one range at a time; torch is imported only for that.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Matrix:
         # The largest magnitude is NaN or infinite exactly when some element is.
         if not bool(torch.isfinite(out.abs().max())):
             names = sorted({piece.weight.stored.name for piece, _, _ in self._cut(start, stop)})
-            raise BadCheckpoint(f"{', '.join(names)} contains NaN or infinity, in the weights or in their scales.")
+            raise BadCheckpoint(
+                f"{', '.join(names)} contains NaN or infinity, in the weights or in their scales."
+            )
         return out.view(-1) if len(self.shape) == 1 else out
 
     def mxfp4(self) -> tuple[torch.Tensor, torch.Tensor]:

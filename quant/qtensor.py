@@ -1,4 +1,5 @@
-"""QTensor: one packed matrix in memory, and `quantize`, which makes it. Knows codecs, no files and no names."""
+"""QTensor: one packed matrix in memory, and `quantize`, which makes it. Knows codecs, no files and no
+names."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def _decode(q: QTensor) -> Tensor:
 
 
 def quantize(weight: Tensor, format: str = "nf4") -> QTensor:
-    """Pack a float matrix [rows, cols]. Raises QuantError on NaN or infinity, BadRecipe on an unknown format."""
+    """Pack a float matrix [rows, cols]. Raises QuantError on NaN or infinity, BadRecipe on an unknown
+    format."""
     return quantize_measured(weight, format)[0]
 
 
@@ -107,8 +109,9 @@ def quantize_measured(
 ) -> tuple[QTensor, Distortion]:
     """Pack a float matrix and say how far it is off.
 
-    A matrix too big for memory is packed in bands of rows, each a multiple of the codec's row step: give every band
-    the `largest` magnitude of the whole matrix, and the parts laid end to end are those of the whole matrix.
+    A matrix too big for memory is packed in bands of rows, each a multiple of the codec's row step: give
+    every band the `largest` magnitude of the whole matrix, and the parts laid end to end are those of the
+    whole matrix.
     """
     kind = codecs.codec(format)
     if weight.ndim != 2 or 0 in weight.shape:

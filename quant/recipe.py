@@ -1,4 +1,5 @@
-"""Recipe: which codec each canonical tensor gets. Resolving it against a source gives a listing with exact bytes.
+"""Recipe: which codec each canonical tensor gets. Resolving it against a source gives a listing with exact
+bytes.
 
 Imports no torch: a dry run prices a whole model from headers. It must not write anything.
 """
@@ -36,10 +37,11 @@ PRESETS = {  # name -> experts, dense
 
 @dataclass(frozen=True)
 class Recipe:
-    """Codecs for routed experts and for the dense matrices, and rules (glob over canonical names, codec or "keep").
+    """Codecs for routed experts and for the dense matrices, and rules (glob over canonical names, codec or
+    "keep").
 
-    The first matching rule wins. Vectors, routers and embeddings stay as they are stored; MTP blocks follow `dense`
-    but never below eight bits, since a draft that is off costs more time than it saves.
+    The first matching rule wins. Vectors, routers and embeddings stay as they are stored; MTP blocks follow
+    `dense` but never below eight bits, since a draft that is off costs more time than it saves.
     """
 
     experts: str = "nf4"
@@ -55,7 +57,9 @@ class Recipe:
     def preset(cls, name: str) -> Recipe:
         """A recipe by name; raises BadRecipe naming the known ones."""
         if name not in PRESETS:
-            raise BadRecipe(f"There is no recipe {name!r}. Known recipes: {', '.join(PRESETS)}, or a .toml file.")
+            raise BadRecipe(
+                f"There is no recipe {name!r}. Known recipes: {', '.join(PRESETS)}, or a .toml file."
+            )
         experts, dense = PRESETS[name]
         return cls(experts, dense)
 
@@ -69,7 +73,9 @@ class Recipe:
         unknown = table.keys() - {"experts", "dense", "rules"}
         rules = table.get("rules", {})
         if unknown or not isinstance(rules, dict):
-            raise BadRecipe(f"The recipe {path} may hold experts, dense and a table rules, not {sorted(unknown)}.")
+            raise BadRecipe(
+                f"The recipe {path} may hold experts, dense and a table rules, not {sorted(unknown)}."
+            )
         values = [table.get("experts", cls.experts), table.get("dense", cls.dense), *rules.values()]
         if not all(isinstance(value, str) for value in values):
             raise BadRecipe(f"The recipe {path}: every codec must be a string.")
@@ -77,7 +83,8 @@ class Recipe:
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path | None, *, experts: str = "nf4", dense: str = "int8") -> Recipe:
-        """What `convert` accepts: a recipe, a preset's name, a TOML file, or None for `experts` and `dense`."""
+        """What `convert` accepts: a recipe, a preset's name, a TOML file, or None for `experts` and
+        `dense`."""
         match recipe:
             case None:
                 return cls(experts, dense)
@@ -105,7 +112,8 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
     def effective(self, source: Source) -> Recipe:
-        """The recipe as it will be carried out: experts that ship as mxfp4 stay mxfp4 under any four-bit codec.
+        """The recipe as it will be carried out: experts that ship as mxfp4 stay mxfp4 under any four-bit
+        codec.
 
         A second rounding to four bits would lose accuracy and save nothing.
         """
@@ -115,7 +123,8 @@ class Recipe:
         return self
 
     def resolve(self, source: Source) -> Listing:
-        """Every tensor with its codec, file and exact bytes. Raises BadRecipe when a rule makes no sense here."""
+        """Every tensor with its codec, file and exact bytes. Raises BadRecipe when a rule makes no sense
+        here."""
         from quant.listing import make_listing
 
         recipe = self.effective(source)

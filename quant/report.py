@@ -1,4 +1,5 @@
-"""Report: a pack read again from end to end against its checksums. Imports no torch; it must not repair anything."""
+"""Report: a pack read again from end to end against its checksums. Imports no torch; it must not repair
+anything."""
 
 from __future__ import annotations
 
@@ -46,10 +47,13 @@ class Report:
 
 
 def verify(path: str | Path) -> Report:
-    """Read everything and compare it with the manifest. Raises BadPack when the folder can not even be opened."""
+    """Read everything and compare it with the manifest. Raises BadPack when the folder can not even be
+    opened."""
     with Pack.open(path) as pack:
         steps = list(_check(pack))
-        return Report(pack.name, len(steps), pack.n_bytes, tuple(step.problem for step in steps if step.problem))
+        return Report(
+            pack.name, len(steps), pack.n_bytes, tuple(step.problem for step in steps if step.problem)
+        )
 
 
 def verify_steps(path: str | Path) -> Iterator[Verified]:
@@ -72,7 +76,9 @@ def _problem(pack: Pack, file: str, sha256: str, layer: int | None) -> str:
     try:
         bad_pages = _bad_pages(pack, layer) if layer is not None else []
         if bad_pages:
-            experts = ", ".join(str(expert) for expert in bad_pages[:5]) + (", ..." if len(bad_pages) > 5 else "")
+            experts = ", ".join(str(expert) for expert in bad_pages[:5]) + (
+                ", ..." if len(bad_pages) > 5 else ""
+            )
             return f"{path}: the pages of experts {experts} of layer {layer} do not match their checksums."
         if file.endswith(".safetensors"):
             Shard(path, BadPack).close()

@@ -1,10 +1,11 @@
-"""A safetensors file: its header read strictly, its tensors read by pread, and the same file laid out in advance.
+"""A safetensors file: its header read strictly, its tensors read by pread, and the same file laid out in
+advance.
 
-Headers and offsets are handled without torch; tensors are read into fresh memory, never mapped, so that resident
-memory is what was asked for. It must not know what the tensors mean.
+Headers and offsets are handled without torch; tensors are read into fresh memory, never mapped, so that
+resident memory is what was asked for. It must not know what the tensors mean.
 
-Format (safetensors README): 8 bytes little-endian header length, a JSON header, then the data. `data_offsets` count
-from the end of the header, leave no holes and do not overlap.
+Format (safetensors README): 8 bytes little-endian header length, a JSON header, then the data. `data_offsets`
+count from the end of the header, leave no holes and do not overlap.
 """
 
 from __future__ import annotations
@@ -85,12 +86,15 @@ class Shard:
         while done < nbytes:
             got = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
             if not got:
-                raise self.blame(f"{self.path} ends {nbytes - done:,} bytes early: it was cut off while being read.")
+                raise self.blame(
+                    f"{self.path} ends {nbytes - done:,} bytes early: it was cut off while being read."
+                )
             done += got
         return out
 
     def forget(self, offset: int, nbytes: int) -> None:
-        """Tell the kernel that these bytes will not be read again: converting must not evict everything else."""
+        """Tell the kernel that these bytes will not be read again: converting must not evict everything
+        else."""
         os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _header_bytes(self) -> bytes:
@@ -98,9 +102,13 @@ class Shard:
             raise self.blame(f"{self.path} has {self.n_bytes} bytes and can not be a safetensors file.")
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
         if length > MAX_HEADER:
-            raise self.blame(f"{self.path} claims a header of {length:,} bytes; at most {MAX_HEADER:,} are allowed.")
+            raise self.blame(
+                f"{self.path} claims a header of {length:,} bytes; at most {MAX_HEADER:,} are allowed."
+            )
         if 8 + length > self.n_bytes:
-            raise self.blame(f"{self.path} is cut off: its header needs {8 + length:,} bytes, it has {self.n_bytes:,}.")
+            raise self.blame(
+                f"{self.path} is cut off: its header needs {8 + length:,} bytes, it has {self.n_bytes:,}."
+            )
         return os.pread(self._fd, length, 8)
 
     def _parse(self, header: bytes) -> dict[str, Stored]:
@@ -139,7 +147,9 @@ class Shard:
             expected += tensor.nbytes
         if expected != self.n_bytes:
             kind = "is cut off" if expected > self.n_bytes else "has bytes that belong to no tensor"
-            raise self.blame(f"{self.path} {kind}: its header describes {expected:,} bytes, it has {self.n_bytes:,}.")
+            raise self.blame(
+                f"{self.path} {kind}: its header describes {expected:,} bytes, it has {self.n_bytes:,}."
+            )
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -151,7 +161,8 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A safetensors file before it exists: its header and where each tensor will lie. Offsets are absolute."""
+    """A safetensors file before it exists: its header and where each tensor will lie. Offsets are
+    absolute."""
 
     file: str
     header: bytes
@@ -181,7 +192,9 @@ def plan_shard(file: str, tensors: Mapping[str, PartSpec], *, align: int = 8) ->
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % align)
     header = len(text).to_bytes(8, "little") + text
-    return ShardPlan(file, header, {name: len(header) + start for name, start in starts.items()}, len(header) + offset)
+    return ShardPlan(
+        file, header, {name: len(header) + start for name, start in starts.items()}, len(header) + offset
+    )
 
 
 def _width(spec: PartSpec) -> int:

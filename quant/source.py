@@ -1,7 +1,7 @@
 """Source: a MiMo-V2 checkpoint folder, opened and checked, its tensors readable under canonical names.
 
-Opening reads config.json, the index and every header, but no weight, and imports no torch. It must not know codecs
-or packs.
+Opening reads config.json, the index and every header, but no weight, and imports no torch. It must not know
+codecs or packs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Source:
 
     @classmethod
     def open(cls, path: str | Path) -> Source:
-        """Check a folder and open it. Raises BadCheckpoint with what is missing, damaged or not as config.json says."""
+        """Check a folder and open it. Raises BadCheckpoint with what is missing, damaged or not as
+        config.json says."""
         path = Path(path).expanduser()
         if not path.is_dir():
             raise BadCheckpoint(f"{path} is not a folder with a checkpoint.")
@@ -60,7 +61,9 @@ class Source:
         if not config_file.is_file():
             raise BadCheckpoint(f"{path} has no config.json; is the download complete?")
         config_text = config_file.read_bytes()
-        Geometry.parse(_parse_json(config_text, config_file))  # before the shards: the clearest complaint first
+        Geometry.parse(
+            _parse_json(config_text, config_file)
+        )  # before the shards: the clearest complaint first
         return cls(path, config_text, _open_shards(path))
 
     def close(self) -> None:
@@ -145,7 +148,9 @@ def _listed(index_file: Path) -> dict[str, list[str]]:
     listed: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise BadCheckpoint(f"{index_file} puts {name} into {file!r}, which is no safetensors file of the folder.")
+            raise BadCheckpoint(
+                f"{index_file} puts {name} into {file!r}, which is no safetensors file of the folder."
+            )
         listed.setdefault(file, []).append(name)
     return listed
 
@@ -165,6 +170,8 @@ def _stored_tensors(shards: dict[str, Shard]) -> dict[str, Place]:
     for file, shard in shards.items():
         for name, tensor in shard.tensors.items():
             if name in stored:
-                raise BadCheckpoint(f"{name} is stored twice, in {stored[name].shard.path.name} and in {file}.")
+                raise BadCheckpoint(
+                    f"{name} is stored twice, in {stored[name].shard.path.name} and in {file}."
+                )
             stored[name] = Place(shard, tensor)
     return stored

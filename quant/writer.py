@@ -1,9 +1,9 @@
 """PackWriter: sole owner of a pack's bytes while it is made, and of the journal that lets it be resumed.
 
-Everything is written in OUT.partial, a sibling folder. A file is written aside, flushed to the disk, renamed, and
-only then entered in the journal; a run that was killed anywhere leaves finished files, journal lines that describe
-them, and at most one unfinished file, which is begun again. The manifest comes last, then the folder takes its final
-name. It must not know tensors or codecs.
+Everything is written in OUT.partial, a sibling folder. A file is written aside, flushed to the disk, renamed,
+and only then entered in the journal; a run that was killed anywhere leaves finished files, journal lines that
+describe them, and at most one unfinished file, which is begun again. The manifest comes last, then the folder
+takes its final name. It must not know tensors or codecs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def partial_path(out: Path) -> Path:
 
 
 def read_journal(folder: Path) -> tuple[Settings | None, dict[str, Record]]:
-    """Settings and finished files of a folder. A line that was cut off by a crash is ignored, and what follows it."""
+    """Settings and finished files of a folder. A line that was cut off by a crash is ignored, and what
+    follows it."""
     try:
         text = (folder / JOURNAL).read_text(errors="replace")
     except OSError:

@@ -1,11 +1,12 @@
-"""Random checkpoints in the layouts that MiMo-V2 models are published in, and a literal second reading of them.
+"""Random checkpoints in the layouts that MiMo-V2 models are published in, and a literal second reading of
+them.
 
-`make_checkpoint` writes a folder that looks like a download. `oracle_weights` reads such a folder back by following
-the published layout descriptions word for word, one special case after the other. It must not know `quant`: the
-tests hold the two readings against each other.
+`make_checkpoint` writes a folder that looks like a download. `oracle_weights` reads such a folder back by
+following the published layout descriptions word for word, one special case after the other. It must not know
+`quant`: the tests hold the two readings against each other.
 
-The default shape is the real one divided by eight where it matters: heads of 24 and 16 rows with FP8 blocks of 16
-behave like heads of 192 and 128 rows with blocks of 128, half-filled scale blocks included.
+The default shape is the real one divided by eight where it matters: heads of 24 and 16 rows with FP8 blocks
+of 16 behave like heads of 192 and 128 rows with blocks of 128, half-filled scale blocks included.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def make_checkpoint(
 
 
 def make_config(layout: str = "split-bf16", *, mtp: int = 3, **overrides: object) -> dict:
-    """The config.json of a tiny model, with every key of the published ones that is not about images or sound."""
+    """The config.json of a tiny model, with every key of the published ones that is not about images or
+    sound."""
     n_layers = int(overrides.get("num_hidden_layers", 5))  # type: ignore[call-overload]
     config: dict = {
         "architectures": ["MiMoV2FlashForCausalLM" if layout.startswith("split") else "MiMoV2ForCausalLM"],
@@ -125,7 +127,8 @@ def _layout_keys(layout: str, mtp: int, n_layers: int) -> dict:
 
 
 def save_shards(folder: Path, tensors: dict[str, torch.Tensor], n_shards: int) -> None:
-    """Spread tensors over shards, MTP blocks in a file of their own, names sorted as strings as the hub does."""
+    """Spread tensors over shards, MTP blocks in a file of their own, names sorted as strings as the hub
+    does."""
     main = sorted(name for name in tensors if not name.startswith("model.mtp."))
     drafts = sorted(name for name in tensors if name.startswith("model.mtp."))
     per_shard = -(-len(main) // n_shards)
@@ -136,7 +139,9 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor], n_shards: int) -
     if drafts:
         parts["model_mtp.safetensors"] = drafts
     for file, names in parts.items():
-        save_file({name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"}
+        )
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {
         "metadata": {"total_size": total},
@@ -348,7 +353,9 @@ class _Oracle:
 
     def _attention(self, theirs: str, ours: str, window: bool) -> dict[str, torch.Tensor]:
         out = {f"{ours}.o": self._plain(f"{theirs}.o_proj")}
-        out[f"{ours}.qkv"] = self._fused_qkv(theirs, window) if self.fused else self._split_qkv(theirs, window)
+        out[f"{ours}.qkv"] = (
+            self._fused_qkv(theirs, window) if self.fused else self._split_qkv(theirs, window)
+        )
         if f"{theirs}.attention_sink_bias" in self.stored:
             out[f"{ours}.sink"] = self.stored[f"{theirs}.attention_sink_bias"].float()
         return out
@@ -420,7 +427,9 @@ class _Oracle:
         out[:, 0::2] = lut[(packed & 15).long()]
         out[:, 1::2] = lut[(packed >> 4).long()]
         for block in range(scale.shape[1]):
-            out[:, block * 32 : (block + 1) * 32] *= 2.0 ** (scale[:, block : block + 1].double() - 127).float()
+            out[:, block * 32 : (block + 1) * 32] *= (
+                2.0 ** (scale[:, block : block + 1].double() - 127).float()
+            )
         return out
 
     def _spread(self, scales: torch.Tensor, n: int) -> torch.Tensor:
