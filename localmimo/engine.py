@@ -18,7 +18,7 @@ from localmimo import kv
 from localmimo.chat import ChatTemplate, StreamParser, ToolCall
 from localmimo.config import ModelConfig
 from localmimo.embedded import embedded_pack
-from localmimo.errors import BadRequest, ContextFull, DoesNotFit
+from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
 from localmimo.experts.run import ExpertRunner
 from localmimo.experts.store import ExpertStore
 from localmimo.generate import FinishReason, Generation, Rules, Stats, Step, Verbatim
@@ -29,7 +29,8 @@ from localmimo.sample import Sampling
 from localmimo.session import Progress, Session
 from localmimo.text import Tokenizer
 from quant import Pack
-from quant.linear import backend
+from quant.matmul import backend
+from quant.page import PageLayout
 
 Messages = Sequence[Mapping[str, Any]]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -90,12 +91,16 @@ def load(
         raise BadRequest(f'dtype is "{dtype}"; it is one of auto, float32, bfloat16.')
     pack = Pack.open(Path(path).expanduser() if path is not None else embedded_pack())
     config = ModelConfig.parse(pack.config, window_keys)
+    if pack.page is None or not config.moe_layers:
+        raise BadModel(f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models.")
     kv_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-    plan = _plan(pack, config, context, ram, kv_dtype)
-    return Engine(pack, config, plan, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, kv_dtype=kv_dtype)
+    plan = _plan(pack, pack.page, config, context, ram, kv_dtype)
+    return Engine(pack, pack.page, config, plan, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, kv_dtype=kv_dtype)
 
 
-def _plan(pack: Pack, config: ModelConfig, context: int | None, ram: str | int | None, kv_dtype: torch.dtype) -> Plan:
+def _plan(
+    pack: Pack, page: PageLayout, config: ModelConfig, context: int | None, ram: str | int | None, kv_dtype: torch.dtype
+) -> Plan:
     context = min(DEFAULT_CONTEXT, config.max_context) if context is None else context
     if not 1 <= context <= config.max_context:
         raise BadRequest(f"The context is {context:,}; this model has from 1 to {config.max_context:,} positions.")
@@ -106,7 +111,7 @@ def _plan(pack: Pack, config: ModelConfig, context: int | None, ram: str | int |
     return make_plan(
         config,
         dense_bytes=sum(tensor.nbytes for name, tensor in pack.tensors.items() if not name.startswith("mtp.")),
-        page_bytes=pack.page.nbytes,
+        page_bytes=page.bytes,
         context=context,
         ram_bytes=budget,
         kv_item_bytes=kv_dtype.itemsize,
@@ -117,7 +122,16 @@ def _plan(pack: Pack, config: ModelConfig, context: int | None, ram: str | int |
 class Engine:
     """One opened pack. Thread-safe: one generation at a time, the others wait."""
 
-    def __init__(self, pack: Pack, config: ModelConfig, plan: Plan, *, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        pack: Pack,
+        page: PageLayout,
+        config: ModelConfig,
+        plan: Plan,
+        *,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+    ) -> None:
         self.pack = pack
         self.config = config
         self.plan = plan
@@ -125,7 +139,7 @@ class Engine:
         self.template = ChatTemplate.open(pack.path, pack.config)
         self._dtype = dtype
         self._kv_dtype = kv_dtype
-        self._store = ExpertStore(pack, plan.n_slots)
+        self._store = ExpertStore(pack, page, plan.n_slots)
         self._model = Transformer(config, load_weights(pack, config), dtype)
         self._experts = ExpertRunner(self._store)
         self._own: Session | None = None
@@ -143,7 +157,7 @@ class Engine:
             "model": self.pack.name,
             "pack": str(self.pack.path),
             "pack_id": self.pack.id,
-            "experts": self.pack.page.codec,
+            "experts": self.pack.manifest["page"]["codec"],
             "device": "cpu",
             "dtype": str(self._dtype).removeprefix("torch."),
             "kv_dtype": str(self._kv_dtype).removeprefix("torch."),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from localmimo.experts.store import ExpertStore
 from quant import linear
-from quant.pack import Expert
+from quant.page import Expert
 
 
 class ExpertRunner:

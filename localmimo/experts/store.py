@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 
 from localmimo.experts.policy import Lru, Page
 from localmimo.experts.tiers import DiskTier, RamTier
-from quant.pack import Expert, Pack
+from quant import Pack
+from quant.page import Expert, PageLayout
 
 
 @dataclass(slots=True)
@@ -36,9 +37,10 @@ class ExpertStore:
     One fetch at a time; a page yielded by `fetch` is pinned until the next one is asked for.
     """
 
-    def __init__(self, pack: Pack, n_slots: int) -> None:
+    def __init__(self, pack: Pack, layout: PageLayout, n_slots: int) -> None:
         self._pack = pack
-        self._ram = RamTier(n_slots, pack.page.nbytes)
+        self._layout = layout
+        self._ram = RamTier(n_slots, layout.bytes)
         self._disk = DiskTier()
         self._slots: dict[Page, int] = {}
         self._free = list(range(n_slots - 1, -1, -1))
@@ -67,6 +69,7 @@ class ExpertStore:
         try:
             self._start_reads(missing, flying)
             for expert in held:
+                self.traffic.ram_pages += 1
                 yield expert, self._use((layer, expert))
                 self._pinned.discard((layer, expert))
                 self._start_reads(missing, flying)
@@ -78,11 +81,10 @@ class ExpertStore:
         finally:
             self._abandon(flying)
             self._pinned.clear()
-        self.traffic.ram_pages += len(held)
 
     def _use(self, page: Page) -> Expert:
         self._policy.touch(page)
-        return self._pack.page.expert(self._ram.tensor(self._slots[page]))
+        return self._layout.expert(self._ram.tensor(self._slots[page]))
 
     def _start_reads(self, missing: deque[Page], flying: dict["Future[None]", tuple[Page, int]]) -> None:
         """Start reading as many missing pages as slots can be had for."""
@@ -110,7 +112,7 @@ class ExpertStore:
             self._pinned.add(page)
             self._policy.touch(page)
             self.traffic.disk_pages += 1
-            self.traffic.disk_bytes += self._pack.page.nbytes
+            self.traffic.disk_bytes += self._layout.bytes
             yield page
 
     def _abandon(self, flying: dict["Future[None]", tuple[Page, int]]) -> None:

@@ -1,6 +1,5 @@
 """The engine's logits against transformers 5.23 on random checkpoints in every layout, chunked in every way."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,8 @@ import torch
 import localmimo.model
 from localmimo import load
 from localmimo.engine import Engine
-from quant import convert
 from tests.model.oracle import load_oracle
-from tests.tiny import make_checkpoint
+from tests.packs import make_pack
 
 W = 8  # the window of the tiny checkpoints
 LAYOUTS = {
@@ -27,29 +25,16 @@ LAYOUTS = {
 STORED = {"seven-to-one": "fused-fp8", "pro": "fused-fp8", "odd": "split-bf16"}
 
 
-def add_tokenizer(folder: Path) -> None:
-    """The smallest tokenizer that an engine opens: bytes."""
-    from tokenizers import Tokenizer, decoders, models
-
-    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(folder / "tokenizer.json"))
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["decoder"] = json.loads(decoders.ByteLevel().__getstate__())
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-
-
 @pytest.fixture(scope="module", params=LAYOUTS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, torch.Tensor, list[int]]:
     """An engine in float32, the oracle's log-probabilities, and the tokens they are of."""
     folder = tmp_path_factory.mktemp(request.param)
-    source = make_checkpoint(folder / "hf", layout=STORED.get(request.param, request.param), seed=3, **LAYOUTS[request.param])
-    add_tokenizer(source)
-    for _ in convert(source, folder / "pack", experts="bf16", dense="bf16"):
-        pass
-    engine = load(folder / "pack", context=256, dtype="float32")
+    stored = STORED.get(request.param, request.param)
+    engine = load(make_pack(folder, layout=stored, seed=3, **LAYOUTS[request.param]), context=256, dtype="float32")
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(0, engine.config.vocab_size, (5 * W + 3,), generator=generator).tolist()
     with torch.no_grad():
-        expected = load_oracle(source)(torch.tensor([tokens])).logits[0]
+        expected = load_oracle(folder / "hf")(torch.tensor([tokens])).logits[0]
     return engine, expected.float().log_softmax(-1), tokens
 
 

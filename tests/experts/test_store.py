@@ -1,0 +1,157 @@
+"""The store gives the right pages whatever its size, never more than its slots, and refuses bad ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localmimo import BadModel, load
+from localmimo.experts.policy import Lru
+from localmimo.experts.run import ExpertRunner, OrderedSum
+from localmimo.experts.store import ExpertStore
+from quant import Pack
+from tests.packs import make_pack
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return Pack.open(make_pack(tmp_path_factory.mktemp("store"), experts="nf4", seed=8))
+
+
+def gate_of(pack: Pack, layer: int, expert: int) -> torch.Tensor:
+    page = pack.page_at(layer, expert)
+    with page.file.open("rb") as file:
+        file.seek(page.offset)
+        raw = torch.frombuffer(bytearray(file.read(page.nbytes)), dtype=torch.uint8)
+    return pack.page.expert(raw).gate.dequantize()
+
+
+requests = st.lists(st.tuples(st.integers(1, 4), st.sets(st.integers(0, 7), min_size=1)), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests, st.integers(1, 40))
+def test_any_number_of_slots_gives_the_right_pages(pack: Pack, requests: list[tuple[int, set[int]]], n_slots: int) -> None:
+    store = ExpertStore(pack, pack.page, n_slots)
+    asked = 0
+    for layer, experts in requests:
+        got = {expert: page.gate.dequantize() for expert, page in store.fetch(layer, sorted(experts))}
+        asked += len(experts)
+        assert got.keys() == experts
+        assert all(torch.equal(got[expert], gate_of(pack, layer, expert)) for expert in experts)
+        assert len(store._slots) + len(store._free) == n_slots
+    assert store.traffic.ram_pages + store.traffic.disk_pages == asked
+    assert store.traffic.disk_bytes == store.traffic.disk_pages * pack.page.bytes
+    store.close()
+
+
+def test_an_unfinished_fetch_loses_no_slot(pack: Pack) -> None:
+    store = ExpertStore(pack, pack.page, 5)
+    for _ in range(20):
+        for _ in store.fetch(1, range(8)):
+            break
+    assert len(store._slots) + len(store._free) == 5
+    assert not store._pinned
+    store.close()
+
+
+def test_everything_resident_reads_once(pack: Pack) -> None:
+    store = ExpertStore(pack, pack.page, 32)
+    for _ in range(3):
+        for layer in (1, 2, 3, 4):
+            assert len(list(store.fetch(layer, range(8)))) == 8
+    assert (store.traffic.disk_pages, store.traffic.ram_pages) == (32, 64)
+    store.close()
+
+
+def copy_of(pack: Pack, folder: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(pack.path, folder / "copy"))
+
+
+def test_a_flipped_byte_is_named_and_the_store_goes_on(pack: Pack, tmp_path: Path) -> None:
+    broken = Pack.open(copy_of(pack, tmp_path))
+    page = broken.page_at(2, 3)
+    with page.file.open("r+b") as file:
+        file.seek(page.offset + 100)
+        byte = file.read(1)
+        file.seek(page.offset + 100)
+        file.write(bytes([byte[0] ^ 1]))
+    store = ExpertStore(broken, broken.page, 8)
+    with pytest.raises(BadModel, match=rf"{page.offset:,} of .*{page.file.name}.*checksum"):
+        list(store.fetch(2, [3]))
+    assert torch.equal(dict(store.fetch(2, [4]))[4].gate.dequantize(), gate_of(pack, 2, 4))
+    store.close()
+
+
+def test_a_file_cut_while_open(pack: Pack, tmp_path: Path) -> None:
+    cut = Pack.open(copy_of(pack, tmp_path))
+    page = cut.page_at(2, 7)
+    store = ExpertStore(cut, cut.page, 8)
+    list(store.fetch(2, [0]))
+    with page.file.open("r+b") as file:
+        file.truncate(page.offset + 1000)
+    with pytest.raises(BadModel, match="ends after"):
+        list(store.fetch(2, [7]))
+    store.close()
+
+
+def test_a_file_that_is_gone(pack: Pack, tmp_path: Path) -> None:
+    gone = Pack.open(copy_of(pack, tmp_path))
+    gone.page_at(3, 0).file.unlink()
+    store = ExpertStore(gone, gone.page, 8)
+    with pytest.raises(BadModel, match="gone"):
+        list(store.fetch(3, [0]))
+    store.close()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.permutations(range(6)))
+def test_the_sum_does_not_depend_on_arrival(order: list[int]) -> None:
+    values = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) * 10**i for i in range(6)]
+
+    def add_in(order: list[int]) -> torch.Tensor:
+        total = OrderedSum(torch.zeros(4, 3), list(range(6)))
+        for key in order:
+            total.add(key, torch.arange(4), values[key])
+        return total.result()
+
+    assert torch.equal(add_in(order), add_in(list(range(6))))
+
+
+def test_run_equals_the_dense_sum(pack: Pack) -> None:
+    store = ExpertStore(pack, pack.page, 4)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    chosen = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(i))[:2].sort().values for i in range(9)])
+    weights = torch.rand(9, 2, generator=torch.Generator().manual_seed(2))
+    got = ExpertRunner(store).run(1, x, chosen, weights)
+    expected = torch.zeros(9, 64, dtype=torch.float64)
+    for expert, page in store.fetch(1, range(8)):
+        gate, up, down = (part.dequantize().double() for part in (page.gate, page.up, page.down))
+        y = (torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
+        expected += y * (weights * (chosen == expert)).sum(-1, keepdim=True)
+    assert (got - expected).norm() < 1e-3 * expected.norm()
+    store.close()
+
+
+def test_same_tokens_whatever_the_budget(pack: Pack) -> None:
+    """Greedy answers with every expert in RAM and with room for one token's experts only."""
+    answers = []
+    for n_slots in (None, 8, 1):
+        with load(pack.path, context=256) as engine:
+            if n_slots:
+                engine._experts._store = ExpertStore(pack, pack.page, n_slots)
+            answers.append(engine.logits([5, 9, 13, 40, 41, 42, 99, 7] * 6))
+    assert all(torch.equal(answers[0], answer) for answer in answers)
+
+
+def test_lru_gives_up_the_oldest_that_may_go() -> None:
+    lru = Lru()
+    for page in [(1, 0), (1, 1), (1, 2), (1, 0)]:
+        lru.touch(page)
+    assert lru.victim(lambda page: page != (1, 1)) == (1, 2)
+    assert lru.victim(lambda page: True) == (1, 1)
+    assert lru.victim(lambda page: page != (1, 0)) is None

@@ -1,0 +1,112 @@
+"""A session's answers depend on its tokens alone: not on how it came to hold them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from localmimo import BadRequest, Cancelled, ContextFull, load
+from localmimo.engine import Engine
+from tests.packs import make_pack
+
+W = 8
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return load(make_pack(tmp_path_factory.mktemp("session"), seed=5), context=128, dtype="float32")
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 160, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
+
+
+def fresh(engine: Engine, prompt: list[int]) -> torch.Tensor:
+    return engine.logits(prompt)[-1]
+
+
+@pytest.mark.parametrize("common", [0, 1, W, 30, 49, 50])
+def test_sync_keeps_the_common_prefix(engine: Engine, common: int) -> None:
+    first, second = tokens(50), tokens(50)[:common] + tokens(20, seed=1)
+    expected = fresh(engine, second)
+    with engine.session() as session:
+        session.sync(first)
+        same(session.sync(second), expected)
+        assert session.tokens == second
+        assert session.n_reused <= common
+
+
+def test_a_longer_prompt_reads_only_what_is_new(engine: Engine) -> None:
+    with engine.session() as session:
+        session.sync(tokens(50))
+        session.sync(tokens(60))
+        assert session.n_reused == 50
+
+
+def test_the_same_prompt_again_reads_nothing(engine: Engine) -> None:
+    expected = fresh(engine, tokens(50))
+    with engine.session() as session:
+        session.sync(tokens(50))
+        for token in tokens(40, seed=2):
+            session.step(token)
+        same(session.sync(tokens(50)), expected)
+        assert session.n_reused == 50
+
+
+def test_rewind_within_and_beyond_the_slack(engine: Engine) -> None:
+    for n in (1, 5, 40, 99):
+        with engine.session() as session:
+            session.sync(tokens(60))
+            for token in tokens(20, seed=3):
+                session.step(token)
+            session.rewind(n)
+            kept = (tokens(60) + tokens(20, seed=3))[: max(0, 80 - n)]
+            assert session.tokens == kept
+            after = session.step(7)
+        same(after, fresh(engine, [*kept, 7]))
+
+
+@pytest.mark.parametrize("layer", [1, 3, 5])
+def test_a_stop_between_layers_leaves_whole_tokens(engine: Engine, layer: int) -> None:
+    calls = 0
+
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == layer:
+            raise Cancelled("enough")
+
+    with engine.session() as session:
+        session.sync(tokens(30))
+        with pytest.raises(Cancelled):
+            session.sync(tokens(30) + tokens(40, seed=4), check=stop)
+        assert session.tokens == tokens(30)
+        got = session.sync(tokens(30) + [9])
+    same(got, fresh(engine, [*tokens(30), 9]))
+
+
+def test_a_full_context_is_refused_with_the_numbers(engine: Engine) -> None:
+    with engine.session() as session, pytest.raises(ContextFull, match=r"129 .*128"):
+        session.sync(tokens(129))
+    with engine.session() as session:
+        session.sync(tokens(128))
+        with pytest.raises(ContextFull, match="129"):
+            session.step(5)
+
+
+def test_empty_and_foreign_tokens_are_refused(engine: Engine) -> None:
+    with pytest.raises(BadRequest, match="empty"):
+        engine.logits([])
+    with pytest.raises(BadRequest, match="vocabulary of 160"):
+        engine.logits([5, 160])
+    with engine.session() as session, pytest.raises(BadRequest, match="empty"):
+        session.sync([])
+
+
+def test_the_timeline_is_lent_once(engine: Engine) -> None:
+    with engine.session(), pytest.raises(BadRequest, match="already"):
+        engine.logits([5])
