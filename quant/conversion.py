@@ -19,7 +19,7 @@ from quant.codec import codec
 from quant.distortion import Distortion
 from quant.errors import BadPack, NotWritable
 from quant.listing import BAND, Entry, FilePlan, Listing
-from quant.manifest import CARD, copied_files, make_card, make_manifest, settings_of
+from quant.manifest import CARD, copied_files, make_card, make_manifest, settings_in, settings_of
 from quant.pack import MANIFEST, Pack
 from quant.page import MATRICES, PageLayout
 from quant.recipe import Recipe
@@ -60,13 +60,13 @@ class Progress:
     note: str = ""  # "already done" when there was nothing to do
 
 
-@dataclass
 class _Tally:
     """Running distortion of many tensors or experts, each added once."""
 
-    total: Distortion = Distortion()
-    worst: float = 0.0
-    worst_name: str = ""
+    def __init__(self) -> None:
+        self.total = Distortion()
+        self.worst = 0.0
+        self.worst_name = ""
 
     def add(self, name: str, distortion: Distortion) -> None:
         self.total += distortion
@@ -141,9 +141,7 @@ class _Job:
             raise NotWritable(
                 f"{self.out} exists and is not a complete pack ({error}) Choose another --out."
             ) from error
-        check_settings(
-            self.out, _settings_in(had), self.settings, "Choose another --out, or delete it first."
-        )
+        check_settings(self.out, settings_in(had), self.settings, "Choose another --out, or delete it first.")
         (self.out / JOURNAL).unlink(missing_ok=True)
         return True
 
@@ -181,7 +179,7 @@ class _Job:
         """An earlier run was killed between the manifest and the final name."""
         with Pack.open(writer.folder) as pack:
             check_settings(
-                writer.folder, _settings_in(pack.manifest), self.settings, "Add --restart to begin again."
+                writer.folder, settings_in(pack.manifest), self.settings, "Add --restart to begin again."
             )
         writer.publish()
         yield from self.already_done()
@@ -250,10 +248,6 @@ class _Job:
         )
 
 
-def _settings_in(manifest: dict) -> dict[str, object]:
-    return {"source": manifest["source"]["fingerprint"], "layout": manifest["version"], **manifest["recipe"]}
-
-
 def _only_ours(partial: Path) -> bool:
     """Whether a folder holds nothing but what a run leaves that was killed before its first journal line."""
     return partial.is_dir() and all(p.name == JOURNAL or p.suffix == ".tmp" for p in partial.iterdir())
@@ -280,7 +274,7 @@ def make_page(source: Source, name: str, page: PageLayout) -> tuple[memoryview, 
             there.copy_(packed.parts[part])
         source.matrices[f"{name}.{matrix}"].forget()
         total += distortion
-    return memoryview(buffer.numpy()), total
+    return buffer.numpy().data, total
 
 
 def _pack_matrix(source: Source, name: str, chosen: str) -> tuple[QTensor, Distortion]:
@@ -352,4 +346,4 @@ def _write_parts(
 def _write(target: OpenFile, offset: int, tensor: torch.Tensor) -> None:
     import torch
 
-    target.write(offset, memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    target.write(offset, tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

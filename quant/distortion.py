@@ -32,4 +32,8 @@ class Distortion:
 
 def sum_of_squares(x: torch.Tensor) -> float:
     """Sum of squares in float64, the same whatever the number of threads."""
-    return sum(float(piece.double().square_().sum()) for piece in x.reshape(-1).split(SLICE))
+    flat = x.reshape(-1)
+    total = 0.0
+    for start in range(0, flat.numel(), SLICE):
+        total += float(flat[start : start + SLICE].double().square_().sum())
+    return total

@@ -36,7 +36,8 @@ def _half_scale(largest: Tensor) -> Tensor:
     scale = exact.half()
     if bool(scale.isinf().any()):
         raise QuantError(
-            f"int8 can not hold a weight of {float(largest.max()):.3g}: its float16 scale ends at 8.3e6. Use bf16."
+            f"int8 can not hold a weight of {float(largest.max()):.3g}: its float16 scale ends at 8.3e6. "
+            "Use bf16."
         )
     clips = scale.float() * (INT8_MAX + 0.5) < largest
     return torch.where(clips, (scale.view(torch.int16) + 1).view(torch.half), scale)

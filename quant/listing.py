@@ -106,7 +106,7 @@ class Listing:
 
     def table(self) -> str:
         """The grouped table as text, sizes in decimal units."""
-        rows = [("group", "tensors", "from", "to", "size", "was")]
+        rows: list[tuple[str, ...]] = [("group", "tensors", "from", "to", "size", "was")]
         rows += [_line(total) for total in self.groups]
         rows.append(
             (

@@ -7,7 +7,7 @@ No clock, no host name, no path: two conversions of one checkpoint by one versio
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quant.distortion import Distortion
@@ -32,8 +32,14 @@ Record = Mapping[str, Any]
 
 
 def settings_of(source: Source, listing: Listing) -> dict[str, object]:
-    """What must be the same for a conversion to be resumed, by the names that a user knows."""
-    return {"source": source.fingerprint, "layout": VERSION, **listing.recipe.as_dict()}
+    """What must be the same for a conversion to be resumed."""
+    return {"source": source.fingerprint, "producer": PRODUCER, **listing.recipe.as_dict()}
+
+
+def settings_in(manifest: Mapping[str, Any]) -> dict[str, object]:
+    """The same, of a finished pack."""
+    producer, fingerprint = manifest["producer"].get("version"), manifest["source"]["fingerprint"]
+    return {"source": fingerprint, "producer": producer, **manifest["recipe"]}
 
 
 def copied_files(source: Source) -> Iterator[tuple[str, bytes]]:
@@ -45,7 +51,9 @@ def copied_files(source: Source) -> Iterator[tuple[str, bytes]]:
             yield name, file.read_bytes()
 
 
-def make_manifest(source: Source, listing: Listing, done: Mapping[str, Record], small: list[Record]) -> bytes:
+def make_manifest(
+    source: Source, listing: Listing, done: Mapping[str, Record], small: Sequence[Record]
+) -> bytes:
     """The manifest as JSON text. `done`: journal records of the weight files; `small`: of the other files."""
     records = [*(done[file.name] for file in listing.files), *small]
     page = listing.page

@@ -81,7 +81,7 @@ class Shard:
         import torch
 
         out = torch.empty(nbytes, dtype=torch.uint8)
-        view = memoryview(out.numpy())
+        view = out.numpy().data
         done = 0
         while done < nbytes:
             got = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)

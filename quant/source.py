@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quant.errors import BadCheckpoint
 from quant.geometry import Geometry
@@ -110,7 +110,7 @@ class Source:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _parse_json(text: bytes, file: Path) -> dict:
+def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -161,7 +161,7 @@ def _check_present(path: Path, listed: dict[str, list[str]]) -> None:
         more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
         raise BadCheckpoint(
             f"{path} lacks {missing[0]} with {len(listed[missing[0]]):,} tensors{more}; "
-            f"{len(listed) - len(missing)} of {len(listed)} files are there. Finish the download and try again."
+            f"{len(listed) - len(missing)} of {len(listed)} files are there. Finish the download first."
         )
 
 

@@ -61,7 +61,8 @@ def read_journal(folder: Path) -> tuple[Settings | None, dict[str, Record]]:
 
 def _on_disk(folder: Path, record: Record) -> bool:
     try:
-        return (folder / record["file"]).stat().st_size == record["bytes"]
+        size: int = record["bytes"]
+        return (folder / record["file"]).stat().st_size == size
     except (OSError, KeyError, TypeError):
         return False
 
@@ -71,7 +72,8 @@ def check_settings(place: Path, had: Settings, asked: Settings, way_out: str) ->
     for key in asked:
         if had.get(key) != asked[key]:
             raise BadRecipe(
-                f"{place} was made with {key} = {_show(had.get(key))}, now {key} = {_show(asked[key])} is asked. {way_out}"
+                f"{place} was made with {key} = {_show(had.get(key))}, "
+                f"now {key} = {_show(asked[key])} is asked. {way_out}"
             )
 
 
@@ -120,7 +122,7 @@ class PackWriter:
         with self._disk_errors():
             digest = flush_and_hash(aside)
             record = {"file": name, "bytes": aside.stat().st_size, "sha256": digest, **record}
-            os.replace(aside, self.folder / name)
+            aside.replace(self.folder / name)
             _sync_folder(self.folder)
             self._journal(record)
         self.done[name] = record
@@ -132,7 +134,7 @@ class PackWriter:
         with self._disk_errors():
             aside.write_bytes(content)
             digest = flush_and_hash(aside)
-            os.replace(aside, self.folder / name)
+            aside.replace(self.folder / name)
         return {"file": name, "bytes": len(content), "sha256": digest}
 
     def finish(self, manifest: bytes) -> None:
@@ -148,7 +150,7 @@ class PackWriter:
             for stray in self.folder.glob("*.tmp"):
                 stray.unlink()
             _sync_folder(self.folder)
-            os.rename(self.folder, self.out)
+            self.folder.rename(self.out)
             _sync_folder(self.out.parent)
 
     @property
@@ -167,11 +169,11 @@ class PackWriter:
         aside = self.folder / (JOURNAL + ".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         flush_and_hash(aside)
-        os.replace(aside, self.folder / JOURNAL)
+        aside.replace(self.folder / JOURNAL)
         _sync_folder(self.folder)
 
     def _journal(self, record: Record) -> None:
-        with open(self.folder / JOURNAL, "a") as journal:
+        with (self.folder / JOURNAL).open("a") as journal:
             journal.write(json.dumps(record) + "\n")
             journal.flush()
             os.fsync(journal.fileno())

@@ -291,7 +291,7 @@ def _to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[:, 0::2] | codes[:, 1::2] << 4, (exponent + 127).to(torch.uint8)
 
 
-# The second reading ------------------------------------------------------------------------------------------------
+# The second reading --------------------------------------------------------------------------------
 
 
 def oracle_weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -305,7 +305,7 @@ class _Oracle:
         self.stored: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as shard:
-                self.stored.update({name: shard.get_tensor(name) for name in shard.keys()})
+                self.stored.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
         self.fused = self.config.get("attention_projection_layout") == "fused_qkv"
 
     def weights(self) -> dict[str, torch.Tensor]:
