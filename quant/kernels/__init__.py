@@ -1,8 +1,8 @@
 """y = x W^T and whole experts on the CPU, straight from packed bytes: the checked face of the native module.
 
-Every tensor is compared with its codec's layout here, before an address reaches C++; wrong sizes raise ValueError.
-All instruction sets, batch sizes and thread counts give the same bits. Where no native module was built
-`available()` is False and `quant.linear` stays with the torch reference. It must not know packs, models or tiers.
+Every tensor is compared with its codec's layout here, before an address reaches C++; wrong sizes raise
+ValueError. All instruction sets, batch sizes and thread counts give the same bits. Where no native module was
+built `available()` is False and the torch reference computes. It must not know packs, models or tiers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,16 @@ except ImportError:  # no compiler at install time
 
 Tensor = torch.Tensor
 
+if _native is not None:
+    _native.set_threads(torch.get_num_threads())  # the physical cores, unless the user said otherwise
+
 FORMATS = {"nf4": 0, "nf4-16": 1, "mxfp4": 2, "int8": 3}
 INPUTS = (torch.float32, torch.bfloat16)
-DTYPES = {"codes": (torch.uint8, torch.int8), "scales": (torch.uint8, torch.float16), "scale": (torch.float32,)}
+DTYPES = {
+    "codes": (torch.uint8, torch.int8),
+    "scales": (torch.uint8, torch.float16),
+    "scale": (torch.float32,),
+}
 NO_MODULE = "This build has no native kernels. Install a C++17 compiler, then reinstall the package."
 
 
@@ -66,12 +73,12 @@ def threads() -> int:
 
 
 def pin(cpus: Sequence[int]) -> bool:
-    """Bind the pool's workers to CPUs, in turn; an empty list leaves them to the system. False: not supported."""
+    """Bind the pool's workers to CPUs, in turn; [] leaves them to the system. False: not supported."""
     return bool(_module().pin(list(cpus)))
 
 
 def linear(x: Tensor, q: QTensor) -> Tensor | None:
-    """x [..., cols] float32 or bfloat16 -> [..., rows] in x.dtype; None where no kernel serves this tensor."""
+    """x [..., cols] float32 or bfloat16 -> [..., rows] in x.dtype; None where no kernel serves it."""
     if _native is None or q.codec not in FORMATS or x.dtype not in INPUTS or x.requires_grad:
         return None
     if x.device.type != "cpu" or q.device.type != "cpu":
@@ -100,20 +107,22 @@ def experts(
 ) -> Tensor:
     """Routed experts of one layer: SiLU-gated FFNs straight from their pages.
 
-    x [n, hidden] float32 or bfloat16. Expert e has page bytes pages[e] (uint8 [>= layout.bytes]), works on the
-    tokens tokens[e] (integers into x) and multiplies by weights[e] (one per token). Without `rows` the weighted
-    outputs are added to out[token] (float32 [n, hidden]) in the order of `pages`: give experts in ascending order
-    and the sum is always the same. With `rows` each output is stored in its own row of `out` instead (no row twice),
-    so that parts of a layer computed elsewhere can be summed in a fixed order afterwards.
+    x [n, hidden] float32 or bfloat16. Expert e has the page pages[e] (uint8 [>= layout.bytes]), works on the
+    tokens tokens[e] (integers into x) and multiplies by weights[e] (one per token). Without `rows` the
+    weighted outputs are added to out[token] (float32 [n, hidden]) in the order of `pages`: give experts in
+    ascending order and the sum is always the same. With `rows` each output is stored in its own row of `out`
+    instead (no row twice), so that parts of a layer computed elsewhere can be summed in a fixed order later.
     An output depends on its token, page and weight alone, to the last bit. Returns `out`.
     """
     module = _module()
     if layout.codec not in FORMATS:
-        raise ValueError(f"There is no native kernel for {layout.codec} experts; there are {', '.join(FORMATS)}.")
+        raise ValueError(f"No native kernel computes {layout.codec} experts, only {', '.join(FORMATS)}.")
     _check_matrix("x", x, INPUTS, layout.hidden)
     _check_matrix("out", out, (torch.float32,), layout.hidden)
     if not len(pages) == len(tokens) == len(weights) == len(rows if rows is not None else pages):
-        raise ValueError(f"{len(pages)} pages come with {len(tokens)} token lists and {len(weights)} weight lists.")
+        raise ValueError(
+            f"{len(pages)} pages, but {len(tokens)} token lists and {len(weights)} weight lists."
+        )
     if rows is None and out.shape[0] != x.shape[0]:
         raise ValueError(f"x has {x.shape[0]} rows, out has {out.shape[0]}; they must agree to add into out.")
     if not pages:
@@ -164,7 +173,7 @@ def _part_bytes(codec: str, rows: int, cols: int) -> tuple[tuple[str, int], ...]
     """Part -> bytes, on whose sizes the codec and the native module agree."""
     sizes = {name: spec.nbytes for name, spec in codec_of(codec).parts((rows, cols)).items()}
     native = tuple(_module().part_bytes(FORMATS[codec], rows, cols))
-    assert native == (sizes["codes"], sizes["scales"]), f"codec {codec} and its kernel disagree about {rows} x {cols}"
+    assert native == (sizes["codes"], sizes["scales"]), f"{codec} and its kernel disagree: {rows} x {cols}"
     return tuple(sizes.items())
 
 
@@ -178,10 +187,11 @@ def _offsets(layout: PageLayout) -> list[int]:
 
 
 def _check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], cols: int) -> None:
-    if x.dim() != 2 or x.dtype not in dtypes or x.shape[1] != cols or x.device.type != "cpu" or not x.is_contiguous():
+    fits = x.dim() == 2 and x.dtype in dtypes and x.shape[1] == cols
+    if not (fits and x.device.type == "cpu" and x.is_contiguous()):
         raise ValueError(
-            f"{name} is {x.dtype} {list(x.shape)} on {x.device}; contiguous {dtypes[0]} [n, {cols}] in main memory "
-            "was expected."
+            f"{name} is {x.dtype} {list(x.shape)} on {x.device}; contiguous {dtypes[0]} [n, {cols}] in main "
+            "memory was expected."
         )
 
 
@@ -189,7 +199,9 @@ def _bounds(tokens: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[
     first = [0]
     for e, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
         if token.numel() != weight.numel() or (rows is not None and rows[e].numel() != token.numel()):
-            raise ValueError(f"Expert {e} has {token.numel()} tokens but {weight.numel()} weights, or as few rows.")
+            raise ValueError(
+                f"List {e} has {token.numel()} tokens but {weight.numel()} weights, or other rows."
+            )
         first.append(first[-1] + token.numel())
     return torch.tensor(first, dtype=torch.int64)
 
@@ -199,14 +211,16 @@ def _indices(name: str, lists: Sequence[Tensor], limit: int) -> Tensor:
     if flat.is_floating_point():
         raise ValueError(f"{name} must be integers, not {flat.dtype}.")
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < limit:
-        raise ValueError(f"{name} name row {int(flat.min())} to {int(flat.max())}; rows 0 to {limit - 1} exist.")
+        found = f"{int(flat.min())} to {int(flat.max())}"
+        raise ValueError(f"{name} name rows {found}; rows 0 to {limit - 1} exist.")
     return flat.to(torch.int32).contiguous()
 
 
 def _page_address(page: Tensor, n_bytes: int) -> int:
-    if page.dtype != torch.uint8 or page.numel() < n_bytes or not page.is_contiguous() or page.device.type != "cpu":
+    fits = page.dtype == torch.uint8 and page.numel() >= n_bytes
+    if not (fits and page.is_contiguous() and page.device.type == "cpu"):
         raise ValueError(
-            f"A page is {page.dtype} with {page.numel()} bytes on {page.device}; contiguous torch.uint8 with {n_bytes} "
-            "bytes in main memory was expected."
+            f"A page is {page.dtype} with {page.numel()} bytes on {page.device}; contiguous torch.uint8 with "
+            f"{n_bytes} bytes in main memory was expected."
         )
     return page.data_ptr()

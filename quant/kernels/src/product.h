@@ -6,7 +6,7 @@
 // Acts (4 activations, broadcast), Table (a 16-entry book), and the operations used below.
 //
 // Order of the arithmetic, the same everywhere: per block of 32 columns (16 for nf4-16) an exact
-// integer sum; then out = fma(float(sum), weight_scale * activation_scale, out), blocks ascending;
+// integer sum; then out = fma(float(sum) * activation_scale, weight_scale, out), blocks ascending;
 // at the end one multiplication by the tensor's scale. Batch size, tiling and threads cannot change it.
 #pragma once
 #include <cstdint>
@@ -74,7 +74,7 @@ struct Reader {
 template <class V>
 LM_INLINE typename V::F add_block(typename V::F total, const typename V::Sum& sum, typename V::F weight_scale,
                                   float activation_scale) {
-  return V::fma(V::to_float(sum), V::mul(weight_scale, V::set1(activation_scale)), total);
+  return V::fma(V::mul(V::to_float(sum), V::set1(activation_scale)), weight_scale, total);
 }
 
 inline float end_factor(const Matrix& w) {
