@@ -71,6 +71,11 @@ class LayerSpec:
     sink: bool
 
     @property
+    def rope(self) -> tuple[int, float]:
+        """What the rotation depends on: rotary dimensions and theta."""
+        return self.rotary_dim, self.rope_theta
+
+    @property
     def qkv_rows(self) -> tuple[int, int, int]:
         """Rows of Q, K and V in the joined projection."""
         return self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.n_kv_heads * self.v_head_dim

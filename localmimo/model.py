@@ -19,6 +19,9 @@ from localmimo.config import LayerSpec, ModelConfig
 from quant import QTensor, linear
 
 
+Rope = tuple[Tensor, Tensor]  # cos and sin [n, rotary_dim / 2]
+
+
 # ---- pure maths (differentiable: examples/train_mini.py trains with it) ----
 
 
@@ -28,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def rope_table(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(positions: Tensor, rotary_dim: int, theta: float) -> Rope:
     """cos and sin [n, rotary_dim / 2] in float32 for positions [n]; frequency i is theta^(-2i / rotary_dim)."""
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
     angles = positions.float()[:, None] * (1.0 / theta**exponents)[None, :]
@@ -183,10 +186,11 @@ class Transformer:
         `check` is called between layers and may raise to stop: the cache is then as long as before.
         """
         positions = torch.arange(cache.length, cache.length + len(tokens))
+        ropes = {key: rope_table(positions, *key) for key in {spec.rope for spec in self.config.layers}}
         x = F.embedding(tokens, self.weights.embed).float()  # [n, hidden]
         for i, (spec, block) in enumerate(zip(self.config.layers, self.weights.blocks, strict=True)):
             check()
-            x = x + self._attention(spec, block, x, positions, cache.layers[i])
+            x = x + self._attention(spec, block, x, positions, ropes[spec.rope], cache.layers[i])
             x = x + self._mlp(i, block, x, experts)
         cache.advance(len(tokens))
         return x
@@ -199,19 +203,20 @@ class Transformer:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.eps).to(self.dtype)
 
-    def _attention(self, spec: LayerSpec, block: BlockWeights, x: Tensor, positions: Tensor, kv: LayerKV) -> Tensor:
-        q, k, v = self._qkv(spec, linear(self._norm(x, block.attn_norm), block.attention.qkv), positions)
+    def _attention(
+        self, spec: LayerSpec, block: BlockWeights, x: Tensor, positions: Tensor, rope: Rope, kv: LayerKV
+    ) -> Tensor:
+        q, k, v = self._qkv(spec, linear(self._norm(x, block.attn_norm), block.attention.qkv), rope)
         keys, values, key_positions = kv.append(k, v)
         visible = window_mask(positions, key_positions, spec.window)
         mixed = attend(q, keys, values, visible, block.attention.sink, spec.head_dim**-0.5)
         return linear(mixed.to(self.dtype), block.attention.o).float()
 
-    def _qkv(self, spec: LayerSpec, joined: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, spec: LayerSpec, joined: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Split joined [n, rows] into q, k (rotated) and v (scaled), each [heads, n, d]."""
         q, k, v = joined.split(spec.qkv_rows, dim=-1)
-        cos, sin = rope_table(positions, spec.rotary_dim, spec.rope_theta)
-        q = rotate(q.unflatten(-1, (spec.n_heads, spec.head_dim)).transpose(0, 1), cos, sin)
-        k = rotate(k.unflatten(-1, (spec.n_kv_heads, spec.head_dim)).transpose(0, 1), cos, sin)
+        q = rotate(q.unflatten(-1, (spec.n_heads, spec.head_dim)).transpose(0, 1), *rope)
+        k = rotate(k.unflatten(-1, (spec.n_kv_heads, spec.head_dim)).transpose(0, 1), *rope)
         v = v.unflatten(-1, (spec.n_kv_heads, spec.v_head_dim)).transpose(0, 1) * self.config.value_scale
         return q, k, v
 

@@ -38,7 +38,7 @@ class Tokenizer:
             raise BadModel(f"{folder} has no tokenizer.json; copy it there from the checkpoint.")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the package raises nothing more precise
+        except Exception as error:  # the package raises nothing more precise
             raise BadModel(f"{path} cannot be read ({error}); copy it again from the checkpoint.") from None
         if not _is_byte_level(tokenizer):
             raise BadModel(f"{path} is no byte-level BPE, the only kind that MiMo models use.")

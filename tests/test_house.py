@@ -17,6 +17,7 @@ qtensor
 page
 kernels
 matmul
+ffn
 shard
 pieces
 names

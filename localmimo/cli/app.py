@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +117,7 @@ def quantize(
     job = Conversion(
         source.expanduser(), out and out.expanduser(), experts, dense, dry_run, restart, yes, as_json
     )
-    return run_quantize(job, _ui(verbose, quiet))
+    return _carry_out(lambda: run_quantize(job, _ui(verbose, quiet)))
 
 
 @app.command()
@@ -130,7 +130,7 @@ def verify(
     """Read a pack from end to end and compare every checksum."""
     from localmimo.cli.verify import run_verify
 
-    return run_verify(pack.expanduser(), _ui(verbose, quiet), as_json=as_json)
+    return _carry_out(lambda: run_verify(pack.expanduser(), _ui(verbose, quiet), as_json=as_json))
 
 
 @app.command()
@@ -160,7 +160,7 @@ def perplexity(
     from localmimo.cli.ui import parse_count
 
     job = Measurement(pack, file, against, parse_count(context, "--context"), ram, as_json)
-    return run_perplexity(job, _ui(verbose, quiet))
+    return _carry_out(lambda: run_perplexity(job, _ui(verbose, quiet)))
 
 
 @app.command()
@@ -258,13 +258,21 @@ def chat(
         plain=plain,
         as_json=as_json,
     )
-    return run_chat(options, _ui(verbose, quiet))
+    return _carry_out(lambda: run_chat(options, _ui(verbose, quiet)))
 
 
 def _ui(verbose: int, quiet: bool) -> Any:
     from localmimo.cli.ui import Ui
 
     return Ui.of_process(quiet=quiet, verbose=verbose)
+
+
+def _carry_out(face: Callable[[], int]) -> int:
+    # Here and not around everything: typer turns a KeyboardInterrupt into a silent exit.
+    try:
+        return face()
+    except KeyboardInterrupt:
+        return _complain("interrupted.", INTERRUPTED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -275,17 +283,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line; the exit code."""
     settings = Settings()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no reason to fail
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = app(args=arguments, prog_name="localmimo", standalone_mode=False, obj=settings)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our stdout went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted.", INTERRUPTED)
     except ShownError as error:
         return _usage(error)
-    except Exception as error:  # noqa: BLE001 - the last resort of the command line
+    except Exception as error:  # the last resort of the command line
         return _fail(error, settings)
     return code if isinstance(code, int) else OK
 

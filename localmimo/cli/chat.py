@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.ui import Ui, parse_count
 from localmimo.errors import BadRequest
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from localmimo.cli.repl import Manner, Turn
     from localmimo.engine import Engine
 
-EMBEDDED = "mimo-mini"
 STDIN = "-"
 
 
@@ -125,16 +125,17 @@ def _system_text(system: str | None) -> str | None:
 def open_engine(model: str | None, options: Options, ui: Ui) -> Engine:
     """Load the model, saying so while it lasts."""
     context = None if options.context is None else parse_count(options.context, "--context")
+    folder = None if model is None else pack_folder(model)
     ui.status.show(f"  opening {model or EMBEDDED} ...", now=True)
     try:
         from localmimo.embedded import embedded_pack
         from localmimo.engine import load
 
-        if model is None:
+        if folder is None:
             ui.status.clear()  # the first use says what it does
-        path = Path(model).expanduser() if model else embedded_pack()
-        ui.status.show(f"  opening {path.name} ...", now=True)
-        return load(path, context=context, ram=options.ram, dtype=options.dtype)  # type: ignore[arg-type]
+        folder = folder or embedded_pack()
+        ui.status.show(f"  opening {folder.name} ...", now=True)
+        return load(folder, context=context, ram=options.ram, dtype=options.dtype)  # type: ignore[arg-type]
     finally:
         ui.status.clear()
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from localmimo.experts.policy import Lru, Page
 from localmimo.experts.tiers import DiskTier, RamTier
 from quant import Pack
-from quant.page import Expert, PageLayout
+from quant.page import PageLayout
 
 
 @dataclass(slots=True)
@@ -34,12 +36,12 @@ class Traffic:
 class ExpertStore:
     """Pages of one pack in `n_slots` slots of RAM, over the pack's files on disk.
 
-    One fetch at a time; a page yielded by `fetch` is pinned until the next one is asked for.
+    One fetch at a time; pages yielded by `fetch` are pinned until the next ones are asked for.
     """
 
     def __init__(self, pack: Pack, layout: PageLayout, n_slots: int) -> None:
         self._pack = pack
-        self._layout = layout
+        self.layout = layout
         self._ram = RamTier(n_slots, layout.bytes)
         self._disk = DiskTier()
         self._slots: dict[Page, int] = {}
@@ -57,34 +59,33 @@ class ExpertStore:
         """Whether the disk is read around the page cache."""
         return self._disk.direct
 
-    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
-        """Yield (expert, its weights) of a layer: those in RAM first, while the others are being read.
+    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, Tensor]]]:
+        """Yield lists of (expert, its page, uint8): first those in RAM, while the others are being read, then
+        arrivals as they land. A page is valid until the next list is asked for.
 
-        Reads start before the first yield; arrivals come as they land. Raises BadModel where a page is bad.
+        Raises BadModel where a page is bad.
         """
-        held = [expert for expert in experts if (layer, expert) in self._slots]
+        held = [(layer, expert) for expert in experts if (layer, expert) in self._slots]
         missing = deque((layer, expert) for expert in experts if (layer, expert) not in self._slots)
-        self._pinned = {(layer, expert) for expert in held}
         flying: dict[Future[None], tuple[Page, int]] = {}
         try:
+            self._pinned = set(held)
             self._start_reads(missing, flying)
-            for expert in held:
-                self.traffic.ram_pages += 1
-                yield expert, self._use((layer, expert))
-                self._pinned.discard((layer, expert))
-                self._start_reads(missing, flying)
+            if held:
+                self.traffic.ram_pages += len(held)
+                yield self._use(held)
             while flying or missing:
+                self._pinned.clear()
                 self._start_reads(missing, flying)
-                for page in self._landed(flying):
-                    yield page[1], self._use(page)
-                    self._pinned.discard(page)
+                yield self._use(self._land(flying))
         finally:
-            self._abandon(flying)
             self._pinned.clear()
+            self._abandon(flying)
 
-    def _use(self, page: Page) -> Expert:
-        self._policy.touch(page)
-        return self._layout.expert(self._ram.tensor(self._slots[page]))
+    def _use(self, pages: list[Page]) -> list[tuple[int, Tensor]]:
+        for page in pages:
+            self._policy.touch(page)
+        return [(page[1], self._ram.tensor(self._slots[page])) for page in pages]
 
     def _start_reads(self, missing: deque[Page], flying: dict["Future[None]", tuple[Page, int]]) -> None:
         """Start reading as many missing pages as slots can be had for."""
@@ -98,22 +99,24 @@ class ExpertStore:
         victim = self._policy.victim(lambda page: page not in self._pinned)
         return None if victim is None else self._slots.pop(victim)
 
-    def _landed(self, flying: dict["Future[None]", tuple[Page, int]]) -> Iterator[Page]:
-        """Wait for at least one read; take in all that have come, pinned."""
+    def _land(self, flying: dict["Future[None]", tuple[Page, int]]) -> list[Page]:
+        """Wait for at least one read; take in, pinned, all that have come."""
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
-        for read in sorted(done, key=lambda read: flying[read][0]):
-            page, slot = flying.pop(read)
-            try:
-                read.result()
-            except BaseException:
-                self._free.append(slot)
-                raise
-            self._slots[page] = slot
-            self._pinned.add(page)
-            self._policy.touch(page)
-            self.traffic.disk_pages += 1
-            self.traffic.disk_bytes += self._layout.bytes
-            yield page
+        landed = [self._take_in(read, *flying.pop(read)) for read in sorted(done, key=lambda read: flying[read][0])]
+        self._pinned = set(landed)
+        return landed
+
+    def _take_in(self, read: "Future[None]", page: Page, slot: int) -> Page:
+        try:
+            read.result()
+        except BaseException:
+            self._free.append(slot)
+            raise
+        self._slots[page] = slot
+        self._policy.touch(page)
+        self.traffic.disk_pages += 1
+        self.traffic.disk_bytes += self.layout.bytes
+        return page
 
     def _abandon(self, flying: dict["Future[None]", tuple[Page, int]]) -> None:
         """Wait for reads that nobody wants any more, and give their slots back."""
