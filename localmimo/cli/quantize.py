@@ -1,0 +1,254 @@
+"""`localmimo quantize`: shows what a conversion will take, runs it under a progress line, says what to do next.
+
+The only face that touches `quant.convert`; knows nothing of models that run.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localmimo.cli.ui import Ui, bar, seconds
+from localmimo.cli.verify import read_back
+from localmimo.machine import Machine, format_bytes
+
+if TYPE_CHECKING:
+    from quant import Progress
+    from quant.listing import Listing
+
+ASK_BYTES = 20_000_000_000  # conversions beyond this ask first, in a terminal
+STOPPED = "Run the same command to continue; --restart to begin again."
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """The command line of `localmimo quantize`."""
+
+    source: Path
+    out: Path | None = None
+    experts: str = "nf4"
+    dense: str = "int8"
+    dry_run: bool = False
+    restart: bool = False
+    yes: bool = False
+    as_json: bool = False
+
+
+def run_quantize(job: Conversion, ui: Ui) -> int:
+    """Carry the command out; the exit code."""
+    from quant import Recipe, Source
+
+    with Source.open(job.source) as source:
+        listing = Recipe(job.experts, job.dense).resolve(source)
+    out = job.out or Path(f"{listing.model}-{listing.recipe.experts}")
+    room = Room.of(out, listing, restart=job.restart)
+    if job.dry_run:
+        return _dry_run(job, ui, listing, out, room)
+    for line in (listing.table(), room.sentence(out), *listing.notes):
+        ui.note(_indented(line))
+    if job.out is None:
+        ui.note(f" No --out was given: the pack goes to ./{out}.")
+    if not _agreed(job, room):
+        ui.note(" Nothing was written.")
+        return 1
+    return _convert(job, ui, listing, out)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a conversion needs and what there is, in bytes."""
+
+    needed: int
+    free: int
+    finished: int  # by an earlier run
+    peak_ram: int
+    free_ram: int
+
+    @classmethod
+    def of(cls, out: Path, listing: Listing, *, restart: bool) -> Room:
+        from quant.writer import existing_parent, partial_path, read_journal
+
+        out = out.expanduser().absolute()
+        done = {} if restart else read_journal(partial_path(out))[1]
+        finished = sum(record["bytes"] for record in done.values())
+        if (out / "manifest.json").exists():
+            finished = listing.total_bytes
+        free = shutil.disk_usage(existing_parent(out)).free
+        machine = Machine.probe()
+        return cls(
+            listing.total_bytes - finished, free, finished, listing.peak_ram_bytes, machine.free_ram_bytes
+        )
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.free
+
+    def sentence(self, out: Path) -> str:
+        """Disk and memory, needed against free."""
+        disk = f"disk {format_bytes(self.needed)} needed, {format_bytes(self.free)} free {_mark(self.fits)}"
+        ram = f"RAM {format_bytes(self.peak_ram)} at the peak, {format_bytes(self.free_ram)} free "
+        ram += _mark(self.peak_ram <= self.free_ram)
+        begun = f"\nan earlier run left {format_bytes(self.finished)} of it" if self.finished else ""
+        return f"\n{out}: {disk} · {ram}{begun}"
+
+    def as_dict(self) -> dict[str, int]:
+        return {"needed_bytes": self.needed, "free_bytes": self.free, "finished_bytes": self.finished}
+
+
+def _mark(holds: bool) -> str:
+    return "✓" if holds else "✗"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f" {line}" if line else "" for line in text.split("\n"))
+
+
+def _dry_run(job: Conversion, ui: Ui, listing: Listing, out: Path, room: Room) -> int:
+    if job.as_json:
+        ui.json(
+            listing.as_dict() | room.as_dict() | {"out": str(out), "status": "dry run", "fits": room.fits}
+        )
+    else:
+        ui.data("\n".join(map(_indented, (listing.table(), room.sentence(out), *listing.notes))))
+    if not room.fits:
+        from quant.errors import NoSpace
+
+        short = format_bytes(room.needed - room.free)
+        raise NoSpace(
+            f"{out} needs {format_bytes(room.needed)} and {format_bytes(room.free)} are free: "
+            f"free {short}, or choose another --out."
+        )
+    ui.note(" Nothing was written. Run again without --dry-run.")
+    return 0
+
+
+def _agreed(job: Conversion, room: Room) -> bool:
+    if job.yes or room.finished or room.needed < ASK_BYTES or not sys.stdin.isatty():
+        return True
+    import typer
+
+    return typer.confirm(f" Write {format_bytes(room.needed)}?", default=True, err=True)
+
+
+def _convert(job: Conversion, ui: Ui, listing: Listing, out: Path) -> int:
+    from quant import convert
+
+    steps = convert(job.source, out, recipe=listing.recipe, restart=job.restart)
+    last: Progress | None = None
+    try:
+        for last in _shown(steps, ui, listing):
+            pass
+    except KeyboardInterrupt:
+        _close(steps)
+        ui.status.clear()
+        ui.note(f" Stopped {_reached(last, listing)}. {STOPPED}")
+        if job.as_json:
+            ui.json(_facts(listing, out, last) | {"status": "interrupted"})
+        return 130
+    assert last is not None
+    read_back(out, ui).raise_for_problems()
+    _finish(job, ui, listing, out, last)
+    return 0
+
+
+def _close(steps: Iterator[Progress]) -> None:
+    close = getattr(steps, "close", None)
+    if close is not None:
+        close()
+
+
+def _finish(job: Conversion, ui: Ui, listing: Listing, out: Path, last: Progress) -> None:
+    facts = _facts(listing, out, last) | {"status": last.note or "done", "verified": True}
+    if job.as_json:
+        ui.json(facts)
+        return
+    error = f", error {last.rms_error:.4f} rms" if last.rms_error else ""
+    took = "already done" if last.note else f"done in {seconds(last.elapsed_s)}"
+    ui.data(
+        f" ✓ {out.name}: {format_bytes(listing.total_bytes)}, {took}, checksums ok{error}.\n"
+        f"   Next: localmimo chat {_shell(out)}"
+    )
+
+
+def _facts(listing: Listing, out: Path, last: Progress | None) -> dict[str, Any]:
+    facts = listing.as_dict() | {"out": str(out)}
+    if last is not None:
+        facts |= {
+            "rms_error": last.rms_error,
+            "worst_error": last.worst_error,
+            "worst_name": last.worst_name,
+            "done_bytes": last.done_bytes,
+            "elapsed_s": round(last.elapsed_s, 3),
+        }
+    return facts
+
+
+def _shell(path: Path) -> str:
+    import shlex
+
+    text = str(path)
+    return shlex.quote(text if path.is_absolute() or "/" in text else f"./{text}")
+
+
+def _shown(steps: Iterator[Progress], ui: Ui, listing: Listing) -> Iterator[Progress]:
+    """The same steps, shown: a line that is written over, or one line for every tenth where it cannot be."""
+    n_layers = max((file.layer for file in listing.files if file.layer is not None), default=0)
+    tenth = -1
+    for step in steps:
+        if ui.status.enabled:
+            ui.status.show(progress_line(step, n_layers, ui.err.width))
+        elif (reached := 10 * step.done_bytes // max(1, step.total_bytes)) > tenth:
+            tenth = reached
+            ui.note(progress_line(step, n_layers))
+        yield step
+    ui.status.clear()
+
+
+def progress_line(step: Progress, n_layers: int, width: int = 200) -> str:
+    """Layer, bar, percent, bytes, speed, time left and error: the last of them go where there is no room."""
+    share = step.done_bytes / max(1, step.total_bytes)
+    speed = (step.done_bytes - step.resumed_bytes) / step.elapsed_s if step.elapsed_s > 0 else 0.0
+    facts = [f"{share:4.0%}", _of(step.done_bytes, step.total_bytes)]
+    if speed:
+        facts.append(f"{format_bytes(speed)}/s")
+        facts.append(f"left {seconds((step.total_bytes - step.done_bytes) / speed)}")
+    if step.rms_error:
+        facts.append(f"rms error {step.rms_error:.4f}")
+        facts.append(f"(worst {step.worst_error:.4f} {_short(step.worst_name)})")
+    head = f" {_unit(step, n_layers):<11} {bar(share, 10 if width < 90 else 20)}"
+    while len("  ".join([head, *facts])) > width - 1:
+        facts.pop()
+    return "  ".join([head, *facts])
+
+
+def _of(part: int, whole: int) -> str:
+    """61.8/170.3 GB: both in the unit of the whole."""
+    text, unit = format_bytes(whole).split()
+    scale = {"TB": 1e12, "GB": 1e9, "MB": 1e6}.get(unit, 1e3)
+    digits = len(text.partition(".")[2])
+    return f"{part / scale:.{digits}f}/{text} {unit}"
+
+
+def _unit(step: Progress, n_layers: int) -> str:
+    layer = re.fullmatch(r"experts-(\d+)\.safetensors", step.unit)
+    if layer:
+        return f"layer {int(layer[1])}/{n_layers}"
+    return "dense" if step.unit.startswith("dense") else "manifest"
+
+
+def _short(name: str) -> str:
+    """layers.3.experts.17 -> L3 E17."""
+    return name.replace("layers.", "L").replace(".experts.", " E")
+
+
+def _reached(last: Progress | None, listing: Listing) -> str:
+    """Where a stopped run is: after its last finished unit."""
+    if last is None or last.done_units == 0:
+        return "before the first unit was finished"
+    file = listing.files[last.done_units - 1]
+    return f"after {file.name}" if file.layer is None else f"after layer {file.layer}"
