@@ -13,15 +13,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from quant.codec import codec
 from quant.distortion import Distortion
 from quant.errors import BadPack, NotWritable
-from quant.listing import BAND, Entry, FilePlan, Listing
+from quant.listing import FilePlan, Listing
 from quant.manifest import CARD, copied_files, make_card, make_manifest, settings_in, settings_of
 from quant.pack import MANIFEST, Pack
-from quant.page import MATRICES, PageLayout
+from quant.packing import make_page, write_dense
 from quant.recipe import Recipe
 from quant.source import Source
 from quant.writer import (
@@ -34,11 +32,6 @@ from quant.writer import (
     partial_path,
     read_journal,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from quant.qtensor import QTensor
 
 SMALL_FILES = 1 << 26  # room for the manifest and the tokenizer on top of the exact sizes
 
@@ -215,8 +208,7 @@ class _Job:
 
     def _dense(self, file: FilePlan, target: OpenFile) -> Iterator[tuple[str, Distortion]]:
         for entry in file.entries:
-            distortion = _write_dense(self.source, entry, file, target)
-            self.source.matrices[entry.name].forget()
+            distortion = write_dense(self.source, entry, file.shard.offsets, target)
             self.done_bytes += entry.nbytes
             yield entry.name, distortion
 
@@ -259,91 +251,3 @@ def _discard(partial: Path) -> None:
     if not (partial / JOURNAL).exists() and not (partial / MANIFEST).exists() and not _only_ours(partial):
         raise NotWritable(f"{partial} is in the way and was not made by an earlier run. Move it away.")
     shutil.rmtree(partial)
-
-
-def make_page(source: Source, name: str, page: PageLayout) -> tuple[memoryview, Distortion]:
-    """The page of one expert (`layers.L.experts.E`) and its distortion."""
-    import torch
-
-    buffer = torch.zeros(page.bytes, dtype=torch.uint8)
-    views = page.expert(buffer)
-    total = Distortion()
-    for matrix in MATRICES:
-        packed, distortion = _pack_matrix(source, f"{name}.{matrix}", page.codec)
-        for part, there in getattr(views, matrix).parts.items():
-            there.copy_(packed.parts[part])
-        source.matrices[f"{name}.{matrix}"].forget()
-        total += distortion
-    return buffer.numpy().data, total
-
-
-def _pack_matrix(source: Source, name: str, chosen: str) -> tuple[QTensor, Distortion]:
-    from quant.qtensor import quantize_measured
-
-    return _as_stored(source, name, chosen) or quantize_measured(source.read(name), chosen)
-
-
-def _as_stored(source: Source, name: str, chosen: str) -> tuple[QTensor, Distortion] | None:
-    """A matrix whose stored values fit the codec as they are: rearranged, not rounded again."""
-    from quant import fourbit
-    from quant.qtensor import QTensor
-
-    matrix = source.matrices[name]
-    shape = (matrix.shape[0], matrix.shape[1])
-    if chosen == matrix.dtype == "mxfp4":
-        return QTensor(chosen, shape, fourbit.from_mxfp4(*matrix.mxfp4())), Distortion()
-    if chosen == "fp8" and matrix.plain_fp8(codec("fp8").block):
-        weight, scales = matrix.fp8()
-        return QTensor(chosen, shape, {"weight": weight, "scales": scales}), Distortion()
-    return None
-
-
-def _write_dense(source: Source, entry: Entry, file: FilePlan, target: OpenFile) -> Distortion:
-    """Write one dense tensor, a band of rows at a time."""
-    from quant.qtensor import DTYPES, quantize_measured, row_bands
-
-    offsets = file.shard.offsets
-    if len(entry.shape) == 1:
-        _write(target, offsets[entry.name], source.read(entry.name).to(DTYPES[entry.codec]))
-        return Distortion()
-    kept = _as_stored(source, entry.name, entry.codec)
-    if kept:
-        _write_parts(target, entry, offsets, kept[0], 0)
-        return kept[1]
-    shape = (entry.shape[0], entry.shape[1])
-    bands = row_bands(shape, codec(entry.codec).row_step, BAND)
-    largest = _largest(source, entry, bands)
-    total = Distortion()
-    for start, stop in bands:
-        rows = source.rows(entry.name, start, stop)
-        packed, distortion = quantize_measured(rows, entry.codec, largest=largest)
-        _write_parts(target, entry, offsets, packed, start)
-        total += distortion
-    return total if total.squared_error else Distortion()
-
-
-def _largest(source: Source, entry: Entry, bands: list[tuple[int, int]]) -> float | None:
-    """The largest magnitude of a matrix in several bands, where the codec has a scale for the whole
-    matrix."""
-    if codec(entry.codec).kind != "four" or len(bands) == 1:
-        return None
-    return max(float(source.rows(entry.name, start, stop).abs().max()) for start, stop in bands)
-
-
-def _write_parts(
-    target: OpenFile, entry: Entry, offsets: dict[str, int], packed: QTensor, first_row: int
-) -> None:
-    """Write the parts of a band of rows: they lie together, since row groups are the outermost dimension."""
-    step = codec(entry.codec).row_step
-    for part, tensor in packed.parts.items():
-        offset = offsets[f"{entry.name}.{part}"]
-        if part != "scale":
-            row_bytes = tensor[0].numel() * tensor.element_size()
-            offset += first_row // (1 if part == "weight" else step) * row_bytes
-        _write(target, offset, tensor)
-
-
-def _write(target: OpenFile, offset: int, tensor: torch.Tensor) -> None:
-    import torch
-
-    target.write(offset, tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -87,10 +87,7 @@ class Matrix:
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         # The largest magnitude is NaN or infinite exactly when some element is.
         if not bool(torch.isfinite(out.abs().max())):
-            names = sorted({piece.weight.stored.name for piece, _, _ in self._cut(start, stop)})
-            raise BadCheckpoint(
-                f"{', '.join(names)} contains NaN or infinity, in the weights or in their scales."
-            )
+            raise _not_finite([piece for piece, _, _ in self._cut(start, stop)])
         return out.view(-1) if len(self.shape) == 1 else out
 
     def mxfp4(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +98,7 @@ class Matrix:
         assert piece.exponents is not None
         exponents = piece.exponents.rows(piece.first_row, piece.first_row + piece.n_rows)
         if bool((exponents == 255).any()):
-            raise BadCheckpoint(f"{piece.exponents.stored.name} contains the scale 255, which means NaN.")
+            raise _not_finite([piece])
         packed = piece.weight.rows(piece.first_row, piece.first_row + piece.n_rows)
         codes = torch.stack([packed & 15, packed >> 4], dim=-1)  # low nibble: even column
         return codes.view(len(packed), -1), exponents
@@ -112,8 +109,11 @@ class Matrix:
 
         (piece,) = self.pieces
         assert piece.grid is not None
-        weight = piece.weight.rows(0, piece.n_rows).view(torch.float8_e4m3fn)
-        return weight, _scale_rows(piece.grid.scales, 0, piece.grid.scales.stored.shape[0])
+        raw = piece.weight.rows(0, piece.n_rows)
+        scales = _scale_rows(piece.grid.scales, 0, piece.grid.scales.stored.shape[0])
+        if bool((raw & 127 == 127).any()) or not bool(scales.isfinite().all()):
+            raise _not_finite([piece])
+        return raw.view(torch.float8_e4m3fn), scales
 
     def forget(self) -> None:
         """Drop what was read from the page cache."""
@@ -130,6 +130,11 @@ class Matrix:
                 out.append((piece, piece.first_row + a, piece.first_row + b))
             top += piece.n_rows
         return out
+
+
+def _not_finite(pieces: list[Piece]) -> BadCheckpoint:
+    names = ", ".join(sorted({piece.weight.stored.name for piece in pieces}))
+    return BadCheckpoint(f"{names} contains NaN or infinity, in the weights or in their scales.")
 
 
 def _places(piece: Piece) -> list[Place]:

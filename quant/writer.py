@@ -61,8 +61,7 @@ def read_journal(folder: Path) -> tuple[Settings | None, dict[str, Record]]:
 
 def _on_disk(folder: Path, record: Record) -> bool:
     try:
-        size: int = record["bytes"]
-        return (folder / record["file"]).stat().st_size == size
+        return Path(folder, record["file"]).stat().st_size == int(record["bytes"])
     except (OSError, KeyError, TypeError):
         return False
 
