@@ -162,7 +162,7 @@ def _converse(engine: Engine, options: Options, ui: Ui, system: str | None) -> i
     manner = _manner(options, ui)
     manner.stream_options()
     reader = KeyReader(command.name for command in COMMANDS)
-    screen = Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
+    screen = Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking, hint="/thoughts shows it")
     repl = Repl(reader, ui, engine, manner=manner, screen=screen, system=system)
     greet(engine, manner, ui)
     repl.run()

@@ -206,6 +206,8 @@ class Repl:
         facts = figures(turn.stats, self.engine.context) if turn.stats and self.manner.stats else []
         if ending or facts:
             self.ui.parts([*([ending] if ending else []), *facts])
+        if self.ui.err.is_terminal:
+            self.ui.note()
 
 
 def ending_of(turn: Turn, context: int) -> str:

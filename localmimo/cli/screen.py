@@ -24,8 +24,9 @@ FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 class Screen:
     """Where an answer appears: its text on stdout, all else on stderr."""
 
-    def __init__(self, ui: Ui, *, plain: bool = False, hide_thinking: bool = False) -> None:
+    def __init__(self, ui: Ui, *, plain: bool = False, hide_thinking: bool = False, hint: str = "") -> None:
         self._ui = ui
+        self._hint = hint  # where folded thinking can be read
         self._hide_thinking = hide_thinking
         self._redraws = ui.status.enabled and not plain
         self._terminal = ui.out.is_terminal
@@ -91,7 +92,7 @@ class Screen:
             return
         if self._redraws and not self._hide_thinking:
             spent = seconds(time.perf_counter() - self._began)
-            self._ui.note(f"  thought for {spent}, {self._thought_tokens} tokens", style="dim")
+            self._ui.parts([f"thought for {spent}, {self._thought_tokens} tokens", *([self._hint] if self._hint else [])])
         elif not self._hide_thinking and not self._ui.quiet:
             self._ui.err.file.write("\n")
             self._ui.err.file.flush()
