@@ -19,9 +19,9 @@ from quant.shard import ShardPlan, plan_shard
 from quant.source import Source
 
 DENSE_SHARD = 1 << 30  # a unit of work that is lost at worst when a conversion is interrupted
-PROCESS_BYTES = 450_000_000  # Python with torch, measured on Linux
+PROCESS_BYTES = 300_000_000  # Python with torch, measured on Linux
 BAND = 1 << 24  # weights of a matrix that are converted at a time: an expert of the largest model in one go
-BAND_BYTES = 30  # per weight of a band: stored bytes, float32, and what the codecs need, measured
+BAND_BYTES = 22  # per weight of a band: stored bytes, float32, and what the codecs need, measured
 
 GROUPS = ("experts", "attention", "dense mlp", "router", "norms, sinks", "embed", "head", "mtp")
 

@@ -1,7 +1,7 @@
 """One tensor or one expert of a source, packed: band by band into a file, or as a page.
 
-Big matrices pass through in bands of rows, so that memory does not grow with the model; what is stored in the very
-values of the codec is rearranged, never rounded again. It must not know folders, journals or progress.
+Big matrices pass through in bands of rows, so that memory does not grow with the model; what is stored in the
+very values of the codec is rearranged, never rounded again. It must not know folders, journals or progress.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def pack_bands(matrix: Matrix, chosen: str) -> Iterator[Band]:
 
 
 def part_bytes(first_row: int, packed: QTensor) -> Iterator[tuple[str, int, memoryview]]:
-    """Part, offset inside the part and bytes of a band: row groups are the outermost dimension of every part."""
+    """Part, offset in it and bytes of a band: row groups are the outermost dimension of every part."""
     import torch
 
     step = codec(packed.codec).row_step

@@ -24,7 +24,7 @@ names
 source
 recipe listing
 pack
-manifest writer report
+manifest packing writer report
 conversion"""
 LOCALMIMO = """errors home toolcall messages
 config machine attend sample text
