@@ -87,9 +87,19 @@ def trunk_loss(net: Network, p: Params, biases: dict[str, Tensor], batch: Batch,
 
     frame = make_frame(net.shape, batch.documents[:, :length])
     hidden, picks = net.hidden(p, biases, batch.tokens[:, :length], frame)
-    x = rms_norm(hidden, p["norm"], net.shape.eps).flatten(0, 1).to(p["head"].dtype)
-    targets, weights = batch.tokens[:, 1 : length + 1].flatten(), batch.weights[:, 1 : length + 1].flatten()
-    return WeightedLoss.apply(x, p["head"], targets, weights), picks
+    rows, weights = drawn(batch.weights[:, 1 : length + 1].flatten())
+    x = rms_norm(hidden.flatten(0, 1)[rows], p["norm"], net.shape.eps).to(p["head"].dtype)
+    return WeightedLoss.apply(x, p["head"], batch.tokens[:, 1 : length + 1].flatten()[rows], weights), picks
+
+
+def drawn(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Which positions count: each with the probability that is its weight, so that the head skips the others.
+
+    Their number is padded to a multiple of 256 with rows of weight zero (few different shapes for the matrix library).
+    """
+    kept = torch.nonzero(torch.rand(len(weights)) < weights).flatten()
+    rows = torch.nn.functional.pad(kept, (0, -len(kept) % 256))
+    return rows, torch.nn.functional.pad(torch.ones(len(kept)), (0, len(rows) - len(kept)))
 
 
 def draft_loss(net: Network, p: Params, biases: dict[str, Tensor], batch: Batch, length: int, heads: tuple[int, ...]) -> Tensor:
@@ -103,9 +113,9 @@ def draft_loss(net: Network, p: Params, biases: dict[str, Tensor], batch: Batch,
         n = min(length, batch.tokens.shape[1] - k - 2)
         ahead = slice(k + 2, k + 2 + n)
         same = batch.documents[:, :n] == batch.documents[:, ahead]
-        weights = (batch.weights[:, ahead] * same).flatten()
-        rows = x[:, :n].flatten(0, 1).to(p["head"].dtype)
-        total = total + WeightedLoss.apply(rows, p["head"].detach(), batch.tokens[:, ahead].flatten(), weights)
+        rows, weights = drawn((batch.weights[:, ahead] * same).flatten())
+        inputs = x[:, :n].flatten(0, 1)[rows].to(p["head"].dtype)
+        total = total + WeightedLoss.apply(inputs, p["head"].detach(), batch.tokens[:, ahead].flatten()[rows], weights)
     return total
 
 
@@ -173,7 +183,7 @@ def update(run: Run, shared: Shared, optimizer: Optimizer, mine: list[str], rank
         wanted = ("mtp.0.",) if progress < 1.5 else ("mtp.",)
         names = [n for n in mine if n.startswith(wanted)]
         scale = 0.5 if progress < 1.5 else 0.3 * max(0.03, (2 - progress) / 0.5)
-    grads = {n: sum(g[n].float() for g in shared.grads) / run.processes for n in names}
+    grads = {n: averaged([g[n] for g in shared.grads]) for n in names}
     optimizer.names = names
     optimizer.step(grads, scale)
     optimizer.names = mine
@@ -183,6 +193,14 @@ def update(run: Run, shared: Shared, optimizer: Optimizer, mine: list[str], rank
         for name, bias in shared.biases.items():
             load = sum(p[name].float() for p in shared.picks)
             bias.add_(BALANCE * min(1.0, 10 * schedule(progress, 10**6)) * torch.sign(load.mean() - load))
+
+
+def averaged(grads: list[Tensor]) -> Tensor:
+    """Mean of the processes' gradients in float32."""
+    out = grads[0].float() if grads[0].dtype != torch.float32 else grads[0].clone()
+    for grad in grads[1:]:
+        out.add_(grad)
+    return out.mul_(1 / len(grads))
 
 
 class Clock:

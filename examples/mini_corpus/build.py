@@ -26,7 +26,7 @@ SPLIT = (
 VOCAB = 8192
 # share of training tokens per kind, early and in the last part of training
 SHARES = {
-    "topic": (0.34, 0.37), "mixed": (0.16, 0.17), "story": (0.12, 0.12), "think": (0.09, 0.09), "tools": (0.11, 0.11),
+    "topic": (0.36, 0.39), "mixed": (0.16, 0.17), "story": (0.12, 0.12), "think": (0.09, 0.09), "tools": (0.09, 0.09),
     "chitchat": (0.09, 0.06), "chatterbot": (0.01, 0.01), "wiki": (0.06, 0.06), "bfcl": (0.02, 0.01),
 }
 COUNTS = {"topic": 22000, "mixed": 14000, "story": 9000, "think": 10000, "tools": 6000}
