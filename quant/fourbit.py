@@ -155,13 +155,20 @@ def _to_blocks(codec: Codec, rows: Tensor) -> Tensor:
 
 def _search(codec: Codec, blocks: Tensor) -> Tensor:
     """The scale byte of each block with the least squared error. blocks [block, N] -> uint8 [N]."""
-    largest = blocks.abs().amax(0)
-    candidates = _mxfp4_candidates(largest) if codec.name == "mxfp4" else _nf4_candidates(largest)
     table = book(codec.name)
+    largest = blocks.abs().amax(0)
+    unit = torch.ones(())
+    if codec.name == "mxfp4":
+        candidates = list(_mxfp4_candidates(largest))
+        unit = table.scale_of_byte.index_select(0, candidates[0])  # or squares leave the range of float32
+        blocks = blocks / unit
+    else:
+        candidates = list(_nf4_candidates(largest))
     best_error = torch.full_like(largest, torch.inf)
     best = torch.zeros(largest.shape, dtype=torch.int32)
     for candidate in candidates:
-        error = _rough_error(table, blocks, candidate)
+        scale = table.scale_of_byte.index_select(0, candidate) / unit
+        error = _rough_error(table, blocks, scale)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, candidate, best)
@@ -187,8 +194,7 @@ def _mxfp4_candidates(largest: Tensor) -> Iterator[Tensor]:
         yield (covering + step).clamp_(0, 254)
 
 
-def _rough_error(table: Book, blocks: Tensor, scale_bytes: Tensor) -> Tensor:
-    scale = table.scale_of_byte.index_select(0, scale_bytes)
+def _rough_error(table: Book, blocks: Tensor, scale: Tensor) -> Tensor:
     cells = _cells(table, blocks * scale.reciprocal())
     value = table.rough.index_select(0, cells.view(-1)).view(blocks.shape)
     return _sum_rows(value.mul_(scale).sub_(blocks).square_())
