@@ -1,0 +1,123 @@
+"""config.json is read strictly: known keys are used, unknown ones named, other families refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from localmimo.config import ModelConfig
+from localmimo.errors import BadModel
+from tests.tiny import make_config
+
+# The published values (see the docstring of localmimo/config.py); counts of layers by kind, and sizes.
+FLASH = {
+    "model_type": "mimo_v2_flash",
+    "hidden_size": 4096,
+    "num_hidden_layers": 48,
+    "hybrid_layer_pattern": [0 if i == 0 or (i + 1) % 6 == 0 else 1 for i in range(48)],
+    "moe_layer_freq": [0] + [1] * 47,
+    "num_attention_heads": 64,
+    "swa_num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "swa_num_key_value_heads": 8,
+    "head_dim": 192,
+    "swa_head_dim": 192,
+    "v_head_dim": 128,
+    "swa_v_head_dim": 128,
+    "sliding_window": 128,
+    "sliding_window_size": 128,
+    "attention_chunk_size": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "intermediate_size": 16384,
+    "vocab_size": 152576,
+    "max_position_embeddings": 262144,
+}
+PRO = FLASH | {
+    "model_type": "mimo_v2",
+    "attention_projection_layout": "fused_qkv",
+    "hidden_size": 6144,
+    "num_hidden_layers": 70,
+    "hybrid_layer_pattern": [0 if i in (0, 7, 15, 23, 31, 39, 47, 55, 62, 69) else 1 for i in range(70)],
+    "moe_layer_freq": [0] + [1] * 69,
+    "num_attention_heads": 128,
+    "swa_num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "swa_num_key_value_heads": 8,
+    "rope_theta": 10_000_000,
+    "attention_value_scale": 0.612,
+    "n_routed_experts": 384,
+    "max_position_embeddings": 1048576,
+}
+
+
+def parse(published: dict[str, object], **changes: object) -> ModelConfig:
+    return ModelConfig.parse(make_config("split-bf16", num_hidden_layers=len(published["hybrid_layer_pattern"])) | published | changes)
+
+
+def test_flash() -> None:
+    config = parse(FLASH)
+    assert sum(spec.attention == "global" for spec in config.layers) == 9
+    assert [i for i, spec in enumerate(config.layers) if spec.window is None] == [0, 5, 11, 17, 23, 29, 35, 41, 47]
+    assert {spec.rotary_dim for spec in config.layers} == {64}
+    assert config.layers[0].qkv_rows == (12288, 768, 512) and config.layers[1].qkv_rows == (12288, 1536, 1024)
+    assert config.pages_per_token == 376 and config.layers[1].window == 128
+    assert config.layers[0].rope_theta == 5e6 and config.layers[1].rope_theta == 1e4
+
+
+def test_pro() -> None:
+    config = parse(PRO)
+    assert sum(spec.attention == "global" for spec in config.layers) == 10
+    assert {spec.n_kv_heads for spec in config.layers} == {8}
+    assert config.value_scale == 0.612 and config.pages_per_token == 552
+
+
+def test_window_keys_override() -> None:
+    assert ModelConfig.parse(make_config(), window_keys=129).layers[1].window == 129
+
+
+def test_towers_are_not_our_business() -> None:
+    parse(FLASH, vision_config={"depth": 28}, audio_config={}, image_token_id=151655, video_start_token_id=151670)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"attention_temperature": 2.0}, "attention_temperature"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"n_shared_experts": 1}, "n_shared_experts"),
+        ({"n_group": 8}, "n_group"),
+        ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"hybrid_layer_pattern": [0, 1]}, "2 entries.*48"),
+        ({"num_experts_per_tok": 300}, "300.*256"),
+        ({"num_key_value_heads": 5}, "64.*5"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"hidden_size": -4}, "hidden_size"),
+        ({"layer_types": ["full_attention"] * 48}, "layer_types"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1.0}}}, "yarn"),
+    ],
+)
+def test_what_is_refused_is_named(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(BadModel, match=words):
+        parse(FLASH, **changes)
+
+
+def test_a_missing_key_is_named() -> None:
+    raw = make_config()
+    del raw["moe_intermediate_size"]
+    with pytest.raises(BadModel, match="moe_intermediate_size"):
+        ModelConfig.parse(raw)
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(BadModel, match="missing"):
+        ModelConfig.open(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BadModel, match="JSON"):
+        ModelConfig.open(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(BadModel, match="list"):
+        ModelConfig.open(tmp_path / "config.json")
