@@ -86,7 +86,7 @@ class ChatTemplate:
 
     @classmethod
     def open(cls, folder: str | Path, config: Mapping[str, Any] | None = None) -> ChatTemplate:
-        """The checkpoint's own template (chat_template.jinja, or in tokenizer_config.json), else the family's."""
+        """The checkpoint's own template (chat_template.jinja or tokenizer_config.json), else the family's."""
         folder = Path(folder)
         settings = _read_json(folder / "tokenizer_config.json")
         own = folder / "chat_template.jinja"
@@ -146,7 +146,7 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _thinks_by_itself(self) -> bool:
-        # Asked of the template, not of the model's name: what it does when nobody says is what it does when told.
+        # Asked of the template, not of the model's name: does it do unasked what it does when told to think?
         values: dict[str, Any] = {
             "messages": [{"role": "user", "content": "?"}],
             "tools": None,
@@ -218,8 +218,8 @@ class StreamParser:
     thinking: the prompt ended inside an open <think> block. (MiMo's own templates never do: there the model
     writes <think> itself, which is recognised at the start of its answer.)
 
-    A call to a function that is not among the tools, or one that cannot be read, stays text where it stands. A
-    call that can be read ends an open <think> block. The `raw` of all deltas put together is the text pushed.
+    A call to a function that is not among the tools, or one that cannot be read, stays text where it stands.
+    A call that can be read ends an open <think> block. The `raw` of all deltas together is the text pushed.
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = False) -> None:
@@ -307,7 +307,7 @@ class StreamParser:
         return self._unfinished_call() if final else None
 
     def _unfinished_call(self) -> Delta:
-        """At the end of the text: a call that lacks only its last tag counts, one that was cut off does not."""
+        """At the end a call that lacks only its last tag counts; one that was cut off does not."""
         ended = self._held.rstrip().endswith(FUNCTION_END)
         call = parse_call(self._held, self._functions) if ended else None
         return self._called(call) if call else self._text(len(OPEN))

@@ -92,7 +92,7 @@ def _parameters(body: str) -> dict[str, str] | None:
 
 
 def typed(text: str, schema: object) -> Any:
-    """A parameter's text as the JSON type its schema names; text where it names none or the text does not fit."""
+    """A parameter's text as the JSON type that its schema names; the text itself where it does not fit."""
     kinds = _kinds(schema)
     if "null" in kinds and text.strip() in ("null", "None"):
         return None

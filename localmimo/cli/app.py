@@ -35,8 +35,8 @@ class Settings:
 
 app = typer.Typer(
     name="localmimo",
-    help="Runs Xiaomi's MiMo-V2 mixture-of-experts models on one workstation: experts that do not fit in memory "
-    "are paged in from disk.",
+    help="Runs Xiaomi's MiMo-V2 mixture-of-experts models on one workstation: experts that do not fit in "
+    "memory are paged in from disk.",
     epilog="Start with: localmimo chat  (talks to the small model that comes along).",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -153,8 +153,8 @@ def perplexity(
 ) -> int:
     """Measure how well a pack predicts a text, and how far it strays from another pack.
 
-    The text is cut into windows of N tokens that do not overlap. Each window is read from an empty context, and
-    every token but its first is predicted from those before it in the window.
+    The text is cut into windows of N tokens that do not overlap. Each window is read from an empty context,
+    and every token but its first is predicted from those before it in the window.
     """
     from localmimo.cli.perplexity import Measurement, run_perplexity
     from localmimo.cli.ui import parse_count

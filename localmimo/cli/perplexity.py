@@ -1,8 +1,9 @@
 """`localmimo perplexity`: how well a pack predicts a text, and how far it strays from another pack.
 
-The text is cut into windows of N tokens that do not overlap. Each is read from an empty context, and every token
-but its first is predicted from those before it in the window. Divergence is the Kullback-Leibler divergence of the
-pack's distributions from the other pack's, KL(other || pack), in nats, averaged over the same positions.
+The text is cut into windows of N tokens that do not overlap. Each is read from an empty context, and every
+token but its first is predicted from those before it in the window. Divergence is the Kullback-Leibler
+divergence of the pack's distributions from the other pack's, KL(other || pack), in nats, averaged over the
+same positions.
 """
 
 from __future__ import annotations
@@ -122,8 +123,9 @@ def _tokens_of(engines: Sequence[Engine], text: str, file: Path) -> list[int]:
     for engine, other in zip(engines[1:], others, strict=True):
         if other != first:
             raise BadRequest(
-                f"{engines[0].pack.path.name} reads {file} as {len(first):,} tokens and {engine.pack.path.name} as "
-                f"{len(other):,}, or as others: only packs with one tokenizer can be compared."
+                f"{engines[0].pack.path.name} reads {file} as {len(first):,} tokens and "
+                f"{engine.pack.path.name} as {len(other):,}, or as others: "
+                "only packs with one tokenizer can be compared."
             )
     if len(first) < 2:
         raise BadRequest(
@@ -212,18 +214,17 @@ def _facts(
 
 def report(facts: dict[str, Any]) -> str:
     """The measurement for people."""
-    lines = [
-        f"{facts['pack']}: perplexity {facts['perplexity']:.4f} per token, {facts['perplexity_per_byte']:.4f} per byte "
-        f"({facts['bits_per_byte']:.4f} bits per byte)",
-    ]
+    lines = [_scores(facts)]
     if other := facts.get("against"):
-        lines += [
-            f"{other['pack']}: perplexity {other['perplexity']:.4f} per token, {other['perplexity_per_byte']:.4f} per byte",
-            f"divergence from {other['pack']}: mean KL {other['mean_kl']:.5f} nats, "
-            f"same likeliest token {other['top1_agreement']:.2%}",
-        ]
-    lines.append(
-        f"{facts['n_predicted']:,} of {facts['n_tokens']:,} tokens predicted, in {facts['n_windows']:,} windows of "
-        f"{facts['window']:,} that do not overlap, each from an empty context; {seconds(facts['elapsed_s'])}"
-    )
+        agreement = f"mean KL {other['mean_kl']:.5f} nats, same likeliest token {other['top1_agreement']:.2%}"
+        lines += [_scores(other), f"divergence from {other['pack']}: {agreement}"]
+    counts = f"{facts['n_predicted']:,} of {facts['n_tokens']:,} tokens predicted"
+    manner = f"in {facts['n_windows']:,} windows of {facts['window']:,} that do not overlap"
+    lines.append(f"{counts}, {manner}, each from an empty context; {seconds(facts['elapsed_s'])}")
     return "\n".join(lines)
+
+
+def _scores(facts: dict[str, Any]) -> str:
+    per_token = f"perplexity {facts['perplexity']:.4f} per token"
+    per_byte = f"{facts['perplexity_per_byte']:.4f} per byte ({facts['bits_per_byte']:.4f} bits per byte)"
+    return f"{facts['pack']}: {per_token}, {per_byte}"

@@ -1,4 +1,4 @@
-"""`localmimo quantize`: shows what a conversion will take, runs it under a progress line, says what to do next.
+"""`localmimo quantize`: shows what a conversion takes, runs it under a progress line, says what to do next.
 
 The only face that touches `quant.convert`; knows nothing of models that run.
 """
@@ -141,8 +141,8 @@ def _convert(job: Conversion, ui: Ui, listing: Listing, out: Path) -> int:
     steps = convert(job.source, out, recipe=listing.recipe, restart=job.restart)
     last: Progress | None = None
     try:
-        for last in _shown(steps, ui, listing):
-            pass
+        for step in _shown(steps, ui, listing):
+            last = step
     except KeyboardInterrupt:
         _close(steps)
         ui.status.clear()

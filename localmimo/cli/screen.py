@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -92,7 +92,9 @@ class Screen:
             return
         if self._redraws and not self._hide_thinking:
             spent = seconds(time.perf_counter() - self._began)
-            self._ui.parts([f"thought for {spent}, {self._thought_tokens} tokens", *([self._hint] if self._hint else [])])
+            self._ui.parts(
+                [f"thought for {spent}, {self._thought_tokens} tokens", *([self._hint] if self._hint else [])]
+            )
         elif not self._hide_thinking and not self._ui.quiet:
             self._ui.err.file.write("\n")
             self._ui.err.file.flush()
@@ -173,7 +175,7 @@ class Blocks:
 
 
 def block_end(text: str) -> int:
-    """Where the first finished Markdown block ends: at a blank line, or after a closed code fence; 0 if none."""
+    """Where the first finished Markdown block ends, at a blank line or a closed code fence; 0 for none."""
     fence, at, said = "", 0, False
     for line in text.splitlines(keepends=True):
         at += len(line)
@@ -216,7 +218,7 @@ def _markdown(text: str) -> Any:
             yield Text.assemble((self.text.plain, "bold"), justify="left")
 
     class Answer(Markdown):
-        elements = {**Markdown.elements, "heading_open": LeftHeading}
+        elements: ClassVar = {**Markdown.elements, "heading_open": LeftHeading}
 
     answer = Answer(text, code_theme="ansi_dark", hyperlinks=False)
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").enable("strikethrough")

@@ -18,7 +18,7 @@ INTERRUPT = object()  # in an answer: Ctrl-C is pressed here; as an entry: at th
 
 
 class ScriptedEngine:
-    """Answers in turn what it is given: a list of token texts (INTERRUPT among them), or an error to raise."""
+    """Answers in turn what it is given: token texts (INTERRUPT among them), or an error to raise."""
 
     def __init__(
         self, *answers: Sequence[Any] | Exception, think: bool = False, context: int = 32_768

@@ -22,12 +22,19 @@ WITHOUT_TORCH = (
 
 def localmimo(*arguments: str, script: str = WITHOUT_TORCH, stdin: str = "") -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], input=stdin, capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-c", script, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
     )
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), *((command, "--help") for command in COMMANDS)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--help",), ("-h",), *((command, "--help") for command in COMMANDS)]
+)
 def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
     code, out, err = localmimo(*arguments)
     assert (code, err) == (0, "heavy: []\n")
@@ -37,14 +44,21 @@ def test_help_needs_no_torch(arguments: tuple[str, ...]) -> None:
 
 def test_help_names_every_command() -> None:
     out = localmimo("--help")[1]
-    assert [line.split()[0] for line in out.split("Commands:\n")[1].split("\n\n")[0].splitlines()] == list(COMMANDS)
+    assert [line.split()[0] for line in out.split("Commands:\n")[1].split("\n\n")[0].splitlines()] == list(
+        COMMANDS
+    )
 
 
 def test_the_defaults_in_the_help_are_the_defaults() -> None:
     from localmimo.sample import Sampling
 
     out = " ".join(localmimo("chat", "--help")[1].split())
-    for flag, key in (("--temp", "temperature"), ("--top-p", "top_p"), ("--top-k", "top_k"), ("--min-p", "min_p")):
+    for flag, key in (
+        ("--temp", "temperature"),
+        ("--top-p", "top_p"),
+        ("--top-k", "top_k"),
+        ("--min-p", "min_p"),
+    ):
         shown = re.search(rf"{flag} [XN] .*?\[default: (.*?)\]", out)
         assert shown is not None and float(shown[1]) == getattr(Sampling(), key), flag
 
@@ -77,7 +91,9 @@ def test_version() -> None:
         (("perplexity", "/no/such/pack", "-"), 2, "error: - is empty: there is nothing to predict."),
     ],
 )
-def test_mistakes_are_one_sentence_and_need_no_torch(arguments: tuple[str, ...], code: int, says: str) -> None:
+def test_mistakes_are_one_sentence_and_need_no_torch(
+    arguments: tuple[str, ...], code: int, says: str
+) -> None:
     got, out, err = localmimo(*arguments)
     assert (got, out) == (code, "")
     sentence, heavy = err.splitlines()
@@ -90,7 +106,8 @@ def test_mistakes_are_one_sentence_and_need_no_torch(arguments: tuple[str, ...],
     [
         (LocalMimoError("x"), 1), (DoesNotFit("x"), 3), (BadModel("x"), 4), (BadRequest("x"), 2),
         (ContextFull("x"), 2), (Cancelled("x"), 130), (QuantError("x"), 1), (BadCheckpoint("x"), 4),
-        (BadPack("x"), 4), (BadRecipe("x"), 2), (NoSpace("x"), 3), (NotWritable("x"), 1), (ValueError("x"), None),
+        (BadPack("x"), 4), (BadRecipe("x"), 2), (NoSpace("x"), 3), (NotWritable("x"), 1),
+        (ValueError("x"), None),
     ],
 )  # fmt: skip
 def test_exit_codes(error: Exception, code: int | None) -> None:

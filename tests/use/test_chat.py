@@ -138,7 +138,8 @@ def test_folders_that_are_no_packs(tmp_path: Path) -> None:
             (tmp_path / folder / file).touch()
     for name, says in {
         "none": f"There is no folder {tmp_path}/none.",
-        "hf": f"{tmp_path}/hf is a checkpoint, not a pack. Convert it first: localmimo quantize {tmp_path}/hf",
+        "hf": f"{tmp_path}/hf is a checkpoint, not a pack. "
+        f"Convert it first: localmimo quantize {tmp_path}/hf",
         "empty": f"{tmp_path}/empty is no pack: it has no manifest.json.",
         "half": f"{tmp_path}/half is no pack: it has no manifest.json. A conversion to it was begun: "
         f"run its quantize command again ({tmp_path}/half.partial).",

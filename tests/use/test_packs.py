@@ -101,7 +101,9 @@ sys.exit(run(sys.argv[1:]))
 
 def test_ctrl_c_stops_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
     arguments = ["quantize", str(folder / "tiny-hf"), "-o", str(tmp_path / "out")]
-    running = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     first = tmp_path / "out.partial" / "experts-01.safetensors"
     for _ in range(600):
         if first.exists() and list(first.parent.glob("experts-02*")):
@@ -170,7 +172,9 @@ TEXT = "The river runs to the sea, and the sea is wide; the river is long."
 def measured(folder: Path, tmp_path: Path, text: str = TEXT, **settings: Any) -> dict[str, Any]:
     (tmp_path / "text").write_text(text)
     shown = Capture()
-    run_perplexity(Measurement(str(folder / "tiny-hf-nf4"), tmp_path / "text", as_json=True, **settings), shown.ui)
+    run_perplexity(
+        Measurement(str(folder / "tiny-hf-nf4"), tmp_path / "text", as_json=True, **settings), shown.ui
+    )
     return json.loads(shown.out)  # type: ignore[no-any-return]
 
 
@@ -188,7 +192,9 @@ def test_perplexity_is_what_the_logits_say(folder: Path, tmp_path: Path) -> None
             n_predicted += len(window) - 1
     assert facts["n_predicted"] == n_predicted and facts["n_tokens"] == len(tokens)
     assert math.isclose(facts["perplexity"], math.exp(nll / n_predicted), rel_tol=1e-5)
-    assert math.isclose(facts["bits_per_byte"], nll / math.log(2) / n_predicted, rel_tol=1e-5)  # 1 byte a token
+    assert math.isclose(
+        facts["bits_per_byte"], nll / math.log(2) / n_predicted, rel_tol=1e-5
+    )  # 1 byte a token
     assert facts["window"] == 16 and facts["n_windows"] == math.ceil(len(tokens) / 16)
 
 
@@ -200,15 +206,23 @@ def test_a_pack_against_itself_does_not_stray(folder: Path, tmp_path: Path) -> N
 def test_a_pack_against_a_finer_one(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT)
     shown = Capture()
-    job = Measurement(str(folder / "tiny-hf-nf4"), tmp_path / "text", str(folder / "tiny-hf-bf16"), context=32)
+    job = Measurement(
+        str(folder / "tiny-hf-nf4"), tmp_path / "text", str(folder / "tiny-hf-bf16"), context=32
+    )
     assert run_perplexity(job, shown.ui) == 0
     lines = shown.out.splitlines()
-    assert lines[0].startswith("tiny-hf-nf4: perplexity ") and lines[1].startswith("tiny-hf-bf16: perplexity ")
+    assert lines[0].startswith("tiny-hf-nf4: perplexity ") and lines[1].startswith(
+        "tiny-hf-bf16: perplexity "
+    )
     assert lines[2].startswith("divergence from tiny-hf-bf16: mean KL 0.")
-    assert " tokens predicted, in 3 windows of 32 that do not overlap, each from an empty context; " in lines[3]
+    assert (
+        " tokens predicted, in 3 windows of 32 that do not overlap, each from an empty context; " in lines[3]
+    )
 
 
-@pytest.mark.parametrize(("text", "says"), [("", "is empty: there is nothing"), ("a", "has 1 token; at least 2")])
+@pytest.mark.parametrize(
+    ("text", "says"), [("", "is empty: there is nothing"), ("a", "has 1 token; at least 2")]
+)
 def test_nothing_to_predict(folder: Path, tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(BadRequest, match=says):
         measured(folder, tmp_path, text)

@@ -107,7 +107,8 @@ def test_clear_keeps_the_system_prompt() -> None:
     _, shown = converse(engine, "/system S", "a", "/clear", "b")
     assert engine.asked[1][0] == [{"role": "system", "content": "S"}, {"role": "user", "content": "b"}]
     assert shown.err == (
-        "  The system prompt holds from the next message on.\n  The conversation is empty, the system prompt stays.\n"
+        "  The system prompt holds from the next message on.\n"
+        "  The conversation is empty, the system prompt stays.\n"
     )
 
 
@@ -190,7 +191,8 @@ def test_help_lists_every_command() -> None:
     lines = shown.err.splitlines()
     assert lines[0] == "  /help                  this list"
     assert [line.split()[0] for line in lines[:-1]] == [
-        "/help", "/exit", "/clear", "/system", "/set", "/think", "/thoughts", "/stats", "/retry", "/undo", "/read",
+        "/help", "/exit", "/clear", "/system", "/set", "/think",
+        "/thoughts", "/stats", "/retry", "/undo", "/read",
     ]  # fmt: skip
 
 

@@ -34,9 +34,9 @@ WRITE = "<tool_call>\n<function=write>\n<parameter=path>a.txt</parameter>\n</fun
 CLOCK = "<tool_call><function=clock></function></tool_call>"
 
 PIECES = [
-    "<think>", "</think>", "<tool_call>", "</tool_call>", "<function=write>", "<function=clock>", "<function=nope>",
-    "</function>", "<parameter=path>", "<parameter=lines>", "</parameter>", "3", "a<b", "\n", " ", "<", "é", "text",
-    WRITE, CLOCK,
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<function=write>", "<function=clock>",
+    "<function=nope>", "</function>", "<parameter=path>", "<parameter=lines>", "</parameter>", "3", "a<b",
+    "\n", " ", "<", "é", "text", WRITE, CLOCK,
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 

@@ -151,7 +151,7 @@ def test_what_hugging_face_templates_use(tmp_path: Path) -> None:
         ("{{ 1 / 0 }}", "refused the conversation: division by zero"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refused the conversation: maximum recursion"),
         (
-            "{% for a in range(9999) %}{% for b in range(9999) %}xxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+            "{% for a in range(9999) %}{% for b in range(9999) %}" + "x" * 24 + "{% endfor %}{% endfor %}",
             "refused the conversation: it writes more than 67,108,864 characters",
         ),
     ],
@@ -167,7 +167,7 @@ def test_a_broken_template_is_a_bad_model() -> None:
 
 
 def test_an_unknown_builtin_names_the_known_ones() -> None:
-    with pytest.raises(BadRequest, match="there are mimo-v2-flash, mimo-v2.5, mimo-v2.6"):
+    with pytest.raises(BadRequest, match=r"there are mimo-v2-flash, mimo-v2\.5, mimo-v2\.6"):
         ChatTemplate.builtin("gpt")
 
 

@@ -13,11 +13,11 @@ from . import bpe
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 PROMPT = (
-    "<|im_start|>system\nYou are MiMo, a helpful AI assistant engineered by Xiaomi.<|im_end|><|im_start|>user\n"
-    "Hello<|im_end|><|im_start|>assistant\n<think></think>"
+    "<|im_start|>system\nYou are MiMo, a helpful AI assistant engineered by Xiaomi.<|im_end|>"
+    "<|im_start|>user\nHello<|im_end|><|im_start|>assistant\n<think></think>"
 )
-PROMPT_IDS = """151644 8948 198 2610 525 20740 25612 11 264 10950 15235 17847 44936 553 71449 13 151645 151644 872 198
-    9707 151645 151644 77091 198 151667 151668"""
+PROMPT_IDS = """151644 8948 198 2610 525 20740 25612 11 264 10950 15235 17847 44936 553 71449 13 151645 151644
+    872 198 9707 151645 151644 77091 198 151667 151668"""
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
