@@ -7,6 +7,7 @@ built `available()` is False and the torch reference computes. It must not know 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import torch
 from quant.codec import codec as codec_of
 
 if TYPE_CHECKING:
+    from quant.fourbit import Book
     from quant.page import PageLayout
     from quant.qtensor import QTensor
 
@@ -25,6 +27,7 @@ except ImportError:  # no compiler at install time
     _native = None  # type: ignore[assignment]
 
 Tensor = torch.Tensor
+Encoded = tuple[Tensor, Tensor, float]
 
 if _native is not None:
     _native.set_threads(torch.get_num_threads())  # the physical cores, unless the user said otherwise
@@ -36,6 +39,7 @@ DTYPES = {
     "scales": (torch.uint8, torch.float16),
     "scale": (torch.float32,),
 }
+N_CELLS = 1024  # of a book's tables
 NO_MODULE = "This build has no native kernels. Install a C++17 compiler, then reinstall the package."
 
 
@@ -140,6 +144,57 @@ def experts(
         x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def crc32(data: Tensor, value: int = 0) -> int:
+    """zlib.crc32 of a contiguous uint8 tensor, continuing `value`; several times as fast where native."""
+    if data.dtype != torch.uint8 or not data.is_contiguous() or data.device.type != "cpu":
+        raise ValueError(f"A checksum is taken of contiguous uint8 in main memory, not of {data.dtype}.")
+    if _native is None:
+        return zlib.crc32(data.numpy(), value)
+    return int(_native.crc32(data.data_ptr(), data.numel(), value, False))
+
+
+def encode(
+    codec: str, weight: Tensor, scale: float, book: Book, covers: Tensor, steps: Sequence[int]
+) -> Encoded | None:
+    """Pack float32 [rows, cols] / scale with a 4-bit codec -> (codes, scales, squared error in scale^2).
+
+    Bit for bit the search of `quant/fourbit.py`, whose book this is given; `covers` [n] float32, ascending,
+    is the largest magnitude that scale byte i covers; `steps` are the candidates, counted from the one that
+    covers the block. Only the error is summed in another order. None where no native module was built.
+    """
+    if _native is None:
+        return None
+    if codec not in FORMATS or codec == "int8":
+        raise ValueError(f"{codec} is no 4-bit codec.")
+    if weight.dtype != torch.float32 or weight.dim() != 2 or weight.device.type != "cpu" or 0 in weight.shape:
+        raise ValueError(f"A float32 matrix was expected, not {weight.dtype} {list(weight.shape)}.")
+    weight = weight.contiguous()
+    rows, cols = weight.shape
+    codes_of_ranks = torch.nn.functional.pad(book.code_of_rank, (0, 16 - book.code_of_rank.numel()))
+    tables = [
+        _table(book.values, torch.float32, 16), _table(codes_of_ranks, torch.int32, 16),
+        _table(book.position, torch.int32, N_CELLS), _table(book.midpoint, torch.float32, N_CELLS),
+        _table(book.rough, torch.float32, N_CELLS), _table(book.scale_of_byte, torch.float32, 256),
+        _table(covers, torch.float32, 1),
+    ]  # fmt: skip
+    specs = codec_of(codec).parts((rows, cols))
+    codes = torch.empty(specs["codes"].shape, dtype=torch.uint8)
+    scales = torch.empty(specs["scales"].shape, dtype=torch.uint8)
+    _part_bytes(codec, rows, cols)
+    per_unit, centre = N_CELLS / (2 * book.reach), N_CELLS / 2
+    error = _native.encode(
+        FORMATS[codec], [t.data_ptr() for t in tables], covers.numel(), per_unit, centre, list(steps),
+        weight.data_ptr(), rows, cols, scale, codes.data_ptr(), scales.data_ptr(),
+    )  # fmt: skip
+    return codes, scales, float(error)
+
+
+def _table(table: Tensor, dtype: torch.dtype, at_least: int) -> Tensor:
+    if table.dtype != dtype or table.numel() < at_least or not table.is_contiguous():
+        raise ValueError(f"A table of the book is {table.dtype} [{table.numel()}], not {dtype} [{at_least}].")
+    return table
 
 
 def _module():  # type: ignore[no-untyped-def]

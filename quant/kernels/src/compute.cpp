@@ -174,6 +174,23 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, float* y) {
   });
 }
 
+double encode(const Book& book, Format f, const float* w, int64_t rows, int64_t cols, float scale, uint8_t* codes,
+              uint8_t* scales) {
+  Pool& pool = Pool::instance();
+  std::lock_guard<std::mutex> turn(pool.turn());
+  const Kernels& k = kernels();
+  std::vector<double> errors(static_cast<size_t>(row_groups(rows)));
+  pool.run(row_groups(rows), [&](int64_t group, int) {
+    const int64_t first = group * kLanes;
+    errors[static_cast<size_t>(group)] =
+        k.encode(book, f, w + first * cols, std::min<int64_t>(kLanes, rows - first), cols, scale,
+                 codes + group * codes_bytes(f, 1, cols), scales + group * scales_bytes(f, 1, cols));
+  });
+  double sum = 0;
+  for (double error : errors) sum += error;
+  return sum;
+}
+
 void experts(const PageShape& shape, const Routing& routing, const void* x, bool half, int64_t n, float* out) {
   std::lock_guard<std::mutex> turn(Pool::instance().turn());
   LayerCall(shape, routing, out).run(x, half, n);

@@ -1,8 +1,8 @@
-// Compute: the two entries, a packed matrix and a layer's experts. Knows no Python.
+// Compute: the entries: a packed matrix, a layer's experts, and packing. Knows no Python.
 #pragma once
 #include <cstdint>
 
-#include "layout.h"
+#include "kernels.h"
 
 namespace localmimo {
 
@@ -31,5 +31,10 @@ struct Routing {
 // x [n, hidden] float32, or bf16 when `half`; out [.., hidden] float32. Additions happen in the order
 // of the experts in `routing`, whatever the threads do.
 void experts(const PageShape& shape, const Routing& routing, const void* x, bool half, int64_t n, float* out);
+
+// Packs w [rows, cols] float32 divided by `scale` with a 4-bit codec; returns the squared error, in
+// units of scale^2, the same for any number of threads.
+double encode(const Book& book, Format f, const float* w, int64_t rows, int64_t cols, float scale, uint8_t* codes,
+              uint8_t* scales);
 
 }  // namespace localmimo

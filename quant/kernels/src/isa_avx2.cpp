@@ -128,6 +128,40 @@ struct Avx2 {
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
   }
 
+  static LM_INLINE __m256i ints(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static LM_INLINE F gather(const float* table, const int32_t* at) {
+    return {_mm256_i32gather_ps(table, ints(at), 4), _mm256_i32gather_ps(table, ints(at + 8), 4)};
+  }
+  static LM_INLINE F gather16(const float* table, const int32_t* at) { return gather(table, at); }
+  class Finder {
+   public:
+    explicit Finder(const Book& book) : book_(book) {}
+    LM_INLINE F rough(F ratio) const {
+      return {_mm256_i32gather_ps(book_.rough, cell(ratio.a), 4), _mm256_i32gather_ps(book_.rough, cell(ratio.b), 4)};
+    }
+    LM_INLINE void code(F ratio, int32_t* out) const {
+      code(ratio.a, out);
+      code(ratio.b, out + 8);
+    }
+
+   private:
+    LM_INLINE void code(__m256 ratio, int32_t* out) const {
+      const __m256i c = cell(ratio);
+      const __m256 above = _mm256_cmp_ps(ratio, _mm256_i32gather_ps(book_.midpoint, c, 4), _CMP_GT_OQ);
+      const __m256i rank = _mm256_sub_epi32(_mm256_i32gather_epi32(book_.position, c, 4), _mm256_castps_si256(above));
+      const __m256i codes = _mm256_i32gather_epi32(book_.code_of_rank, rank, 4);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes);
+    }
+    LM_INLINE __m256i cell(__m256 ratio) const {  // see Avx512::Finder
+      const __m256 c = _mm256_fmadd_ps(ratio, _mm256_set1_ps(book_.per_unit), _mm256_set1_ps(book_.centre));
+      const __m256 low = _mm256_min_ps(c, _mm256_set1_ps(float(kCells - 1)));
+      return _mm256_cvttps_epi32(_mm256_max_ps(low, _mm256_setzero_ps()));
+    }
+    const Book& book_;
+  };
+
   static LM_INLINE float largest(const float* x) {
     const __m256i mask = _mm256_set1_epi32(0x7fffffff);
     __m256i m = _mm256_setzero_si256();

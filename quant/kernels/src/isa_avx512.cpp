@@ -93,6 +93,53 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
+  static LM_INLINE F gather(const float* table, const int32_t* at) {
+    return _mm512_i32gather_ps(_mm512_loadu_si512(at), table, 4);
+  }
+  static LM_INLINE F gather16(const float* table, const int32_t* at) {
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(at), _mm512_loadu_ps(table));
+  }
+  class Finder {  // a gather takes some 25 cycles, two registers hold a table of 32
+   public:
+    explicit Finder(const Book& book) : book_(book), b_(book), first_(float(b_.first)), last_(last(b_)) {}
+    LM_INLINE F rough(F ratio) const {
+      const F c = cell(ratio);
+      const __m512i at = bucket(c);
+      const __mmask16 up = _mm512_cmp_ps_mask(c, pick(at, b_.rough_edge), _CMP_GE_OQ);
+      return _mm512_mask_blend_ps(up, pick(at, b_.rough_below), pick(at, b_.rough_above));
+    }
+    LM_INLINE void code(F ratio, int32_t* out) const {
+      const F c = cell(ratio);
+      const __m512i at = bucket(c);
+      const __mmask16 above = _mm512_cmp_ps_mask(ratio, pick(at, b_.midpoint), _CMP_GT_OQ);
+      const __mmask16 here = _mm512_cmp_ps_mask(c, pick(at, b_.edge), _CMP_GE_OQ);
+      const __mmask16 next = _mm512_cmp_ps_mask(c, pick(at, b_.next), _CMP_GE_OQ);
+      const __m512i rank = _mm512_permutex2var_epi32(_mm512_loadu_si512(b_.rank), at, _mm512_loadu_si512(b_.rank + 16));
+      const __m512i up = _mm512_mask_add_epi32(rank, static_cast<__mmask16>((above & here) | next), rank, _mm512_set1_epi32(1));
+      _mm512_storeu_si512(out, _mm512_permutexvar_epi32(up, _mm512_loadu_si512(book_.code_of_rank)));
+    }
+
+   private:
+    static float last(const Buckets& b) {
+      const int cell = b.first + (Buckets::kCount << b.shift) - 1;
+      return static_cast<float>(cell < kCells ? cell : kCells - 1);
+    }
+    LM_INLINE F cell(F ratio) const {  // per_unit is a power of two, so that fma rounds as * and + do
+      const F c = _mm512_fmadd_ps(ratio, set1(book_.per_unit), set1(book_.centre));
+      return _mm512_max_ps(_mm512_min_ps(c, set1(last_)), set1(first_));
+    }
+    LM_INLINE __m512i bucket(F c) const {
+      const __m512i cell = _mm512_sub_epi32(_mm512_cvttps_epi32(c), _mm512_set1_epi32(b_.first));
+      return _mm512_srl_epi32(cell, _mm_cvtsi32_si128(b_.shift));
+    }
+    static LM_INLINE F pick(__m512i at, const float* table) {
+      return _mm512_permutex2var_ps(_mm512_loadu_ps(table), at, _mm512_loadu_ps(table + 16));
+    }
+    const Book& book_;
+    const Buckets b_;
+    const float first_, last_;
+  };
+
   static LM_INLINE float largest(const float* x) {
     const __m512i mask = _mm512_set1_epi32(0x7fffffff);
     const __m512i a = _mm512_and_si512(_mm512_loadu_si512(x), mask);

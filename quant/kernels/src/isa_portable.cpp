@@ -99,6 +99,21 @@ struct Portable {
     return each([&](int i) { return half_value(p[2 * i] | (p[2 * i + 1] << 8)); });
   }
 
+  static LM_INLINE F gather(const float* table, const int32_t* at) {
+    return each([&](int i) { return table[at[i]]; });
+  }
+  static LM_INLINE F gather16(const float* table, const int32_t* at) { return gather(table, at); }
+  struct Finder {
+    const Book& book;
+    explicit Finder(const Book& b) : book(b) {}
+    F rough(const F& ratio) const {
+      return each([&](int i) { return book.rough[cell_of(book, ratio.v[i])]; });
+    }
+    void code(const F& ratio, int32_t* out) const {
+      for (int i = 0; i < kLanes; ++i) out[i] = code_of(book, ratio.v[i]);
+    }
+  };
+
   static LM_INLINE float largest(const float* x) {
     uint32_t most = 0;
     for (int i = 0; i < kBlock; ++i) {

@@ -13,6 +13,23 @@ struct Rows {
   const float* const* scales;   // [n][padded_cols / 32]
 };
 
+constexpr int kCells = 1024;
+
+// The tables of a 4-bit codec, made by quant/fourbit.py and explained there.
+struct Book {
+  const float* values;          // [16] by code
+  const int32_t* code_of_rank;  // [16]
+  const int32_t* position;      // [kCells] rank of the nearest value at the left edge of a cell
+  const float* midpoint;        // [kCells] above it the next rank is nearer
+  const float* rough;           // [kCells] the value nearest to the cell's centre
+  const float* scale_of_byte;   // [256]
+  const float* covers;          // [n_covers] ascending: the largest magnitude a scale byte covers
+  int n_covers;
+  float per_unit, centre;       // cell = ratio * per_unit + centre
+  const int32_t* steps;         // [n_steps] candidates, from the covering scale
+  int n_steps;
+};
+
 struct Kernels {
   const char* name;
   // x [cols] -> codes [padded], scales [padded / 32]; columns beyond `cols` become 0.
@@ -22,6 +39,9 @@ struct Kernels {
                   void* scratch);
   // gate[i] = silu(gate[i]) * up[i]
   void (*silu_mul)(float* gate, const float* up, int64_t n);
+  // Packs up to 16 rows of w / scale, row-major, into one row group; returns the squared error.
+  double (*encode)(const Book& book, Format f, const float* w, int64_t rows, int64_t cols, float scale,
+                   uint8_t* codes, uint8_t* scales);
 };
 
 constexpr int64_t kScratchBytes = 1 << 16;  // what `product` may use per thread

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "compute.h"
+#include "crc32.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -56,6 +57,25 @@ void py_experts(int format, int64_t hidden, int64_t inner, const std::vector<int
   experts(shape, routing, at<void>(x), half, n, at<float>(out));
 }
 
+// tables: values, code_of_rank, position, midpoint, rough, scale_of_byte, covers.
+double py_encode(int format, const std::vector<Address>& tables, int n_covers, float per_unit, float centre,
+                 const std::vector<int32_t>& steps, Address w, int64_t rows, int64_t cols, float scale, Address codes,
+                 Address scales) {
+  if (tables.size() != 7) throw nb::value_error("a book has seven tables");
+  const Book book{at<float>(tables[0]), at<int32_t>(tables[1]), at<int32_t>(tables[2]), at<float>(tables[3]),
+                  at<float>(tables[4]), at<float>(tables[5]),   at<float>(tables[6]),   n_covers,
+                  per_unit,             centre,                 steps.data(),
+                  static_cast<int>(steps.size())};
+  const Format f = format_of(format);
+  nb::gil_scoped_release release;
+  return encode(book, f, at<float>(w), rows, cols, scale, at<uint8_t>(codes), at<uint8_t>(scales));
+}
+
+uint32_t py_crc32(Address data, size_t n, uint32_t value, bool plain) {
+  nb::gil_scoped_release release;
+  return plain ? crc32_plain(value, at<uint8_t>(data), n) : crc32(value, at<uint8_t>(data), n);
+}
+
 std::tuple<int64_t, int64_t> py_part_bytes(int format, int64_t rows, int64_t cols) {
   const Format f = format_of(format);
   return {codes_bytes(f, rows, cols), scales_bytes(f, rows, cols)};
@@ -77,6 +97,8 @@ NB_MODULE(_native, m) {
   m.doc() = "Native kernels over packed bytes; use quant.kernels, which checks sizes.";
   m.def("linear", &py_linear);
   m.def("experts", &py_experts);
+  m.def("encode", &py_encode);
+  m.def("crc32", &py_crc32);
   m.def("part_bytes", &py_part_bytes);
   m.def("supported", &supported);
   m.def("isa", [] { return std::string(kernels().name); });

@@ -13,15 +13,9 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "encode.h"
+#include "inline.h"
 #include "kernels.h"
-
-#if defined(_MSC_VER)
-#define LM_INLINE __forceinline
-#define LM_INLINE_LAMBDA
-#else
-#define LM_INLINE inline __attribute__((always_inline))
-#define LM_INLINE_LAMBDA __attribute__((always_inline))
-#endif
 
 namespace localmimo {
 namespace {
@@ -293,7 +287,7 @@ void silu_mul(float* gate, const float* up, int64_t n) {  // n is a multiple of 
 
 template <class V>
 constexpr Kernels kernels_of(const char* name) {
-  return {name, quantise<V>, product<V>, silu_mul<V>};
+  return {name, quantise<V>, product<V>, silu_mul<V>, encode<V>};
 }
 
 }  // namespace
