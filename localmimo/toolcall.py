@@ -18,7 +18,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,7 +168,7 @@ def _literal(text: str, kind: type) -> Any:
     return None
 
 
-_READERS = {
+_READERS: dict[str, Callable[[str], Any]] = {
     "boolean": _boolean,
     "integer": _integer,
     "number": _number,

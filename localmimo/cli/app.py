@@ -331,10 +331,10 @@ def exit_code(error: Exception) -> int | None:
 
 def _usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
-    command = context.command_path if context else "localmimo"
-    if type(error).__name__ == "NoArgsIsHelpError":
+    if context is not None and type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(context.get_help())
         return OK
+    command = context.command_path if context else "localmimo"
     return _complain(f"{error.format_message().rstrip('.')}. See {command} --help.", USAGE)
 
 

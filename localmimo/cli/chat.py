@@ -171,6 +171,7 @@ def _converse(engine: Engine, options: Options, ui: Ui, system: str | None) -> i
 
 def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
     """What is being talked to, and how it was fitted into the machine."""
+    from localmimo.cli.screen import configuration
     from localmimo.machine import format_bytes
 
     facts = engine.effective()
@@ -188,8 +189,8 @@ def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
     )
     ui.parts(str(engine.plan).split(" · "))
     if ui.verbose:
-        for key, value in facts.items():
-            ui.note(f"  {key:<14} {value}", style="dim")
+        for line in configuration(engine):
+            ui.note(line, style="dim")
     ui.note("  /help for commands, Ctrl-D to leave", style="dim")
 
 

@@ -6,14 +6,13 @@ Knows the Repl they act on; nothing of keys or models.
 from __future__ import annotations
 
 import difflib
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmimo.cli.screen import figures
+from localmimo.cli.screen import configuration, figures
 from localmimo.cli.ui import parse_count
 from localmimo.errors import BadRequest, LocalMimoError
 
@@ -59,9 +58,13 @@ def _help(repl: Repl, _argument: str) -> None:
     width = max(len(command.usage) for command in COMMANDS)
     for command in COMMANDS:
         repl.ui.note(f"  {command.usage:<{width}}  {command.help}")
-    repl.ui.note(
-        "  Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, // sends a leading slash."
+    keys = (
+        "Enter sends",
+        "Alt-Enter starts a new line",
+        "Ctrl-C stops an answer",
+        "// sends a leading slash",
     )
+    repl.ui.parts(keys, style=None)
 
 
 def _exit(_repl: Repl, _argument: str) -> bool:
@@ -174,10 +177,8 @@ def _thoughts(repl: Repl, _argument: str) -> None:
 def _stats(repl: Repl, _argument: str) -> None:
     if repl.last is not None and repl.last.stats is not None:
         repl.ui.parts(figures(repl.last.stats, repl.engine.context))
-    for key, value in repl.engine.effective().items():
-        repl.ui.note(
-            f"  {key:<14} {value if isinstance(value, str) else json.dumps(value, default=str)}", style="dim"
-        )
+    for line in configuration(repl.engine):
+        repl.ui.note(line, style="dim")
 
 
 def _retry(repl: Repl, _argument: str) -> None:
@@ -227,17 +228,17 @@ COMMANDS = (
     Command("help", "/help", "this list", _help),
     Command("exit", "/exit", "leave (so does Ctrl-D)", _exit),
     Command("clear", "/clear", "begin anew", _clear),
-    Command("system", "/system [TEXT|off]", "show or change the system prompt", _system),
+    Command("system", "/system [TEXT|off]", "show or change the system text", _system),
     Command(
         "set",
         "/set [NAME=VALUE ...]",
-        "show or change sampling: temperature, top-p, seed, max-tokens ...",
+        "show or change sampling",
         _set,
     ),
-    Command("think", "/think [on|off|N]", "whether to think first, and for how many tokens at most", _think),
-    Command("thoughts", "/thoughts", "show the last answer's thinking", _thoughts),
-    Command("stats", "/stats", "figures of the last answer, and the configuration in force", _stats),
+    Command("think", "/think [on|off|N]", "think first? N: tokens at most", _think),
+    Command("thoughts", "/thoughts", "show the last thinking", _thoughts),
+    Command("stats", "/stats", "figures and configuration", _stats),
     Command("retry", "/retry", "ask the last question again", _retry),
-    Command("undo", "/undo", "take the last question and its answer back", _undo),
-    Command("read", "/read FILE ...", "put files into your next message", _read),
+    Command("undo", "/undo", "take the last question back", _undo),
+    Command("read", "/read FILE ...", "put files into the next message", _read),
 )

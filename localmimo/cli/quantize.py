@@ -49,7 +49,7 @@ def run_quantize(job: Conversion, ui: Ui) -> int:
     room = Room.of(out, listing, restart=job.restart)
     if job.dry_run:
         return _dry_run(job, ui, listing, out, room)
-    for line in (listing.table(), room.sentence(out), *listing.notes):
+    for line in (listing.table(), room.text(out), *listing.notes):
         ui.note(_indented(line))
     if job.out is None:
         ui.note(f" No --out was given: the pack goes to ./{out}.")
@@ -88,13 +88,18 @@ class Room:
     def fits(self) -> bool:
         return self.needed <= self.free
 
-    def sentence(self, out: Path) -> str:
+    def text(self, out: Path) -> str:
         """Disk and memory, needed against free."""
-        disk = f"disk {format_bytes(self.needed)} needed, {format_bytes(self.free)} free {_mark(self.fits)}"
-        ram = f"RAM {format_bytes(self.peak_ram)} at the peak, {format_bytes(self.free_ram)} free "
-        ram += _mark(self.peak_ram <= self.free_ram)
-        begun = f"\nan earlier run left {format_bytes(self.finished)} of it" if self.finished else ""
-        return f"\n{out}: {disk} · {ram}{begun}"
+        lines = [
+            "",
+            f"to    {out}",
+            f"disk  {format_bytes(self.needed)} needed, {format_bytes(self.free)} free {_mark(self.fits)}",
+            f"RAM   {format_bytes(self.peak_ram)} at the peak, {format_bytes(self.free_ram)} free "
+            + _mark(self.peak_ram <= self.free_ram),
+        ]
+        if self.finished:
+            lines.append(f"      an earlier run left {format_bytes(self.finished)} of it")
+        return "\n".join(lines)
 
     def as_dict(self) -> dict[str, int]:
         return {"needed_bytes": self.needed, "free_bytes": self.free, "finished_bytes": self.finished}
@@ -114,7 +119,7 @@ def _dry_run(job: Conversion, ui: Ui, listing: Listing, out: Path, room: Room) -
             listing.as_dict() | room.as_dict() | {"out": str(out), "status": "dry run", "fits": room.fits}
         )
     else:
-        ui.data("\n".join(map(_indented, (listing.table(), room.sentence(out), *listing.notes))))
+        ui.data("\n".join(map(_indented, (listing.table(), room.text(out), *listing.notes))))
     if not room.fits:
         from quant.errors import NoSpace
 

@@ -42,7 +42,7 @@ class Ui:
         """A line for people; nothing with -q."""
         if not self.quiet:
             self.status.clear()
-            self.err.print(text, style=style, soft_wrap=True)
+            self.err.print(text, style=style, soft_wrap=not self.err.is_terminal)
 
     def parts(self, parts: Iterable[str], *, indent: int = 2, style: str | None = "dim") -> None:
         """Short facts in a row, broken between facts where the terminal is narrow."""
