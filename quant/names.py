@@ -145,7 +145,7 @@ class Names:
         side = self.geometry.scale_block[0]
         if found == (ceil_div(heads.k_rows, side), ceil_div(heads.v_rows, side)):
             return 0
-        for groups in (heads.kv, heads.shards):
+        for groups in (heads.shards, heads.kv):
             if heads.kv % groups == 0 and found == self._joint_scale_rows(heads, groups):
                 return groups
         return 0

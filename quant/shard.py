@@ -64,7 +64,7 @@ class Shard:
             self.data_offset = 8 + len(header)
             self.tensors = self._parse(header)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def close(self) -> None:

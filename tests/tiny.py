@@ -209,7 +209,7 @@ class _Writer:
         if self.layout.startswith("fused"):
             self._store_fused(f"{prefix}.qkv_proj", q, k, v, shards)
         else:
-            self._store_split(prefix, q, k, v, kv)
+            self._store_split(prefix, q, k, v, shards)
         self.out[f"{prefix}.o_proj.weight"] = self._matrix(hidden, heads * dv).bfloat16()
         if window:
             self.out[f"{prefix}.attention_sink_bias"] = self._normal(heads).bfloat16()
@@ -221,19 +221,22 @@ class _Writer:
         self.out[f"{name}.weight"] = torch.cat([codes for codes, _ in stored])
         self.out[f"{name}.weight_scale_inv"] = torch.cat([scales for _, scales in stored])
 
-    def _store_split(self, prefix: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: int) -> None:
-        dk, block = len(k) // kv, self.block[0]
-        whole_blocks = kv * -(-dk // block) == -(-kv * dk // block)
+    def _store_split(
+        self, prefix: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: int
+    ) -> None:
+        k_rows, block = len(k) // shards, self.block[0]
+        k_blocks = -(-k_rows // block)
+        whole_blocks = shards * k_blocks == -(-len(k) // block)
         if self.layout == "split-bf16" or whole_blocks or not self.joint_kv:
             for name, weight in (("q", q), ("k", k), ("v", v)):
                 self._store(f"{prefix}.{name}_proj", weight)
             return
-        # V2-Flash's global layers: K and V of one head were quantised as one matrix [K_h | V_h], then split.
+        # V2-Flash: K and V of one shard were quantised as one matrix [K_r | V_r], then split. In a global
+        # layer a shard has one KV head; in a window layer it has whole blocks, which gives a plain grid.
         self._store(f"{prefix}.q_proj", q)
-        joint = [self._fp8(torch.cat(pair)) for pair in zip(k.chunk(kv), v.chunk(kv), strict=True)]
-        k_blocks = -(-dk // block)
-        self.out[f"{prefix}.k_proj.weight"] = torch.cat([codes[:dk] for codes, _ in joint])
-        self.out[f"{prefix}.v_proj.weight"] = torch.cat([codes[dk:] for codes, _ in joint])
+        joint = [self._fp8(torch.cat(pair)) for pair in zip(k.chunk(shards), v.chunk(shards), strict=True)]
+        self.out[f"{prefix}.k_proj.weight"] = torch.cat([codes[:k_rows] for codes, _ in joint])
+        self.out[f"{prefix}.v_proj.weight"] = torch.cat([codes[k_rows:] for codes, _ in joint])
         self.out[f"{prefix}.k_proj.weight_scale_inv"] = torch.cat([scales[:k_blocks] for _, scales in joint])
         self.out[f"{prefix}.v_proj.weight_scale_inv"] = torch.cat([scales[k_blocks:] for _, scales in joint])
 
@@ -365,25 +368,21 @@ class _Oracle:
         if f"{theirs}.k_proj.weight_scale_inv" not in self.stored:
             return torch.cat([q, self._plain(f"{theirs}.k_proj"), self._plain(f"{theirs}.v_proj")])
         _, kv, dk, dv = self._heads(window)
+        block, shards = self._block(), self.config["num_key_value_heads"]
+        k_rows, v_rows = kv * dk // shards, kv * dv // shards
+        k_blocks = -(-k_rows // block)
         k_scale = self.stored[f"{theirs}.k_proj.weight_scale_inv"]
-        block = self._block()
-        per_head = -(-dk // block)
-        if len(k_scale) != kv * per_head or kv * per_head == -(-kv * dk // block):
+        if len(k_scale) != shards * k_blocks or shards * k_blocks == -(-kv * dk // block):
             return torch.cat([q, self._plain(f"{theirs}.k_proj"), self._plain(f"{theirs}.v_proj")])
         v_scale = self.stored[f"{theirs}.v_proj.weight_scale_inv"]
-        k, v = self.stored[f"{theirs}.k_proj.weight"].float(), self.stored[f"{theirs}.v_proj.weight"].float()
-        v_per_head = len(v_scale) // kv
-        for head in range(kv):
-            grid = torch.cat(
-                [
-                    k_scale[head * per_head : (head + 1) * per_head],
-                    v_scale[head * v_per_head : (head + 1) * v_per_head],
-                ]
-            )
-            for row in range(dk):
-                k[head * dk + row] *= self._spread(grid[row // block], k.shape[1])
-            for row in range(dv):
-                v[head * dv + row] *= self._spread(grid[(dk + row) // block], v.shape[1])
+        k = self.stored[f"{theirs}.k_proj.weight"].float()
+        v = self.stored[f"{theirs}.v_proj.weight"].float()
+        for r in range(shards):
+            grid = torch.cat([k_scale.chunk(shards)[r], v_scale.chunk(shards)[r]])
+            for row in range(k_rows):
+                k[r * k_rows + row] *= self._spread(grid[row // block], k.shape[1])
+            for row in range(v_rows):
+                v[r * v_rows + row] *= self._spread(grid[(k_rows + row) // block], v.shape[1])
         return torch.cat([q, k, v])
 
     def _fused_qkv(self, theirs: str, window: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Codecs: layouts to the byte, errors in float64, values that are kept exactly, numbers that are hard to scale."""
+"""Codecs: layouts to the byte, errors in float64, values kept exactly, numbers that are hard to scale."""
 
 import subprocess
 import sys
@@ -16,7 +16,15 @@ from quant.qtensor import DTYPES, quantize_measured, row_bands
 
 PACKED = ("nf4", "nf4-16", "mxfp4", "int8", "fp8")
 # Relative RMS error on Gaussian weights, with the margin of another seed.
-GAUSSIAN = {"nf4": 0.079, "nf4-16": 0.072, "mxfp4": 0.113, "int8": 0.0062, "fp8": 0.0268, "bf16": 0.0018, "f32": 0.0}
+GAUSSIAN = {
+    "nf4": 0.079,
+    "nf4-16": 0.072,
+    "mxfp4": 0.113,
+    "int8": 0.0062,
+    "fp8": 0.0268,
+    "bf16": 0.0018,
+    "f32": 0.0,
+}
 SHAPES = ((1, 1), (16, 32), (17, 33), (3, 200), (130, 129), (256, 64))
 
 
@@ -58,7 +66,7 @@ def test_bits_per_weight() -> None:
 
 
 def test_unknown_codec_names_the_known_ones() -> None:
-    with pytest.raises(BadRecipe, match="nf5.*nf4, nf4-16, mxfp4, int8, fp8, bf16, f32"):
+    with pytest.raises(BadRecipe, match=r"nf5.*nf4, nf4-16, mxfp4, int8, fp8, bf16, f32"):
         quantize(torch.ones(2, 2), "nf5")
 
 
@@ -122,7 +130,9 @@ def test_negative_scales_serve_blocks_that_lean_the_other_way(name: str) -> None
     )
 
 
-def mxfp4_values(rows: int, cols: int, seed: int, low: int = 100, high: int = 140) -> tuple[torch.Tensor, ...]:
+def mxfp4_values(
+    rows: int, cols: int, seed: int, low: int = 100, high: int = 140
+) -> tuple[torch.Tensor, ...]:
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (rows, cols), generator=random, dtype=torch.uint8)
     exponents = torch.randint(low, high, (rows, cols // 32), generator=random, dtype=torch.uint8)
@@ -188,7 +198,7 @@ def test_rows_of_very_different_size(name: str) -> None:
 
 
 def test_int8_refuses_what_float16_scales_can_not_reach() -> None:
-    with pytest.raises(QuantError, match="1e\\+08.*8.3e6"):
+    with pytest.raises(QuantError, match=r"1e\+08.*8\.3e6"):
         quantize(torch.full((2, 2), 1e8), "int8")
 
 
@@ -264,7 +274,7 @@ def test_any_shape_and_scale(name: str, rows: int, cols: int, seed: int, exponen
     values = packed.dequantize()
     assert values.shape == weight.shape
     assert values.isfinite().all()
-    # No weight is off by more than half the widest gap of the book: 0.3 of nf4's largest value, 1/6 of mxfp4's.
+    # No weight is off by more than half the widest gap of the book, nor by what clipping may cost.
     bound = {"nf4": 0.45, "nf4-16": 0.45, "mxfp4": 0.34, "int8": 0.005, "fp8": 0.04}[name]
     assert (values - weight).abs().max() <= bound * weight.abs().max() + 1e-7
     assert distortion.rms == pytest.approx(relative_rms(packed, weight), rel=1e-3, abs=1e-6)
@@ -288,7 +298,9 @@ print(digest.hexdigest(), torch.get_num_threads())
 
 def test_threads_do_not_change_a_byte() -> None:
     runs = [
-        subprocess.run([sys.executable, "-c", THREADS.format(n=n)], capture_output=True, text=True, check=True)
+        subprocess.run(
+            [sys.executable, "-c", THREADS.format(n=n)], capture_output=True, text=True, check=True
+        )
         for n in (1, 2, 5)
     ]
     digests, threads = zip(*(run.stdout.split() for run in runs), strict=True)
