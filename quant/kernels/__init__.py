@@ -131,17 +131,15 @@ def experts(
         raise ValueError(f"x has {x.shape[0]} rows, out has {out.shape[0]}; they must agree to add into out.")
     if not pages:
         return out
-    first = _bounds(tokens, weights, rows)
-    token = _indices("tokens", tokens, x.shape[0])
-    to = token if rows is None else _indices("rows", rows, out.shape[0])
-    if rows is not None and to.unique().numel() != to.numel():
-        raise ValueError("Two outputs name the same row of out; each needs its own.")
-    weight = torch.cat([w.reshape(-1) for w in weights]).to(torch.float32).contiguous()
+    counts = [token.numel() for token in tokens]
+    token = _joined("tokens", tokens, counts)
+    weight = _joined("weights", weights, counts)
+    to = token if rows is None else _joined("rows", rows, counts)
     module.experts(
         FORMATS[layout.codec], layout.hidden, layout.inner, _offsets(layout),
-        [_page_address(page, layout.bytes) for page in pages],
-        first.data_ptr(), token.data_ptr(), weight.data_ptr(), to.data_ptr(), rows is not None,
-        x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], out.data_ptr(),
+        [_page_address(page, layout.bytes) for page in pages], counts,
+        token.data_ptr(), weight.data_ptr(), to.data_ptr(), rows is not None,
+        x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], out.data_ptr(), out.shape[0],
     )  # fmt: skip
     return out
 
@@ -250,25 +248,15 @@ def _check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], cols: i
         )
 
 
-def _bounds(tokens: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[Tensor] | None) -> Tensor:
-    first = [0]
-    for e, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
-        if token.numel() != weight.numel() or (rows is not None and rows[e].numel() != token.numel()):
-            raise ValueError(
-                f"List {e} has {token.numel()} tokens but {weight.numel()} weights, or other rows."
-            )
-        first.append(first[-1] + token.numel())
-    return torch.tensor(first, dtype=torch.int64)
-
-
-def _indices(name: str, lists: Sequence[Tensor], limit: int) -> Tensor:
-    flat = torch.cat([part.reshape(-1) for part in lists])
-    if flat.is_floating_point():
-        raise ValueError(f"{name} must be integers, not {flat.dtype}.")
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < limit:
-        found = f"{int(flat.min())} to {int(flat.max())}"
-        raise ValueError(f"{name} name rows {found}; rows 0 to {limit - 1} exist.")
-    return flat.to(torch.int32).contiguous()
+def _joined(name: str, lists: Sequence[Tensor], counts: list[int]) -> Tensor:
+    """One list per page, end to end: int64 for tokens and rows, float32 for weights."""
+    sizes = [part.numel() for part in lists]
+    if sizes != counts:
+        raise ValueError(f"{name} come in lists of {sizes}, tokens of {counts}.")
+    flat = torch.cat(lists)  # type: ignore[arg-type]
+    if flat.dim() != 1 or flat.is_floating_point() != (name == "weights"):
+        raise ValueError(f"{name} are {flat.dtype} with {flat.dim()} dimensions; flat lists were expected.")
+    return flat.to(torch.float32 if name == "weights" else torch.int64)
 
 
 def _page_address(page: Tensor, n_bytes: int) -> int:

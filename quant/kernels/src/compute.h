@@ -22,9 +22,9 @@ struct Routing {
   int64_t n_experts;
   const uint8_t* const* pages;
   const int64_t* first;
-  const int32_t* token;
+  const int64_t* token;
   const float* weight;
-  const int32_t* to;
+  const int64_t* to;
   bool store;
 };
 

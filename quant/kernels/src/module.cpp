@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -41,18 +42,44 @@ void py_linear(int format, int64_t rows, int64_t cols, Address codes, Address sc
   linear(w, at<void>(x), half, n, at<float>(y));
 }
 
+void check_range(const char* name, const int64_t* at, int64_t n, int64_t limit) {
+  if (n == 0) return;
+  const auto [low, high] = std::minmax_element(at, at + n);
+  if (*low >= 0 && *high < limit) return;
+  throw nb::value_error((std::string(name) + " name rows " + std::to_string(*low) + " to " + std::to_string(*high) +
+                         "; rows 0 to " + std::to_string(limit - 1) + " exist.")
+                            .c_str());
+}
+
+void check_apart(const int64_t* at, int64_t n, int64_t limit) {
+  std::vector<bool> taken(static_cast<size_t>(limit));
+  for (int64_t i = 0; i < n; ++i) {
+    if (taken[static_cast<size_t>(at[i])])
+      throw nb::value_error("Two outputs name the same row of out; each needs its own.");
+    taken[static_cast<size_t>(at[i])] = true;
+  }
+}
+
 // offsets: codes, scales, scale (-1: none) of gate, up and down.
 void py_experts(int format, int64_t hidden, int64_t inner, const std::vector<int64_t>& offsets,
-                const std::vector<Address>& pages, Address first, Address token, Address weight, Address to,
-                bool store, Address x, bool half, int64_t n, Address out) {
+                const std::vector<Address>& pages, const std::vector<int64_t>& counts, Address token, Address weight,
+                Address to, bool store, Address x, bool half, int64_t n, Address out, int64_t n_out) {
   if (offsets.size() != 9) throw nb::value_error("an expert page has nine part offsets");
+  if (counts.size() != pages.size()) throw nb::value_error("every page needs its number of tokens");
+  std::vector<int64_t> first(1, 0);
+  for (int64_t count : counts) first.push_back(first.back() + count);
+  check_range("tokens", at<int64_t>(token), first.back(), n);
+  if (store) {
+    check_range("rows", at<int64_t>(to), first.back(), n_out);
+    check_apart(at<int64_t>(to), first.back(), n_out);
+  }
   const int64_t* o = offsets.data();
   const PageShape shape{format_of(format), hidden,           inner,
                         {o[0], o[1], o[2]}, {o[3], o[4], o[5]}, {o[6], o[7], o[8]}};
   std::vector<const uint8_t*> bytes;
   for (Address page : pages) bytes.push_back(at<uint8_t>(page));
-  const Routing routing{static_cast<int64_t>(bytes.size()), bytes.data(), at<int64_t>(first), at<int32_t>(token),
-                        at<float>(weight), at<int32_t>(to), store};
+  const Routing routing{static_cast<int64_t>(bytes.size()), bytes.data(), first.data(), at<int64_t>(token),
+                        at<float>(weight), at<int64_t>(to), store};
   nb::gil_scoped_release release;
   experts(shape, routing, at<void>(x), half, n, at<float>(out));
 }
