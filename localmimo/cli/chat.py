@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.ui import Ui, parse_count
 from localmimo.errors import BadRequest
+from localmimo.machine import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from localmimo.cli.repl import Manner, Turn
@@ -53,8 +54,7 @@ def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: 
     if options.as_json and prompt is None:
         raise BadRequest("--json answers one prompt: give a PROMPT, or pipe it in.")
     system = _system_text(options.system)
-    if options.context is not None:
-        parse_count(options.context, "--context")
+    _check_early(options)
     with (opener or open_engine)(model, options, ui) as engine:
         if prompt is None:
             return _converse(engine, options, ui, system)
@@ -82,6 +82,14 @@ def _looks_like_path(text: str) -> bool:
     if text.strip() and len(text) < 4096 and "\0" not in text and Path(text).expanduser().is_dir():
         return True
     return len(text.split()) == 1 and text.startswith(("/", "./", "../", "~"))
+
+
+def _check_early(options: Options) -> None:
+    """What can be refused before the slow imports."""
+    if options.context is not None:
+        parse_count(options.context, "--context")
+    if options.ram is not None:
+        parse_bytes(options.ram)
 
 
 def _given_prompt(prompt: str | None, stdin: IO[str]) -> str | None:
@@ -171,9 +179,6 @@ def _converse(engine: Engine, options: Options, ui: Ui, system: str | None) -> i
 
 def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
     """What is being talked to, and how it was fitted into the machine."""
-    from localmimo.cli.screen import configuration
-    from localmimo.machine import format_bytes
-
     facts = engine.effective()
     think = engine.template.think_default if manner.think is None else manner.think
     ui.parts(
@@ -188,9 +193,7 @@ def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
         style="bold",
     )
     ui.parts(str(engine.plan).split(" · "))
-    if ui.verbose:
-        for line in configuration(engine):
-            ui.note(line, style="dim")
+    ui.configuration(engine)
     ui.note("  /help for commands, Ctrl-D to leave", style="dim")
 
 
@@ -198,6 +201,7 @@ def _answer_once(engine: Engine, options: Options, ui: Ui, system: str | None, p
     from localmimo.cli.repl import answer, ending_of
     from localmimo.cli.screen import Screen, figures
 
+    ui.configuration(engine)
     manner = _manner(options, ui)
     messages = [{"role": "user", "content": prompt}]
     if system:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmimo.cli.screen import configuration, figures
+from localmimo.cli.screen import figures
 from localmimo.cli.ui import parse_count
 from localmimo.errors import BadRequest, LocalMimoError
 
@@ -177,8 +177,7 @@ def _thoughts(repl: Repl, _argument: str) -> None:
 def _stats(repl: Repl, _argument: str) -> None:
     if repl.last is not None and repl.last.stats is not None:
         repl.ui.parts(figures(repl.last.stats, repl.engine.context))
-    for line in configuration(repl.engine):
-        repl.ui.note(line, style="dim")
+    repl.ui.configuration(repl.engine, always=True)
 
 
 def _retry(repl: Repl, _argument: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -74,8 +73,8 @@ class EntryCompleter(Completer):
 
 
 def _history() -> History:
-    path: Path = home() / "history"
     try:
+        path = home() / "history"
         path.touch(mode=0o600)
     except OSError:  # a home that cannot be written is no reason not to talk
         return InMemoryHistory()

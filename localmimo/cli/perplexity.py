@@ -51,10 +51,14 @@ class Score:
 
     def as_dict(self) -> dict[str, float]:
         return {
-            "perplexity": math.exp(self.nll / self.n_tokens),
-            "perplexity_per_byte": math.exp(self.nll / self.n_bytes),
+            "perplexity": _exp(self.nll / self.n_tokens),
+            "perplexity_per_byte": _exp(self.nll / self.n_bytes),
             "bits_per_byte": self.nll / math.log(2) / self.n_bytes,
         }
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))  # a hopeless model is no reason to overflow
 
 
 @dataclass(slots=True)
@@ -114,8 +118,10 @@ def _engines(job: Measurement, ui: Ui) -> Iterator[Engine]:
     budget = Machine.probe().automatic_ram_bytes if job.ram is None else parse_bytes(job.ram)
     for name, folder in zip(names, folders, strict=True):
         ui.status.show(f" opening {name} ...", now=True)
-        yield load(folder, context=job.context, ram=budget // len(names))
+        engine = load(folder, context=job.context, ram=budget // len(names))
         ui.status.clear()
+        ui.configuration(engine)
+        yield engine
 
 
 def _tokens_of(engines: Sequence[Engine], text: str, file: Path) -> list[int]:

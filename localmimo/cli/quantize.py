@@ -203,13 +203,16 @@ def _shell(path: Path) -> str:
 def _shown(steps: Iterator[Progress], ui: Ui, listing: Listing) -> Iterator[Progress]:
     """The same steps, shown: a line that is written over, or one line for every tenth where it cannot be."""
     n_layers = max((file.layer for file in listing.files if file.layer is not None), default=0)
-    tenth = -1
+    tenth, n_done = -1, 0
     for step in steps:
-        if ui.status.enabled:
+        if ui.verbose and step.done_units > n_done:
+            ui.note(progress_line(step, n_layers))
+        elif ui.status.enabled:
             ui.status.show(progress_line(step, n_layers, ui.err.width))
         elif (reached := 10 * step.done_bytes // max(1, step.total_bytes)) > tenth:
             tenth = reached
             ui.note(progress_line(step, n_layers))
+        n_done = step.done_units
         yield step
     ui.status.clear()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.cli.screen import Screen, figures
 from localmimo.cli.ui import Ui
-from localmimo.errors import Cancelled, LocalMimoError
+from localmimo.errors import Cancelled, ContextFull, LocalMimoError
 
 if TYPE_CHECKING:
     from localmimo.chat import ToolCall
@@ -177,7 +177,8 @@ class Repl:
             turn = answer(self.engine, self.prompt(), self.manner, self.screen)
         except LocalMimoError as error:
             self.messages.pop()
-            self.ui.note(f"error: {error}", style="red")
+            room = " /undo or /clear makes room." if isinstance(error, ContextFull) and self.messages else ""
+            self.ui.note(f"error: {error}{room}", style="red")
             return
         self.attached.clear()
         if turn.tokens or turn.finish_reason != "cancelled":

@@ -15,7 +15,6 @@ from rich.console import Console
 from localmimo.cli.ui import Ui, bar, printable, seconds
 
 if TYPE_CHECKING:
-    from localmimo.engine import Engine
     from localmimo.generate import Stats, Step
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
@@ -122,7 +121,7 @@ class Blocks:
 
     def write(self, text: str) -> None:
         whole = self._shown + text
-        end = block_end(whole)
+        end = block_end(whole) if "\n" in text else 0
         if end == 0:
             self._plain(text)
             return
@@ -251,11 +250,3 @@ def figures(stats: Stats, context: int) -> list[str]:
     if stats.hits:
         facts.append("experts " + " ".join(f"{tier} {share:.0%}" for tier, share in stats.hits.items()))
     return [*facts, f"context {stats.prompt_tokens + stats.generated_tokens:,}/{context:,}"]
-
-
-def configuration(engine: Engine) -> list[str]:
-    """What is in force, a line each; the plan has its own line elsewhere."""
-    shown = {key: value for key, value in engine.effective().items() if not isinstance(value, dict)}
-    if "pack_id" in shown:
-        shown["pack_id"] = str(shown["pack_id"])[:12]
-    return [f"  {key:<14} {value}" for key, value in shown.items()]

@@ -10,12 +10,15 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
 from localmimo.errors import BadRequest
+
+if TYPE_CHECKING:
+    from localmimo.engine import Engine
 
 REDRAW_S = 0.1
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
@@ -47,6 +50,16 @@ class Ui:
     def parts(self, parts: Iterable[str], *, indent: int = 2, style: str | None = "dim") -> None:
         """Short facts in a row, broken between facts where the terminal is narrow."""
         self.note(rows(parts, self.err.width, indent), style)
+
+    def configuration(self, engine: Engine, *, always: bool = False) -> None:
+        """What is in force, a line each, with -v or `always`; the plan is shown elsewhere."""
+        if not self.verbose and not always:
+            return
+        shown = {key: value for key, value in engine.effective().items() if not isinstance(value, dict)}
+        if "pack_id" in shown:
+            shown["pack_id"] = str(shown["pack_id"])[:12]
+        for key, value in shown.items():
+            self.note(f"  {key:<14} {value}", style="dim")
 
     def data(self, text: str, end: str = "\n") -> None:
         """Text for stdout, as it is."""

@@ -8,6 +8,7 @@ import pytest
 
 from localmimo.chat import ChatTemplate, family
 from localmimo.errors import BadModel, BadRequest
+from localmimo.messages import check_messages
 
 GOLDEN = Path(__file__).with_name("golden")
 FAMILY = ("mimo-v2-flash", "mimo-v2.5", "mimo-v2.6")
@@ -230,3 +231,19 @@ def test_bad_tools_are_sentences(tools: Any, says: str) -> None:
     with pytest.raises(BadRequest) as raised:
         ChatTemplate.builtin("mimo-v2.5").render([USER], tools=tools)
     assert str(raised.value) == says
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_transformers_renders_the_same(name: str) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    template = ChatTemplate.builtin(name)
+    messages = check_messages(HISTORY)
+    switches = {"enable_thinking": False, "keep_all_reasoning": False}
+    rendered, _ = utils.render_jinja_template(
+        conversations=[messages],
+        tools=[WEATHER],
+        chat_template=template.source,
+        add_generation_prompt=True,
+        **switches,
+    )
+    assert rendered == [template.render(HISTORY, tools=[WEATHER], think=False, keep_reasoning=False)]
