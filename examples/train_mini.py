@@ -2,14 +2,16 @@
 
     python examples/train_mini.py --out DIR --minutes 90
 
-Fetches the openly licensed sources with pip (exact versions), builds the text mix and the tokenizer, then trains with
-one process per core; processes share weights and gradients through memory. The learning rate is flat until 75 % of
-the time and then falls to zero, and the draft (MTP) blocks are trained in the last minutes with the trunk at rest.
+Fetches the openly licensed sources with pip (exact versions), builds the text mix and the tokenizer, then
+trains with one process per core; processes share weights and gradients through memory. The learning rate is
+flat until 75 % of the time and then falls to zero, and the draft (MTP) blocks are trained in the last minutes
+with the trunk at rest.
 """
+
+# ruff: noqa: E402 (the imports follow the settings that they need)
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -21,13 +23,21 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor
-
 from mini_corpus import build
 from mini_training.batches import Batch, Mixer
 from mini_training.muon import Optimizer, shares
-from mini_training.network import Network, Params, Shape, WeightedLoss, init_biases, init_params, make_frame, stays_float
+from mini_training.network import (
+    Network,
+    Params,
+    Shape,
+    WeightedLoss,
+    init_biases,
+    init_params,
+    make_frame,
+    stays_float,
+)
 from mini_training.sampling import sample_answers
+from torch import Tensor
 
 COOL_FROM = 0.75  # share of the trunk's time after which the learning rate falls
 LATE_FROM = 0.60  # share of the time from which the mix moves to its late shares
@@ -59,9 +69,14 @@ class Shared:
     def __init__(self, params: Params, biases: dict[str, Tensor], processes: int) -> None:
         self.master = {n: p.clone().share_memory_() for n, p in params.items()}
         self.half = {n: self._working(n, p).share_memory_() for n, p in params.items()}
-        self.grads = [{n: torch.zeros_like(h).share_memory_() for n, h in self.half.items()} for _ in range(processes)]
+        self.grads = [
+            {n: torch.zeros_like(h).share_memory_() for n, h in self.half.items()} for _ in range(processes)
+        ]
         self.biases = {n: b.clone().share_memory_() for n, b in biases.items()}
-        self.picks = [{n: torch.zeros_like(b, dtype=torch.int64).share_memory_() for n, b in biases.items()} for _ in range(processes)]
+        self.picks = [
+            {n: torch.zeros_like(b, dtype=torch.int64).share_memory_() for n, b in biases.items()}
+            for _ in range(processes)
+        ]
         self.loss = torch.zeros(processes).share_memory_()
         self.control = torch.zeros(2, dtype=torch.float64).share_memory_()  # progress, stop flag
 
@@ -81,7 +96,9 @@ def schedule(progress: float, step: int) -> float:
     return rise * max(0.01, min(1.0, (1 - progress) / (1 - COOL_FROM)))
 
 
-def trunk_loss(net: Network, p: Params, biases: dict[str, Tensor], batch: Batch, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+def trunk_loss(
+    net: Network, p: Params, biases: dict[str, Tensor], batch: Batch, length: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Next-token loss of one batch and the routers' picks."""
     from localmimo.model import rms_norm
 
@@ -95,15 +112,17 @@ def trunk_loss(net: Network, p: Params, biases: dict[str, Tensor], batch: Batch,
 def drawn(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Which positions count: each with the probability that is its weight, so that the head skips the others.
 
-    Their number is padded to a multiple of 256 with rows of weight zero (few different shapes for the matrix library).
+    Their number is padded to a multiple of 256 with rows of weight zero: few shapes for the matrix library.
     """
     kept = torch.nonzero(torch.rand(len(weights)) < weights).flatten()
     rows = torch.nn.functional.pad(kept, (0, -len(kept) % 256))
     return rows, torch.nn.functional.pad(torch.ones(len(kept)), (0, len(rows) - len(kept)))
 
 
-def draft_loss(net: Network, p: Params, biases: dict[str, Tensor], batch: Batch, length: int, heads: tuple[int, ...]) -> Tensor:
-    """Loss of the draft blocks over a resting trunk: block k sees token i + 1 + k and predicts token i + 2 + k."""
+def draft_loss(
+    net: Network, p: Params, biases: dict[str, Tensor], batch: Batch, length: int, heads: tuple[int, ...]
+) -> Tensor:
+    """Loss of draft blocks over a resting trunk: block k sees token i + 1 + k and predicts i + 2 + k."""
     frame = make_frame(net.shape, batch.documents[:, :length])
     with torch.no_grad():
         hidden, _ = net.hidden(p, biases, batch.tokens[:, :length], frame)
@@ -115,7 +134,9 @@ def draft_loss(net: Network, p: Params, biases: dict[str, Tensor], batch: Batch,
         same = batch.documents[:, :n] == batch.documents[:, ahead]
         rows, weights = drawn((batch.weights[:, ahead] * same).flatten())
         inputs = x[:, :n].flatten(0, 1)[rows].to(p["head"].dtype)
-        total = total + WeightedLoss.apply(inputs, p["head"].detach(), batch.tokens[:, ahead].flatten()[rows], weights)
+        total = total + WeightedLoss.apply(
+            inputs, p["head"].detach(), batch.tokens[:, ahead].flatten()[rows], weights
+        )
     return total
 
 
@@ -174,7 +195,16 @@ def worker(rank: int, run: Run, shared: Shared, barrier, state: dict) -> None:  
         save_if_asked(run, shared, optimizer, mixer, rank, step, barrier, clock, silent)
 
 
-def update(run: Run, shared: Shared, optimizer: Optimizer, mine: list[str], rank: int, phase: str, progress: float, step: int) -> None:
+def update(
+    run: Run,
+    shared: Shared,
+    optimizer: Optimizer,
+    mine: list[str],
+    rank: int,
+    phase: str,
+    progress: float,
+    step: int,
+) -> None:
     """Average the gradients of this process's names and step; process 0 also nudges the routers' balance."""
     if phase == "trunk":
         names = [n for n in mine if not n.startswith("mtp.")]
@@ -237,8 +267,13 @@ class Clock:
         n = self.run.rows * self.run.length * self.run.processes
         self.tokens += n
         line = {
-            "step": step, "phase": phase, "progress": round(shared.control[0].item(), 4), "loss": round(shared.loss.mean().item(), 4),
-            "tokens": self.tokens, "tok_s": round(n / (now - self.last)), "elapsed_s": round(self.elapsed),
+            "step": step,
+            "phase": phase,
+            "progress": round(shared.control[0].item(), 4),
+            "loss": round(shared.loss.mean().item(), 4),
+            "tokens": self.tokens,
+            "tok_s": round(n / (now - self.last)),
+            "elapsed_s": round(self.elapsed),
         }
         self.last = now
         with (self.run.out / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -290,13 +325,25 @@ def _save(path: Path, content: object) -> None:
 def load_state(run: Run, silent: tuple[int, int]) -> tuple[Params, dict[str, Tensor], dict]:  # type: ignore[type-arg]
     """Fresh parameters, or those of an earlier run in the same folder."""
     shape = Shape()
-    state: dict = {"step": 0, "tokens": 0, "elapsed": 0.0, "optimizers": None, "positions": None, "restarts": 0, "silent": silent}  # type: ignore[type-arg]
+    state: dict = {
+        "step": 0,
+        "tokens": 0,
+        "elapsed": 0.0,
+        "optimizers": None,
+        "positions": None,
+        "restarts": 0,
+        "silent": silent,
+    }  # type: ignore[type-arg]
     if not (run.out / "weights.pt").exists():
         return init_params(shape, run.seed), init_biases(shape), state
     saved = torch.load(run.out / "weights.pt")
     state |= saved["meta"]
     parts = [torch.load(run.out / f"state-{r}.pt") for r in range(run.processes)]
-    state |= {"optimizers": [p["optimizer"] for p in parts], "positions": [p["position"] for p in parts], "restarts": saved["meta"]["step"]}
+    state |= {
+        "optimizers": [p["optimizer"] for p in parts],
+        "positions": [p["position"] for p in parts],
+        "restarts": saved["meta"]["step"],
+    }
     print(f"going on at step {state['step']}, {state['tokens']:,} tokens", flush=True)
     return saved["params"], saved["biases"], state
 
@@ -314,7 +361,9 @@ def train(run: Run) -> None:
     shared = Shared(params, biases, run.processes)
     context = mp.get_context("spawn")
     barrier = context.Barrier(run.processes, timeout=1800)
-    processes = [context.Process(target=worker, args=(r, run, shared, barrier, state)) for r in range(run.processes)]
+    processes = [
+        context.Process(target=worker, args=(r, run, shared, barrier, state)) for r in range(run.processes)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -333,7 +382,12 @@ def train(run: Run) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="working folder: text, state, log, and the exported checkpoint")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="working folder: text, state, log, and the exported checkpoint",
+    )
     parser.add_argument("--minutes", type=float, default=90.0, help="time of training, draft blocks included")
     parser.add_argument("--draft-minutes", type=float, default=10.0)
     parser.add_argument("--processes", type=int, default=2)
@@ -341,10 +395,21 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--max-steps", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="no torch.compile")
-    parser.add_argument("--sample", action="store_true", help="only answer some prompts with the saved weights")
+    parser.add_argument(
+        "--sample", action="store_true", help="only answer some prompts with the saved weights"
+    )
     parser.add_argument("--export", type=Path, help="only export the saved weights to this folder")
     a = parser.parse_args()
-    run = Run(a.out, a.minutes, a.draft_minutes, a.processes, a.rows, a.length, compiled=not a.eager, max_steps=a.max_steps)
+    run = Run(
+        a.out,
+        a.minutes,
+        a.draft_minutes,
+        a.processes,
+        a.rows,
+        a.length,
+        compiled=not a.eager,
+        max_steps=a.max_steps,
+    )
     if a.sample:
         sample_answers(run.out)
     elif a.export:
@@ -352,7 +417,10 @@ def main() -> None:
 
         export_run(run.out, a.export)
     else:
-        print(f"training for {run.minutes:g} minutes with {run.processes} processes; log: {run.out / 'log.jsonl'}", flush=True)
+        print(
+            f"training for {run.minutes:g} minutes, {run.processes} processes; log: {run.out / 'log.jsonl'}",
+            flush=True,
+        )
         train(run)
         from mini_training.export import export_run
 

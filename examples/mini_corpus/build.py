@@ -1,8 +1,8 @@
 """build: the whole mix, its tokenizer, and one flat token array per kind of text.
 
-Knows the proportions and the file layout; it must not know the model.
-Arrays are uint16: the low 15 bits are the token id, the top bit marks tokens with full loss (the assistant speaks).
-Conversations start at `<name>.starts.npy` (int64 offsets, with the total at the end).
+Knows the proportions and the file layout; it must not know the model. Arrays are uint16: the low 15 bits are
+the token id, the top bit marks tokens with full loss (the assistant speaks). Conversations start at
+`<name>.starts.npy` (int64 offsets, with the total at the end).
 """
 
 import json
@@ -15,23 +15,61 @@ from . import dialogues, sources, tools, topics
 from .conversation import Conversation, render
 
 SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
-    "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
 )
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
 )
 VOCAB = 8192
 # share of training tokens per kind, early and in the last part of training
 SHARES = {
-    "topic": (0.36, 0.39), "mixed": (0.16, 0.17), "story": (0.12, 0.12), "think": (0.09, 0.09), "tools": (0.09, 0.09),
-    "chitchat": (0.09, 0.06), "chatterbot": (0.01, 0.01), "wiki": (0.06, 0.06), "bfcl": (0.02, 0.01),
+    "topic": (0.36, 0.40),
+    "mixed": (0.15, 0.16),
+    "story": (0.11, 0.11),
+    "think": (0.08, 0.08),
+    "tools": (0.09, 0.09),
+    "sums": (0.05, 0.05),
+    "chitchat": (0.08, 0.04),
+    "chatterbot": (0.01, 0.01),
+    "wiki": (0.06, 0.05),
+    "bfcl": (0.01, 0.01),
 }
-COUNTS = {"topic": 22000, "mixed": 14000, "story": 9000, "think": 10000, "tools": 6000}
+COUNTS = {"topic": 22000, "mixed": 14000, "story": 9000, "think": 10000, "tools": 6000, "sums": 6000}
 HELD_OUT = 0.015
-FREE_KINDS = ("topic", "mixed", "story", "think", "tools")  # our own text: goes into heldout.txt
+FREE_KINDS = ("topic", "mixed", "story", "think", "tools", "sums")  # our own text: goes into heldout.txt
 
 
 def templates(seed: int = 0, scale: float = 1.0) -> dict[str, list[Conversation]]:
@@ -44,6 +82,7 @@ def templates(seed: int = 0, scale: float = 1.0) -> dict[str, list[Conversation]
             "topic": lambda r: dialogues.topic_talk(r, table),
             "mixed": lambda r: dialogues.mixed_talk(r, table),
             "story": dialogues.story_talk,
+            "sums": dialogues.sums_talk,
             "think": lambda r: dialogues.thinking_talk(r, table),
             "tools": lambda r: tools.tool_talk(r, table),
         }
@@ -67,23 +106,39 @@ def collect(folder: Path, seed: int = 0) -> dict[str, list[Conversation]]:
 
 def train_tokenizer(kinds: dict[str, list[Conversation]], out: Path) -> None:
     """An 8,192-entry byte BPE with Qwen2's split, NFC, and Qwen's special strings."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB - len(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_bpe_texts(kinds), trainer)
     control = [AddedToken(s, special=s.startswith("<|"), normalized=False) for s in SPECIAL]
     tokenizer.add_tokens(control)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n", encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _bpe_texts(kinds: dict[str, list[Conversation]]) -> list[str]:
@@ -99,13 +154,29 @@ def _bpe_texts(kinds: dict[str, list[Conversation]]) -> list[str]:
 
 def _tokenizer_config(tokenizer: object) -> dict[str, object]:
     added = {
-        str(tokenizer.token_to_id(s)): {"content": s, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": s.startswith("<|")}  # type: ignore[attr-defined]
+        str(tokenizer.token_to_id(s)): {
+            "content": s,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": s.startswith("<|"),
+        }  # type: ignore[attr-defined]
         for s in SPECIAL
     }
     return {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added, "bos_token": None,
-        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 4096,
-        "pad_token": "<|endoftext|>", "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 4096,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
     }
 
 

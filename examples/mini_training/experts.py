@@ -1,7 +1,7 @@
 """Routed experts for training: tokens sorted by expert, one matrix product per expert, forward and backward.
 
-Knows matrices only; it must not know how the experts were chosen. Groups are padded to multiples of 64 rows, so
-that the matrix library meets few different shapes. Reference: a loop over tokens (tests/mini compares).
+Knows matrices only; it must not know how the experts were chosen. Groups are padded to multiples of 64 rows,
+so that the matrix library meets few different shapes. Reference: a loop over tokens (tests/mini compares).
 """
 
 from typing import Any
@@ -32,7 +32,9 @@ class Experts(torch.autograd.Function):
     """sum over the chosen experts of weight * down(silu(gate x) * up x)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
         """x [n, H], experts and weights [n, k], gate_up [E, 2I, H], down [E, H, I] -> [n, H] in float32."""
         n, hidden = x.shape
         inner = down.shape[2]

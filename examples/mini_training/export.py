@@ -1,8 +1,8 @@
 """Export: trained parameters -> a checkpoint folder in the layout in which MiMo-V2-Flash is released.
 
-FP8 e4m3 in blocks of 128 x 128 with `weight_scale_inv` in float32, split q/k/v on the plain row // 128 grid, one tensor
-per expert, bfloat16 for embeddings, head, o_proj, eh_proj, norms and sinks, float32 for the router. Knows names,
-dtypes and files; it must not know how the parameters were trained.
+FP8 e4m3 in blocks of 128 x 128 with `weight_scale_inv` in float32, split q/k/v on the plain row // 128 grid,
+one tensor per expert, bfloat16 for embeddings, head, o_proj, eh_proj, norms and sinks, float32 for the
+router. Knows names, dtypes and files; it must not know how the parameters were trained.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Stored:
 
 
 def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [rows, cols] -> e4m3 of the same shape and float32 factors [ceil(rows / 128), ceil(cols / 128)]."""
+    """weight [rows, cols] -> e4m3 of that shape, and float32 factors [ceil(rows / 128), ceil(cols / 128)]."""
     rows, cols = weight.shape
     grid = -(-rows // BLOCK), -(-cols // BLOCK)
     padded = torch.zeros(grid[0] * BLOCK, grid[1] * BLOCK)
@@ -48,7 +48,9 @@ def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_fp8(codes: Tensor, scale: Tensor) -> Tensor:
     """The float32 values of an FP8 matrix on the plain grid."""
-    wide = scale.repeat_interleave(BLOCK, 0)[: codes.shape[0]].repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+    wide = scale.repeat_interleave(BLOCK, 0)[: codes.shape[0]].repeat_interleave(BLOCK, 1)[
+        :, : codes.shape[1]
+    ]
     return codes.float() * wide
 
 
@@ -66,7 +68,12 @@ def listing(shape: Shape, p: Params, biases: dict[str, Tensor]) -> list[Stored]:
         out += _mlp(p, ours, theirs) if n == 0 else _experts(shape, p, biases, ours, theirs)
     for k in range(shape.n_mtp):
         ours, theirs = f"mtp.{k}", f"model.mtp.layers.{k}"
-        names = (("embed_norm", "enorm"), ("hidden_norm", "hnorm"), ("mlp_norm", "pre_mlp_layernorm"), ("final_norm", "final_layernorm"))
+        names = (
+            ("embed_norm", "enorm"),
+            ("hidden_norm", "hnorm"),
+            ("mlp_norm", "pre_mlp_layernorm"),
+            ("final_norm", "final_layernorm"),
+        )
         out += [Stored(f"{theirs}.{b}.weight", "bf16", p[f"{ours}.{a}"]) for a, b in names]
         out.append(Stored(f"{theirs}.eh_proj.weight", "bf16", p[f"{ours}.proj"]))
         out += _attention(p, ours, theirs) + _mlp(p, ours, theirs)
@@ -114,32 +121,71 @@ def stored_tensors(entry: Stored) -> dict[str, Tensor]:
 
 def config(shape: Shape, eos: int, pad: int, context: int = 4096) -> dict[str, Any]:
     """config.json with the keys of the released V2-Flash."""
-    ignored = [f"model.layers.{n}.self_attn.o_proj" for n in range(shape.n_layers)] + ["model.decoder.self_attn.o_proj"]
+    ignored = [f"model.layers.{n}.self_attn.o_proj" for n in range(shape.n_layers)] + [
+        "model.decoder.self_attn.o_proj"
+    ]
     return {
-        "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "torch_dtype": "bfloat16",
-        "vocab_size": shape.vocab, "hidden_size": shape.hidden, "num_hidden_layers": shape.n_layers,
-        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False, "use_cache": True,
-        "initializer_range": 0.02, "layernorm_epsilon": shape.eps, "max_position_embeddings": context,
-        "num_attention_heads": shape.heads, "num_key_value_heads": shape.global_kv, "head_dim": shape.head_dim, "v_head_dim": shape.v_head_dim,
-        "swa_num_attention_heads": shape.heads, "swa_num_key_value_heads": shape.window_kv, "swa_head_dim": shape.head_dim,
-        "swa_v_head_dim": shape.v_head_dim, "partial_rotary_factor": shape.rotary_factor, "rope_theta": shape.global_theta,
-        "swa_rope_theta": shape.window_theta, "attention_value_scale": shape.value_scale, "sliding_window": shape.window,
-        "sliding_window_size": shape.window, "attention_chunk_size": shape.window, "hybrid_block_size": None,
+        "architectures": ["MiMoV2FlashForCausalLM"],
+        "model_type": "mimo_v2_flash",
+        "torch_dtype": "bfloat16",
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.n_layers,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "initializer_range": 0.02,
+        "layernorm_epsilon": shape.eps,
+        "max_position_embeddings": context,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.global_kv,
+        "head_dim": shape.head_dim,
+        "v_head_dim": shape.v_head_dim,
+        "swa_num_attention_heads": shape.heads,
+        "swa_num_key_value_heads": shape.window_kv,
+        "swa_head_dim": shape.head_dim,
+        "swa_v_head_dim": shape.v_head_dim,
+        "partial_rotary_factor": shape.rotary_factor,
+        "rope_theta": shape.global_theta,
+        "swa_rope_theta": shape.window_theta,
+        "attention_value_scale": shape.value_scale,
+        "sliding_window": shape.window,
+        "sliding_window_size": shape.window,
+        "attention_chunk_size": shape.window,
+        "hybrid_block_size": None,
         "hybrid_layer_pattern": [0 if n in shape.global_layers else 1 for n in range(shape.n_layers)],
-        "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False,
-        "intermediate_size": shape.dense_inner, "moe_intermediate_size": shape.expert_inner,
-        "moe_layer_freq": [0] + [1] * (shape.n_layers - 1), "n_routed_experts": shape.n_experts, "n_shared_experts": None,
-        "num_experts_per_tok": shape.top_k, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
-        "norm_topk_prob": True, "routed_scaling_factor": None, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad,
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+        "intermediate_size": shape.dense_inner,
+        "moe_intermediate_size": shape.expert_inner,
+        "moe_layer_freq": [0] + [1] * (shape.n_layers - 1),
+        "n_routed_experts": shape.n_experts,
+        "n_shared_experts": None,
+        "num_experts_per_tok": shape.top_k,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": None,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
         "quantization_config": {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
-            "ignored_layers": ignored, "packed_modules_mapping": {},
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "ignored_layers": ignored,
+            "packed_modules_mapping": {},
         },
     }
 
 
 def export(shape: Shape, p: Params, biases: dict[str, Tensor], tokenizer: Path, out: Path) -> None:
-    """Write the checkpoint folder; `tokenizer` is the folder with tokenizer.json and tokenizer_config.json."""
+    """Write the checkpoint folder; `tokenizer`: the folder with tokenizer.json and its config."""
     from tokenizers import Tokenizer
 
     out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +193,8 @@ def export(shape: Shape, p: Params, biases: dict[str, Tensor], tokenizer: Path, 
     main = [e for e in entries if ".mtp." not in e.name]
     half = len(main) // 2
     shards = {
-        "model-00001-of-00002.safetensors": main[:half], "model-00002-of-00002.safetensors": main[half:],
+        "model-00001-of-00002.safetensors": main[:half],
+        "model-00002-of-00002.safetensors": main[half:],
         "model_mtp.safetensors": [e for e in entries if ".mtp." in e.name],
     }
     where, total = {}, 0
@@ -159,11 +206,24 @@ def export(shape: Shape, p: Params, biases: dict[str, Tensor], tokenizer: Path, 
         (out / file).chmod(0o644)
         where |= dict.fromkeys(tensors, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
-    _json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    _json(
+        out / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
+    )
     ids = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     eos, pad = ids.token_to_id("<|im_end|>"), ids.token_to_id("<|endoftext|>")
     _json(out / "config.json", config(shape, eos, pad))
-    _json(out / "generation_config.json", {"bos_token_id": None, "do_sample": True, "eos_token_id": eos, "pad_token_id": pad, "temperature": 0.3, "top_p": 0.95})
+    _json(
+        out / "generation_config.json",
+        {
+            "bos_token_id": None,
+            "do_sample": True,
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+            "temperature": 0.3,
+            "top_p": 0.95,
+        },
+    )
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, out / name)
     shutil.copyfile(TEMPLATE, out / "chat_template.jinja")

@@ -1,7 +1,8 @@
-"""Optimizer: Muon for matrices, Adam for the rest, over named float32 parameters, divisible between processes.
+"""Optimizer: Muon for matrices, Adam for the rest, over named float32 parameters, divisible between
+processes.
 
-Muon: momentum, then the nearest orthogonal matrix by five Newton-Schulz steps (Jordan et al. 2024, public blog post).
-Knows tensors and learning rates; it must not know the model or the data.
+Muon: momentum, then the nearest orthogonal matrix by five Newton-Schulz steps (Jordan et al. 2024, public
+blog post). Knows tensors and learning rates; it must not know the model or the data.
 """
 
 import torch
@@ -29,7 +30,12 @@ def orthogonal(update: Tensor) -> Tensor:
 
 def is_matrix(name: str) -> bool:
     """Whether Muon takes the parameter."""
-    return ".attn." in name and not name.endswith("sink") or ".mlp." in name or ".experts." in name or name.endswith("proj")
+    return (
+        (".attn." in name and not name.endswith("sink"))
+        or ".mlp." in name
+        or ".experts." in name
+        or name.endswith("proj")
+    )
 
 
 def _matrices(name: str, x: Tensor) -> Tensor:

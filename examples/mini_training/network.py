@@ -1,7 +1,7 @@
 """Network: the miniature's shape, its parameters by name, and its training forward pass.
 
-The maths is localmimo's (rms_norm, rope_table, rotate, route, and attend for the check); what is written anew here
-is only faster for whole batches. It must not know files, tokenizers or optimizers.
+The maths is localmimo's (rms_norm, rope_table, rotate, route, and attend for the check); what is written anew
+here is only faster for whole batches. It must not know files, tokenizers or optimizers.
 """
 
 from dataclasses import dataclass
@@ -60,14 +60,20 @@ def init_params(shape: Shape, seed: int = 0) -> Params:
         return torch.randn(*size, generator=rng) * std
 
     h = shape.hidden
-    params: Params = {"embed": normal(shape.vocab, h, std=0.3), "head": normal(shape.vocab, h, std=0.002), "norm": torch.ones(h)}
+    params: Params = {
+        "embed": normal(shape.vocab, h, std=0.3),
+        "head": normal(shape.vocab, h, std=0.002),
+        "norm": torch.ones(h),
+    }
     for n in range(shape.n_layers):
         params |= _init_attention(shape, f"layers.{n}", shape.kv(n), n not in shape.global_layers, normal)
         if n == 0:
             params |= _init_mlp(shape, f"layers.{n}", normal)
             continue
         params[f"layers.{n}.router.weight"] = normal(shape.n_experts, h, std=0.02)
-        params[f"layers.{n}.experts.gate_up"] = normal(shape.n_experts, 2 * shape.expert_inner, h, std=0.7 * h**-0.5)
+        params[f"layers.{n}.experts.gate_up"] = normal(
+            shape.n_experts, 2 * shape.expert_inner, h, std=0.7 * h**-0.5
+        )
         params[f"layers.{n}.experts.down"] = torch.zeros(shape.n_experts, h, shape.expert_inner)
     for k in range(shape.n_mtp):
         params |= _init_attention(shape, f"mtp.{k}", shape.window_kv, True, normal)
@@ -80,7 +86,8 @@ def init_params(shape: Shape, seed: int = 0) -> Params:
 def _init_attention(shape: Shape, name: str, kv: int, sink: bool, normal) -> Params:  # type: ignore[no-untyped-def]
     h, std = shape.hidden, 0.7 * shape.hidden**-0.5
     out = {
-        f"{name}.attn_norm": torch.ones(h), f"{name}.mlp_norm": torch.ones(h),
+        f"{name}.attn_norm": torch.ones(h),
+        f"{name}.mlp_norm": torch.ones(h),
         f"{name}.attn.q": normal(shape.heads * shape.head_dim, h, std=std),
         f"{name}.attn.k": normal(kv * shape.head_dim, h, std=std),
         f"{name}.attn.v": normal(kv * shape.v_head_dim, h, std=std),
@@ -128,7 +135,10 @@ def make_frame(shape: Shape, documents: Tensor) -> Frame:
     query, key = torch.arange(w)[:, None], torch.arange(2 * w)[None, :] - w
     near = (query >= key) & (query - key < w)
     blocks = near[None, None] & (documents.view(batch, -1, w, 1) == before[:, :, None, :])
-    tables = (*rope_table(at, shape.rotary_dim, shape.global_theta), *rope_table(at, shape.rotary_dim, shape.window_theta))
+    tables = (
+        *rope_table(at, shape.rotary_dim, shape.global_theta),
+        *rope_table(at, shape.rotary_dim, shape.window_theta),
+    )
     return Frame(*tables, whole[:, None], blocks[:, None])
 
 
@@ -137,7 +147,9 @@ def _heads(x: Tensor, weight: Tensor, dim: int) -> Tensor:
     return F.linear(x, weight).view(batch, length, -1, dim).transpose(1, 2)
 
 
-def global_attention(h: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, frame: Frame, shape: Shape) -> Tensor:
+def global_attention(
+    h: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, frame: Frame, shape: Shape
+) -> Tensor:
     """h [B, T, H] in float32 plus full causal attention."""
     x = rms_norm(h, norm, shape.eps).to(q.dtype)
     rep = shape.heads // (k.shape[0] // shape.head_dim)
@@ -156,14 +168,24 @@ def _with_previous(x: Tensor, w: int) -> Tensor:
 
 
 def window_attention(
-    h: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, sink: Tensor, frame: Frame, shape: Shape
+    h: Tensor,
+    norm: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    sink: Tensor,
+    frame: Frame,
+    shape: Shape,
 ) -> Tensor:
     """h [B, T, H] in float32 plus windowed attention with a sink; blocks of W queries see 2W keys."""
     x = rms_norm(h, norm, shape.eps).to(q.dtype)
     w = shape.window
     rep = shape.heads // (k.shape[0] // shape.head_dim)
     queries = rotate(_heads(x, q, shape.head_dim), frame.cos_window, frame.sin_window).unflatten(2, (-1, w))
-    keys = _with_previous(rotate(_heads(x, k, shape.head_dim), frame.cos_window, frame.sin_window), w).repeat_interleave(rep, 1)
+    keys = _with_previous(
+        rotate(_heads(x, k, shape.head_dim), frame.cos_window, frame.sin_window), w
+    ).repeat_interleave(rep, 1)
     values = _with_previous(_heads(x, v, shape.v_head_dim) * shape.value_scale, w).repeat_interleave(rep, 1)
     scores = (queries @ keys.transpose(-1, -2)).float() * shape.head_dim**-0.5
     scores = scores.masked_fill(~frame.blocks, float("-inf"))
@@ -181,7 +203,9 @@ def dense_mlp(h: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
     return h + F.linear(F.silu(gate) * up, down).float()
 
 
-def choose(h: Tensor, norm: Tensor, router: Tensor, bias: Tensor, eps: float, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def choose(
+    h: Tensor, norm: Tensor, router: Tensor, bias: Tensor, eps: float, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The normed rows [n, H] in float32, their experts and their weights."""
     x = rms_norm(h, norm, eps).flatten(0, -2)
     experts, weights = route(x, router, bias, top_k)
@@ -189,7 +213,7 @@ def choose(h: Tensor, norm: Tensor, router: Tensor, bias: Tensor, eps: float, to
 
 
 class Network:
-    """The forward pass over named parameters; `compiled` turns the pieces between the experts into fused kernels."""
+    """The forward pass over named parameters; `compiled` fuses the pieces between the experts."""
 
     def __init__(self, shape: Shape, compiled: bool = False) -> None:
         def fused(f):  # type: ignore[no-untyped-def]
@@ -199,18 +223,30 @@ class Network:
         self._global, self._window = fused(global_attention), fused(window_attention)
         self._dense, self._choose = fused(dense_mlp), fused(choose)
 
-    def hidden(self, p: Params, biases: Params, tokens: Tensor, frame: Frame) -> tuple[Tensor, dict[str, Tensor]]:
-        """tokens [B, T] -> (last hidden states before the final norm [B, T, H], picks per expert and layer)."""
+    def hidden(
+        self, p: Params, biases: Params, tokens: Tensor, frame: Frame
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """tokens [B, T] -> (hidden states before the final norm [B, T, H], picks per expert and layer)."""
         shape, h, picks = self.shape, p["embed"][tokens].float(), {}
         for n in range(shape.n_layers):
             name = f"layers.{n}"
             h = self._attention(p, name, h, frame, n in shape.global_layers)
             if n == 0:
-                h = self._dense(h, p[f"{name}.mlp_norm"], p[f"{name}.mlp.gate_up"], p[f"{name}.mlp.down"], shape.eps)
+                h = self._dense(
+                    h, p[f"{name}.mlp_norm"], p[f"{name}.mlp.gate_up"], p[f"{name}.mlp.down"], shape.eps
+                )
                 continue
             bias = biases[f"{name}.router.bias"]
-            x, experts, weights = self._choose(h, p[f"{name}.mlp_norm"], p[f"{name}.router.weight"], bias, shape.eps, shape.top_k)
-            out = Experts.apply(x.to(p["embed"].dtype), experts, weights, p[f"{name}.experts.gate_up"], p[f"{name}.experts.down"])
+            x, experts, weights = self._choose(
+                h, p[f"{name}.mlp_norm"], p[f"{name}.router.weight"], bias, shape.eps, shape.top_k
+            )
+            out = Experts.apply(
+                x.to(p["embed"].dtype),
+                experts,
+                weights,
+                p[f"{name}.experts.gate_up"],
+                p[f"{name}.experts.down"],
+            )
             h = h + out.view_as(h)
             picks[f"{name}.router.bias"] = torch.bincount(experts.flatten(), minlength=shape.n_experts)
         return h, picks
@@ -222,7 +258,7 @@ class Network:
         return self._window(h, *weights, p[f"{name}.attn.sink"], frame, self.shape)
 
     def draft(self, p: Params, k: int, hidden: Tensor, following: Tensor, frame: Frame) -> Tensor:
-        """MTP block k: main hidden states and the embeddings of the tokens k + 1 places on -> its normed output."""
+        """MTP block k: main hidden states and the tokens k + 1 places on -> its normed output."""
         name, eps = f"mtp.{k}", self.shape.eps
         e = rms_norm(p["embed"][following].float(), p[f"{name}.embed_norm"], eps)
         g = rms_norm(hidden, p[f"{name}.hidden_norm"], eps)
@@ -237,7 +273,7 @@ class Network:
 
 
 class WeightedLoss(torch.autograd.Function):
-    """sum(w * cross-entropy) / sum(w) over rows, with the gradient made on the way (logits never all exist)."""
+    """sum(w * cross-entropy) / sum(w) over rows; the gradient is made on the way, in blocks of rows."""
 
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -6,22 +6,34 @@ Knows the network and the tokenizer; slow on purpose (no cache), it is not how t
 from pathlib import Path
 
 import torch
+from mini_corpus.conversation import Conversation, render, user
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from mini_corpus.conversation import Conversation, render, user
 
 from .network import Network, Params, Shape, make_frame
 
 LOOK = (
-    "Hello!", "Who are you?", "What is a lighthouse?", "Tell me about cats.", "why does it rain?", "What is 7 + 5?",
-    "Tell me a story about a fox.", "Write a haiku about rain.", "What is a cache used for?", "Name three animals.",
-    "What is the capital of France?", "Can you explain how bread is made?", "Do you like music?", "What is 34 + 28?",
+    "Hello!",
+    "Who are you?",
+    "What is a lighthouse?",
+    "Tell me about cats.",
+    "why does it rain?",
+    "What is 7 + 5?",
+    "Tell me a story about a fox.",
+    "Write a haiku about rain.",
+    "What is a cache used for?",
+    "Name three animals.",
+    "What is the capital of France?",
+    "Can you explain how bread is made?",
+    "Do you like music?",
+    "What is 34 + 28?",
 )
 
 
 @torch.no_grad()
-def answer(net: Network, p: Params, biases: dict[str, Tensor], tokenizer: Tokenizer, prompt: str, n: int = 120) -> str:
+def answer(
+    net: Network, p: Params, biases: dict[str, Tensor], tokenizer: Tokenizer, prompt: str, n: int = 120
+) -> str:
     """Greedy continuation of a rendered prompt up to <|im_end|>."""
     tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
     begin, end = len(tokens), tokenizer.token_to_id("<|im_end|>")
@@ -38,7 +50,10 @@ def answer(net: Network, p: Params, biases: dict[str, Tensor], tokenizer: Tokeni
 
 def chat_prompt(question: str) -> str:
     """A question with the default system text, thinking off."""
-    return "".join(s for s, _ in render(Conversation([user(question)]))) + "<|im_start|>assistant\n<think></think>"
+    return (
+        "".join(s for s, _ in render(Conversation([user(question)])))
+        + "<|im_start|>assistant\n<think></think>"
+    )
 
 
 def sample_answers(out: Path) -> None:
@@ -50,4 +65,7 @@ def sample_answers(out: Path) -> None:
     print(saved["meta"])
     net = Network(Shape())
     for question in LOOK:
-        print(f"> {question}\n  {answer(net, params, saved['biases'], tokenizer, chat_prompt(question))}\n", flush=True)
+        print(
+            f"> {question}\n  {answer(net, params, saved['biases'], tokenizer, chat_prompt(question))}\n",
+            flush=True,
+        )

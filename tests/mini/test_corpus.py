@@ -25,14 +25,18 @@ def text(talk: Conversation) -> str:
 def test_the_same_seed_gives_the_same_text() -> None:
     again = build.templates(seed=3, scale=0.004)
     assert [text(t) for t in TALKS] == [text(t) for talks in again.values() for t in talks]
-    assert [text(t) for t in TALKS] != [text(t) for talks in build.templates(4, 0.004).values() for t in talks]
+    assert [text(t) for t in TALKS] != [
+        text(t) for talks in build.templates(4, 0.004).values() for t in talks
+    ]
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_rendering_equals_the_built_in_template(kind: str) -> None:
     template = ChatTemplate.builtin("mimo-v2-flash")
     for talk in KINDS[kind]:
-        rendered = template.render(talk.messages, tools=talk.tools, think=talk.think, add_generation_prompt=False)
+        rendered = template.render(
+            talk.messages, tools=talk.tools, think=talk.think, add_generation_prompt=False
+        )
         assert rendered == text(talk)
 
 
@@ -45,7 +49,9 @@ def test_every_assistant_turn_parses_back() -> None:
             content, reasoning, calls = parse_message(body, talk.tools, True)
             assert (content or "") == message["content"]
             assert (reasoning or "") == message.get("reasoning_content", "")
-            wanted = [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls", [])]
+            wanted = [
+                (c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls", [])
+            ]
             assert [(c.name, c.arguments) for c in calls] == wanted
 
 
@@ -63,7 +69,10 @@ def test_full_loss_is_on_what_the_assistant_says() -> None:
     talk = Conversation([user("Hi"), assistant("Hello!")])
     assert [span for span, full in render(talk) if full] == ["Hello!<|im_end|>"]
     thinking = Conversation([user("Hi"), assistant("Hello!", "A greeting.")])
-    assert [span for span, full in render(thinking) if full] == ["<think>A greeting.</think>", "Hello!<|im_end|>"]
+    assert [span for span, full in render(thinking) if full] == [
+        "<think>A greeting.</think>",
+        "Hello!<|im_end|>",
+    ]
 
 
 def test_topics_are_complete() -> None:

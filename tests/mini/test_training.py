@@ -1,4 +1,5 @@
-"""The trainer: its fast forward pass against localmimo's pure maths, its gradients, a few steps, and the export."""
+"""The trainer: its fast forward pass against localmimo's pure maths, its gradients, a few steps, and the
+export."""
 
 import json
 import sys
@@ -21,8 +22,10 @@ from localmimo.attend import attend, window_mask
 from localmimo.config import ModelConfig
 from localmimo.model import rms_norm, rope_table, rotate, route
 
-TINY = Shape(vocab=96, hidden=32, n_layers=3, global_layers=(0, 2), window=16, heads=4, head_dim=12, v_head_dim=8,
-             global_kv=2, window_kv=4, dense_inner=48, n_experts=6, expert_inner=16, top_k=2)  # fmt: skip
+TINY = Shape(
+    vocab=96, hidden=32, n_layers=3, global_layers=(0, 2), window=16, heads=4, head_dim=12, v_head_dim=8,
+    global_kv=2, window_kv=4, dense_inner=48, n_experts=6, expert_inner=16, top_k=2,
+)  # fmt: skip
 
 
 def lively(shape: Shape) -> tuple[Params, dict[str, Tensor]]:
@@ -38,9 +41,13 @@ def attention(shape: Shape, p: Params, name: str, h: Tensor, full: bool) -> Tens
     q, k, v = (x @ p[f"{name}.attn.{part}"].T for part in "qkv")
     q, k = (y.view(n, -1, shape.head_dim).transpose(0, 1) for y in (q, k))
     v = v.view(n, -1, shape.v_head_dim).transpose(0, 1) * shape.value_scale
-    cos, sin = rope_table(torch.arange(n), shape.rotary_dim, shape.global_theta if full else shape.window_theta)
+    cos, sin = rope_table(
+        torch.arange(n), shape.rotary_dim, shape.global_theta if full else shape.window_theta
+    )
     visible = window_mask(torch.arange(n), torch.arange(n), None if full else shape.window)
-    mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, visible, p.get(f"{name}.attn.sink"), shape.head_dim**-0.5)
+    mixed = attend(
+        rotate(q, cos, sin), rotate(k, cos, sin), v, visible, p.get(f"{name}.attn.sink"), shape.head_dim**-0.5
+    )
     return h + mixed @ p[f"{name}.attn.o"].T
 
 
@@ -61,7 +68,10 @@ def reference(shape: Shape, p: Params, biases: dict[str, Tensor], tokens: Tensor
             continue
         experts, weights = route(x, p[f"{name}.router.weight"], biases[f"{name}.router.bias"], shape.top_k)
         gate_up, down = p[f"{name}.experts.gate_up"], p[f"{name}.experts.down"]
-        rows = [sum(w * mlp(x[t], gate_up[e], down[e]) for e, w in zip(experts[t], weights[t], strict=True)) for t in range(len(x))]
+        rows = [
+            sum(w * mlp(x[t], gate_up[e], down[e]) for e, w in zip(experts[t], weights[t], strict=True))
+            for t in range(len(x))
+        ]
         h = h + torch.stack(rows)
     return h
 
@@ -79,9 +89,13 @@ def test_documents_in_one_row_do_not_see_each_other() -> None:
     tokens = torch.randint(0, TINY.vocab, (1, 64), generator=torch.Generator().manual_seed(1))
     documents = (torch.arange(64) >= 32).long()[None]
     hidden, _ = Network(TINY).hidden(p, biases, tokens, make_frame(TINY, documents))
-    torch.testing.assert_close(hidden[0, :32], reference(TINY, p, biases, tokens[0, :32]), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        hidden[0, :32], reference(TINY, p, biases, tokens[0, :32]), atol=2e-4, rtol=1e-4
+    )
     # positions are relative, so the second conversation is as if it stood alone
-    torch.testing.assert_close(hidden[0, 32:], reference(TINY, p, biases, tokens[0, 32:]), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        hidden[0, 32:], reference(TINY, p, biases, tokens[0, 32:]), atol=2e-3, rtol=1e-3
+    )
 
 
 def test_draft_block_equals_the_pure_maths() -> None:
@@ -99,12 +113,18 @@ def test_draft_block_equals_the_pure_maths() -> None:
 
 def test_expert_gradients_are_right() -> None:
     rng = torch.Generator().manual_seed(0)
-    x, gate_up, down = (torch.randn(*s, generator=rng, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (3, 6, 4), (3, 4, 3)))
+    x, gate_up, down = (
+        torch.randn(*s, generator=rng, dtype=torch.float64, requires_grad=True)
+        for s in ((5, 4), (3, 6, 4), (3, 4, 3))
+    )
     experts = torch.tensor([[0, 1], [0, 2], [1, 2], [0, 1], [0, 2]])
     weights = torch.rand(5, 2, generator=rng, requires_grad=True)
 
     def plain() -> Tensor:
-        rows = [sum(w * mlp(x[t], gate_up[e], down[e]) for e, w in zip(experts[t], weights[t], strict=True)) for t in range(5)]
+        rows = [
+            sum(w * mlp(x[t], gate_up[e], down[e]) for e, w in zip(experts[t], weights[t], strict=True))
+            for t in range(5)
+        ]
         return torch.stack(rows)
 
     leaves = (x, weights, gate_up, down)
@@ -116,9 +136,14 @@ def test_expert_gradients_are_right() -> None:
 
 def test_weighted_loss_equals_cross_entropy() -> None:
     rng = torch.Generator().manual_seed(0)
-    x, head = torch.randn(7, 8, generator=rng, requires_grad=True), torch.randn(11, 8, generator=rng, requires_grad=True)
+    x, head = (
+        torch.randn(7, 8, generator=rng, requires_grad=True),
+        torch.randn(11, 8, generator=rng, requires_grad=True),
+    )
     targets, weights = torch.randint(0, 11, (7,), generator=rng), torch.rand(7, generator=rng)
-    plain = (torch.nn.functional.cross_entropy(x @ head.T, targets, reduction="none") * weights).sum() / weights.sum()
+    plain = (
+        torch.nn.functional.cross_entropy(x @ head.T, targets, reduction="none") * weights
+    ).sum() / weights.sum()
     ours = WeightedLoss.apply(x, head, targets, weights)
     torch.testing.assert_close(ours, plain)
     for a, b in zip(torch.autograd.grad(ours, (x, head)), torch.autograd.grad(plain, (x, head)), strict=True):
@@ -142,7 +167,10 @@ def test_twenty_steps_lower_the_loss() -> None:
         drafts = draft_loss(Network(TINY), leaves, biases, tiny_batch(), 64, (0, 1, 2))
         grads = torch.autograd.grad(trunk + drafts, list(leaves.values()), allow_unused=True)
         with torch.no_grad():
-            full = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(leaves.items(), grads, strict=True)}
+            full = {
+                n: torch.zeros_like(v) if g is None else g
+                for (n, v), g in zip(leaves.items(), grads, strict=True)
+            }
             optimizer.step(full, 1.0)
         losses.append(trunk.item())
     assert losses[-1] < 0.7 * losses[0], losses
