@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from quant.codec import ITEM_BYTES, PartSpec, codec
-from quant.page import PAGE_ALIGN, PageLayout
+from quant.page import MATRICES, PAGE_ALIGN, PageLayout
 from quant.pieces import Matrix
 from quant.recipe import Recipe
 from quant.shard import ShardPlan, plan_shard
@@ -194,9 +194,13 @@ def _dense_file(entries: list[Entry]) -> FilePlan:
 
 def _expert_file(source: Source, layer: int, page: PageLayout) -> FilePlan:
     file = f"experts-{layer:02d}.safetensors"
-    pages = {f"layers.{layer}.experts.{e}": PartSpec("u8", (page.bytes,)) for e in source.experts(layer)}
-    matrices = (m for name, m in source.matrices.items() if name.startswith(f"layers.{layer}.experts."))
-    entries = tuple(_entry(matrix, page.codec, file) for matrix in matrices)
+    experts = [f"layers.{layer}.experts.{e}" for e in source.experts(layer)]
+    pages = {expert: PartSpec("u8", (page.bytes,)) for expert in experts}
+    entries = tuple(
+        _entry(source.matrices[f"{expert}.{matrix}"], page.codec, file)
+        for expert in experts
+        for matrix in MATRICES
+    )
     return FilePlan(plan_shard(file, pages, align=PAGE_ALIGN), layer, entries)
 
 

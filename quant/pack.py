@@ -74,7 +74,7 @@ class Pack:
         self.manifest = _parse(manifest_text, path)
         _check_schema(self.manifest, path)
         _check_sizes(self.manifest, path)
-        self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
+        self.config = _config(path)
         self._shards: dict[str, Shard] = {}
 
     @classmethod
@@ -161,6 +161,16 @@ class Pack:
                 f"{shard.path}: {name} should be {spec.dtype} {list(spec.shape)}, but there is {found}."
             )
         return shard.read(stored.offset, stored.nbytes)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadPack(f"{path / 'config.json'} can not be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise BadPack(f"{path / 'config.json'} is not a JSON object.")
+    return config
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from quant.codec import codec
 from quant.distortion import Distortion
 from quant.listing import BAND, Entry
-from quant.page import PageLayout
+from quant.page import MATRICES, PageLayout
 from quant.pieces import Matrix
 from quant.source import Source
 
@@ -28,7 +28,7 @@ def make_page(source: Source, name: str, page: PageLayout) -> tuple[memoryview, 
     starts = {(s.matrix, s.part): s.offset for s in page.slices}
     buffer = bytearray(page.bytes)
     total = Distortion()
-    for matrix in ("gate", "up", "down"):
+    for matrix in MATRICES:
         for first_row, packed, distortion in pack_bands(source.matrices[f"{name}.{matrix}"], page.codec):
             for part, offset, data in part_bytes(first_row, packed):
                 start = starts[matrix, part] + offset
@@ -66,7 +66,7 @@ def pack_bands(matrix: Matrix, chosen: str) -> Iterator[Band]:
     largest = _largest(matrix, bands) if codec(chosen).kind == "four" and len(bands) > 1 else None
     for start, stop in bands:
         rows = matrix.rows(start, stop)
-        if matrix.dtype == chosen:
+        if codec(chosen).kind == "plain" and matrix.dtype == chosen:
             yield start, QTensor(chosen, (stop - start, shape[1]), {"weight": rows}), Distortion()
         else:
             yield start, *quantize_measured(rows, chosen, largest=largest)

@@ -147,12 +147,16 @@ def _listed(index_file: Path) -> dict[str, list[str]]:
         raise BadCheckpoint(f"{index_file} has no weight_map.")
     listed: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or file not in listed and not _inside(file):
             raise BadCheckpoint(
                 f"{index_file} puts {name} into {file!r}, which is no safetensors file of the folder."
             )
         listed.setdefault(file, []).append(name)
     return listed
+
+
+def _inside(file: str) -> bool:
+    return Path(file).name == file and file.endswith(".safetensors") and "\0" not in file
 
 
 def _check_present(path: Path, listed: dict[str, list[str]]) -> None:
