@@ -1,0 +1,196 @@
+"""y = x W^T and routed experts on the GPU, straight from packed bytes: the checked face of the Triton kernels.
+
+Every tensor is compared with its layout here, before an address reaches a kernel; wrong sizes raise ValueError.
+The bytes are those of the pack: nothing is repacked. The same call on the same device gives the same bits. No
+function asks the device for a value, so all can be captured in a CUDA graph once they have run (`prepare`, then
+one call of each shape). Triton is imported at first use only. It must not know packs, models or tiers.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from quant.codec import codec as codec_of
+
+if TYPE_CHECKING:
+    from quant.page import PageLayout
+    from quant.qtensor import QTensor
+
+Tensor = torch.Tensor
+
+FORMATS = ("nf4", "nf4-16", "mxfp4", "int8")
+INPUTS = (torch.float32, torch.bfloat16)
+OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
+PARTS = {
+    "codes": (torch.uint8, torch.int8),
+    "scales": (torch.uint8, torch.float16),
+    "scale": (torch.float32,),
+}
+GEMV_TOKENS = {torch.bfloat16: 2, torch.float32: 8}  # beyond, bfloat16 goes to the tensor cores
+PACKED_TOKENS = {torch.bfloat16: 256, torch.float32: 8}  # beyond, W is unpacked and the library multiplies
+DECODE_TOKENS = 8  # up to here an expert kernel runs one program per token and expert
+ALIGNMENT = 16  # of an address, for the widest loads
+
+
+def available() -> bool:
+    """Whether Triton is installed and has something to run on: a CUDA device, or its own interpreter."""
+    return find_spec("triton") is not None and (torch.cuda.is_available() or _interpreted())
+
+
+def prepare(device: torch.device | str) -> None:
+    """Put the code books on a device, so that a later call can be captured in a CUDA graph."""
+    from quant.gpu import launch
+
+    for name in FORMATS:
+        launch.book(name, torch.empty(0, device=device).device)
+
+
+def linear(x: Tensor, q: QTensor) -> Tensor | None:
+    """x [..., cols] float32 or bfloat16 -> [..., rows] in x.dtype; None where no kernel serves it.
+
+    One or two tokens (up to 8 in float32): packed words times x, float32 sums. Up to 256: unpacked tiles on the
+    tensor cores, weights rounded to bfloat16. More: W is unpacked band by band and the library multiplies.
+    """
+    if q.codec not in FORMATS or x.dtype not in INPUTS or x.requires_grad:
+        return None
+    if x.device != q.device or not _serves(x.device):
+        return None
+    rows, cols = q.shape
+    if x.shape[-1] != cols:
+        raise ValueError(f"The input has {x.shape[-1]} columns, the {q.codec} matrix {cols}.")
+    _check_parts(q)
+    flat = x.reshape(-1, cols)
+    if flat.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], rows)
+    return _kernel_for(flat)(flat, q).view(*x.shape[:-1], rows)
+
+
+def dequantize(q: QTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The matrix [rows, cols] in bfloat16, float16 or float32, for a library's matmul."""
+    from quant.gpu import launch
+
+    _check_codec(q.codec)
+    _check_device("The matrix", q.device)
+    if dtype not in OUTPUTS:
+        raise ValueError(f"Weights are unpacked to {', '.join(map(str, OUTPUTS))}, not to {dtype}.")
+    _check_parts(q)
+    return launch.dequantize(q, dtype)
+
+
+def experts(
+    x: Tensor, layout: PageLayout, slab: Tensor, slots: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """The routed experts of one layer that lie in a slab -> weighted outputs, float32 [n, k, hidden].
+
+    x [n, hidden] float32 or bfloat16. slab uint8 [n_slots, layout.bytes]: a page per slot. slots int32 [n_experts]:
+    the slot of each expert of the layer, -1 where it lies elsewhere. chosen int32 or int64 [n, k]: experts of each
+    token; weights float32 [n, k]. Output [t, p] is weights[t, p] times expert chosen[t, p] of x[t], and zero where
+    the expert has no slot: whoever computes it elsewhere puts it there, then `combine` adds up in a fixed order.
+
+    Up to 8 tokens: two launches, float32 sums, the inner activation kept in x.dtype. More: tokens sorted by expert,
+    everything multiplied in bfloat16; see `workspace_bytes`.
+    """
+    from quant.gpu import launch
+
+    _check_codec(layout.codec)
+    _check_array("x", x, INPUTS, (None, layout.hidden), x.device)
+    _check_device("x", x.device)
+    n = x.shape[0]
+    _check_array("slab", slab, (torch.uint8,), (None, layout.bytes), x.device)
+    _check_array("slots", slots, (torch.int32,), (None,), x.device)
+    _check_array("chosen", chosen, (torch.int32, torch.int64), (n, None), x.device)
+    _check_array("weights", weights, (torch.float32,), tuple(chosen.shape), x.device)
+    if 0 in (chosen.numel(), slots.numel(), slab.numel()):
+        return torch.zeros(n, chosen.shape[1], layout.hidden, device=x.device)
+    run = launch.few_tokens if n <= DECODE_TOKENS else launch.many_tokens
+    return run(x, layout, slab, slots, chosen, weights)
+
+
+def combine(rows: Tensor) -> Tensor:
+    """float32 [n, k, hidden] -> [n, hidden]: rows[:, 0] + rows[:, 1] + ..., always in this order."""
+    from quant.gpu import launch
+
+    _check_array("rows", rows, (torch.float32,), (None, None, None), rows.device)
+    _check_device("rows", rows.device)
+    return launch.combine(rows) if rows.numel() else rows.sum(1)
+
+
+def workspace_bytes(layout: PageLayout, n_tokens: int, k: int, x_bytes: int = 2) -> int:
+    """An upper bound of what `experts` allocates, its output included; x_bytes: per element of x.
+
+    The output, the inner activation and, beyond 8 tokens, bfloat16 copies of both inputs in the order of the codes.
+    """
+    hidden, inner = layout.hidden + 64, layout.inner + 64  # with their padding
+    pairs = n_tokens * k
+    if n_tokens <= DECODE_TOKENS:
+        return pairs * (4 * hidden + x_bytes * inner) + n_tokens * x_bytes * hidden
+    return pairs * (4 * hidden + 4 * inner + 64) + n_tokens * (x_bytes + 4) * hidden
+
+
+def _kernel_for(x: Tensor):  # type: ignore[no-untyped-def]
+    from quant.gpu import launch
+
+    n = x.shape[0]
+    if n <= GEMV_TOKENS[x.dtype]:
+        return launch.gemv
+    return launch.tensor_cores if n <= PACKED_TOKENS[x.dtype] else launch.unpacked
+
+
+@lru_cache(maxsize=1)
+def _interpreted() -> bool:
+    from quant.gpu import launch
+
+    return launch.interpreted()
+
+
+def _serves(device: torch.device) -> bool:
+    """A CUDA device, or the CPU where Triton interprets."""
+    if device.type == "cuda":
+        return available()
+    return device.type == "cpu" and available() and _interpreted()
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    if not _serves(device):
+        raise ValueError(f"{name} lies on {device}; these kernels need Triton and a CUDA device.")
+
+
+def _check_codec(name: str) -> None:
+    if name not in FORMATS:
+        raise ValueError(f"No GPU kernel computes {name}, only {', '.join(FORMATS)}.")
+
+
+def _check_parts(q: QTensor) -> None:
+    """Compare every part with the codec's layout."""
+    if min(q.shape) < 1:
+        raise ValueError(f"A matrix of {q.shape[0]} x {q.shape[1]} has nothing to multiply.")
+    for name, spec in codec_of(q.codec).parts(q.shape).items():
+        part = q.parts.get(name)
+        if part is None:
+            raise ValueError(f"The {q.codec} matrix has no part {name!r}.")
+        nbytes = part.numel() * part.element_size()
+        fits = part.dtype in PARTS[name] and nbytes == spec.nbytes and part.is_contiguous()
+        if not fits or part.device != q.device or part.data_ptr() % ALIGNMENT and name == "codes":
+            raise ValueError(
+                f"Part {name!r} of a {q.shape[0]} x {q.shape[1]} {q.codec} matrix is {part.dtype} with {nbytes} "
+                f"bytes on {part.device}; contiguous {PARTS[name][0]} with {spec.nbytes} bytes on {q.device}, "
+                f"aligned to {ALIGNMENT} bytes, was expected."
+            )
+
+
+def _check_array(
+    name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...], device: torch.device
+) -> None:
+    """Compare type, shape (None: any length), device and order with what a kernel reads."""
+    same = x.dim() == len(shape) and all(b in (None, a) for a, b in zip(x.shape, shape, strict=True))
+    fits = same and x.dtype in dtypes and x.device == device and x.is_contiguous()
+    if not fits or x.data_ptr() % x.element_size():
+        wanted = ", ".join("any" if length is None else str(length) for length in shape)
+        raise ValueError(
+            f"{name} is {x.dtype} {list(x.shape)} on {x.device}; contiguous {' or '.join(map(str, dtypes))} "
+            f"[{wanted}] on {device} was expected."
+        )
