@@ -107,6 +107,8 @@ class _Job:
     def preflight(self, *, restart: bool) -> bool:
         """Whether there is work to do; raises when it can not be done."""
         if self.out.exists() and self._finished_before():
+            if restart:
+                raise NotWritable(f"{self.out} is complete. Delete it first to make it again.")
             return False
         partial = partial_path(self.out)
         if restart:

@@ -147,7 +147,7 @@ def _listed(index_file: Path) -> dict[str, list[str]]:
         raise BadCheckpoint(f"{index_file} has no weight_map.")
     listed: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file not in listed and not _inside(file):
+        if not isinstance(file, str) or (file not in listed and not _inside(file)):
             raise BadCheckpoint(
                 f"{index_file} puts {name} into {file!r}, which is no safetensors file of the folder."
             )

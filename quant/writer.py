@@ -25,7 +25,6 @@ from quant.pack import MANIFEST
 
 JOURNAL = "journal.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT)
-DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 HASH_CHUNK = 1 << 20
 
 Settings = Mapping[str, object]
@@ -190,9 +189,7 @@ class PackWriter:
         except OSError as error:
             if error.errno in FULL:
                 raise self._no_space() from error
-            if error.errno in DENIED:
-                raise NotWritable(f"{self.folder} can not be written: {error.strerror}.") from error
-            raise
+            raise NotWritable(f"{self.folder} can not be written: {error.strerror}.") from error
 
     def _no_space(self) -> NoSpace:
         finished = sum(record["bytes"] for record in self.done.values())

@@ -1,4 +1,4 @@
-"""Packs: what was converted reads back, pages lie where the manifest says, damage is refused in a sentence."""
+"""Packs: what was converted reads back, pages lie where the manifest says, damage is refused in words."""
 
 import json
 import os

@@ -103,7 +103,7 @@ def test_rules_that_make_no_sense(tmp_path: Path, rules: tuple, words: str) -> N
 def test_unknown_names() -> None:
     with pytest.raises(BadRecipe, match="no codec 'q4'"):
         Recipe(experts="q4")
-    with pytest.raises(BadRecipe, match="no recipe 'small'. Known recipes: nf4"):
+    with pytest.raises(BadRecipe, match=r"no recipe 'small'\. Known recipes: nf4"):
         Recipe.preset("small")
 
 
