@@ -20,7 +20,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from localmimo.errors import BadModel, BadRequest
 from localmimo.messages import Message, check_messages, check_tools
-from localmimo.toolcall import CLOSE, FUNCTION, FUNCTION_END, HEAD, OPEN, ToolCall, functions_of, parse_call
+from localmimo.toolcall import (
+    CLOSE,
+    FUNCTION,
+    FUNCTION_END,
+    HEAD,
+    OPEN,
+    PARAMETER,
+    PARAMETER_END,
+    ToolCall,
+    functions_of,
+    parse_call,
+)
 
 __all__ = ["ChatTemplate", "Delta", "StreamParser", "ToolCall", "parse_message"]
 
@@ -292,16 +303,20 @@ class StreamParser:
         return Delta(kind, raw if shown else "", raw=raw)
 
     def _call(self, final: bool) -> Delta | None:
-        if HEAD.match(self._held) is None:
+        head = HEAD.match(self._held)
+        if head is None:
             return None if not final and self._may_be_call() else self._text(len(OPEN))
-        if HEAD.match(self._held)[1].strip() not in self._functions:  # type: ignore[index]
+        body = _skip_space(self._held, head.end())
+        if head[1].strip() not in self._functions or not _may_go_on(self._held[body : body + len(PARAMETER)]):
             return self._text(len(OPEN))
         while (at := self._held.find(CLOSE, self._searched)) >= 0:
             self._searched = at + len(CLOSE)
-            block = self._held[: self._searched]
-            if call := parse_call(block, self._functions):
+            ended = _follows(self._held, at, FUNCTION_END)
+            # Anything else before the tag is a value that speaks of it.
+            whole = ended or at == body or _follows(self._held, at, PARAMETER_END)
+            if whole and (call := parse_call(self._held[: self._searched], self._functions)):
                 return self._called(call)
-            if self._held[:at].rstrip().endswith(FUNCTION_END):
+            if ended:
                 return self._text(len(OPEN))
         self._searched = max(self._searched, len(self._held) - len(CLOSE) + 1)
         return self._unfinished_call() if final else None
@@ -324,6 +339,24 @@ class StreamParser:
         self._kind, self._fresh = "answer", True
         self._take(len(call.text), "tool_call")
         return Delta("tool_call", call.text, call, call.text)
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _follows(text: str, at: int, tag: str) -> bool:
+    """Whether the tag stands before this place, but for white space."""
+    while at and text[at - 1].isspace():
+        at -= 1
+    return text.endswith(tag, 0, at)
+
+
+def _may_go_on(text: str) -> bool:
+    """Whether a call's body may start like this; the text may stop within a tag."""
+    return any(tag.startswith(text) or text.startswith(tag) for tag in (PARAMETER, FUNCTION_END, CLOSE))
 
 
 def _overlap(text: str, tag: str) -> int:

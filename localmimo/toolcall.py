@@ -26,11 +26,13 @@ OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
 FUNCTION = "<function="
 FUNCTION_END = "</function>"
+PARAMETER = "<parameter="
+PARAMETER_END = "</parameter>"
 
 HEAD = re.compile(r"<tool_call>\s*<function=([^>]+)>")
 # A value ends at the first closing tag that another parameter or the function's end follows, so that a value
 # may itself speak of </parameter>.
-PARAMETER = re.compile(r"\s*<parameter=([^>]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
+VALUE = re.compile(r"\s*<parameter=([^>]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
 
 Schema = Mapping[str, Any]
 Functions = Mapping[str, Schema]  # function name -> its parameters' schemas by name
@@ -85,7 +87,7 @@ def parse_call(block: str, functions: Functions) -> ToolCall | None:
 def _parameters(body: str) -> dict[str, str] | None:
     found: dict[str, str] = {}
     position = 0
-    while match := PARAMETER.match(body, position):
+    while match := VALUE.match(body, position):
         found[match[1].strip()] = match[2]
         position = match.end()
     return None if body[position:].strip() else found
