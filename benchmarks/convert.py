@@ -1,0 +1,99 @@
+"""How fast is a conversion, how much memory does it take, and does it survive being killed?
+
+    python -m benchmarks.convert CHECKPOINT [--experts nf4] [--kills 20] [--json]
+
+Converts once in a process of its own (peak resident memory over what interpreter and libraries take, bytes of source
+per second), then again with a kill -9 at random moments, starting the same command each time until it is done: the
+two packs must be the same byte for byte.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CHILD = """
+import json, sys, time
+import torch
+from quant import convert
+from quant.qtensor import quantize
+
+def memory(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+quantize(torch.randn(64, 64))
+libraries, began = memory("VmRSS"), time.perf_counter()
+for progress in convert(sys.argv[1], sys.argv[2], experts=sys.argv[3]):
+    pass
+print(json.dumps({"seconds": time.perf_counter() - began, "libraries_bytes": libraries,
+                  "peak_bytes": memory("VmHWM") - libraries, "pack_bytes": progress.total_bytes,
+                  "rms_error": progress.rms_error}))
+"""
+
+
+def command(source: Path, out: Path, experts: str) -> list[str]:
+    return [sys.executable, "-c", CHILD, str(source), str(out), experts]
+
+
+def digest(folder: Path) -> str:
+    """Names and contents of every file."""
+    total = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        total.update(file.name.encode())
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def convert_with_kills(source: Path, out: Path, experts: str, kills: int, seconds: float) -> int:
+    """Start, kill and start again; the number of kills that hit a running conversion."""
+    hit, moments = 0, random.Random(0)
+    for _ in range(kills):
+        process = subprocess.Popen(command(source, out, experts), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=2 + moments.random() * seconds / 4)  # importing takes about two seconds
+        except subprocess.TimeoutExpired:
+            process.kill()
+            hit += 1
+        process.wait()
+    subprocess.run(command(source, out, experts), check=True, stdout=subprocess.DEVNULL)
+    return hit
+
+
+def measure(source: Path, experts: str, kills: int, folder: Path) -> dict[str, Any]:
+    source_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    began = time.perf_counter()
+    done = subprocess.run(command(source, folder / "once", experts), check=True, capture_output=True, text=True)
+    facts = json.loads(done.stdout.splitlines()[-1]) | {"source_bytes": source_bytes}
+    facts["source_mb_per_s"] = source_bytes / facts["seconds"] / 1e6
+    if kills:
+        seconds = time.perf_counter() - began
+        facts["kills"] = convert_with_kills(source, folder / "killed", experts, kills, seconds)
+        facts["same_bytes"] = digest(folder / "once") == digest(folder / "killed")
+    return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--experts", default="nf4")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--json", action="store_true", help="print only the JSON object")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.source.parent) as folder:
+        facts = measure(options.source, options.experts, options.kills, Path(folder))
+    if not options.json:
+        for name, value in facts.items():
+            print(f"{name:16} {value}")
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
