@@ -259,10 +259,17 @@ class Engine:
             yield timeline
 
     def logits(self, tokens: Sequence[int], *, chunk: int = PREFILL_CHUNK) -> Tensor:
-        """Logits float32 [n, vocab] after each of n tokens, read from an empty context `chunk` tokens at a time."""
+        """Logits float32 [n, vocab] after each of n tokens, read from an empty context `chunk` tokens at a time.
+
+        The result is the caller's memory, outside the RAM budget; `logit_rows` gives it piece by piece.
+        """
+        return torch.cat(list(self.logit_rows(tokens, chunk=chunk)))
+
+    def logit_rows(self, tokens: Sequence[int], *, chunk: int = PREFILL_CHUNK) -> Iterator[Tensor]:
+        """The same logits as they are computed: float32 [at most chunk, vocab] at a time."""
         tokens = self._check_tokens(list(tokens))
         with self._borrow(None) as timeline:
-            return timeline.logits(tokens, chunk)
+            yield from timeline.logits(tokens, chunk)
 
     # ---- inside ----
 

@@ -3,7 +3,7 @@
 Knows tokens, not text; holds no weights. The cache is only ever touched here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,11 +67,11 @@ class Session:
             raise ContextFull(_too_long(self.position + 1, self.context))
         return self._model.logits(self._forward([token], check))[0]
 
-    def logits(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Tensor:
-        """Start over with `tokens`; logits float32 [n, vocab] after each, read `chunk` tokens at a time."""
+    def logits(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[Tensor]:
+        """Start over with `tokens`; logits float32 [m, vocab] after each, `chunk` tokens at a time."""
         self._restore(None)
-        rows = [self._forward(tokens[start : start + chunk], nothing_to_check) for start in range(0, len(tokens), chunk)]
-        return torch.cat([self._model.logits(hidden) for hidden in rows])
+        for start in range(0, len(tokens), chunk):
+            yield self._model.logits(self._forward(tokens[start : start + chunk], nothing_to_check))
 
     def rewind(self, n: int) -> None:
         """Take back the last n tokens."""

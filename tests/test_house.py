@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 # A room imports only rooms of its own line or of lines above it.
 QUANT = """errors geometry distortion
 codec
+kernels
 fourbit eightbit
 qtensor
 page
-kernels
+gpu
 matmul
 ffn
 shard

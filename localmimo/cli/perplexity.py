@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from localmimo.engine import Engine
 
-ROWS = 64  # positions whose distributions are looked at together
+ROWS = 256  # tokens read together; only their distributions are in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +156,14 @@ def measure(
     comparison = Comparison() if len(engines) > 1 else None
     began, read = time.perf_counter(), 0
     for window in parts:
-        logits = [engine.logits(window) for engine in engines]
-        for engine, score, rows in zip(engines, scores, logits, strict=True):
-            _add(score, engine, window, rows)
-        if comparison is not None:
-            _compare(comparison, logits[0][:-1], logits[1][:-1])
+        at = 1
+        for rows in zip(*(engine.logit_rows(window, chunk=ROWS) for engine in engines), strict=True):
+            targets = window[at : at + ROWS]
+            for engine, score, logits in zip(engines, scores, rows, strict=True):
+                _add(score, engine, targets, logits[: len(targets)])
+            if comparison is not None:
+                _compare(comparison, rows[0][: len(targets)], rows[1][: len(targets)])
+            at += ROWS
         read += len(window)
         spent = time.perf_counter() - began
         left = seconds(spent * (total - read) / read)
@@ -172,26 +175,21 @@ def measure(
     return scores, comparison
 
 
-def _add(score: Score, engine: Engine, window: list[int], logits: Tensor) -> None:
+def _add(score: Score, engine: Engine, targets: list[int], logits: Tensor) -> None:
     import torch
 
-    targets = torch.tensor(window[1:])
-    for start in range(0, len(targets), ROWS):
-        rows, wanted = logits[start : start + ROWS][: len(targets) - start], targets[start : start + ROWS]
-        picked = rows.float().log_softmax(-1).gather(1, wanted[:, None])
-        score.nll -= float(picked.double().sum())
+    picked = logits.log_softmax(-1).gather(1, torch.tensor(targets, dtype=torch.int64)[:, None])
+    score.nll -= float(picked.double().sum())
     score.n_tokens += len(targets)
-    score.n_bytes += sum(len(engine.tokenizer.token_bytes(token)) for token in window[1:])
+    score.n_bytes += sum(len(engine.tokenizer.token_bytes(token)) for token in targets)
 
 
 def _compare(comparison: Comparison, ours: Tensor, theirs: Tensor) -> None:
     """KL(theirs || ours), and how often both think the same token the likeliest."""
-    for start in range(0, len(ours), ROWS):
-        p = theirs[start : start + ROWS].double().log_softmax(-1)
-        q = ours[start : start + ROWS].double().log_softmax(-1)
-        comparison.kl += float((p.exp() * (p - q)).sum())
-        comparison.same_top += int((p.argmax(-1) == q.argmax(-1)).sum())
-        comparison.n_tokens += len(p)
+    p, q = (logits.double().log_softmax(-1) for logits in (theirs, ours))
+    comparison.kl += float((p.exp() * (p - q)).sum())
+    comparison.same_top += int((p.argmax(-1) == q.argmax(-1)).sum())
+    comparison.n_tokens += len(p)
 
 
 def _facts(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.cli.verify import read_back
+from localmimo.config import ModelConfig
 from localmimo.machine import Machine, format_bytes
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def run_quantize(job: Conversion, ui: Ui) -> int:
     from quant import Recipe, Source
 
     with Source.open(job.source) as source:
+        ModelConfig.open(job.source / "config.json")  # an hour's conversion must not end in a refusal to run
         listing = Recipe(job.experts, job.dense).resolve(source)
     out = job.out or Path(f"{listing.model}-{listing.recipe.experts}")
     room = Room.of(out, listing, restart=job.restart)

@@ -115,7 +115,7 @@ def logits_with(engine: Engine, config: localmimo.config.ModelConfig, tokens: li
     from localmimo.session import Session
 
     model = Transformer(config, load_weights(engine.pack, config), torch.float32)
-    return Session(model, engine._experts, 256, torch.float32).logits(tokens)
+    return torch.cat(list(Session(model, engine._experts, 256, torch.float32).logits(tokens)))
 
 
 def test_sinks_are_on_window_layers_alone(pair: tuple[Engine, torch.Tensor, list[int]]) -> None:
