@@ -45,6 +45,8 @@ LARGEST_E4M3 = 126  # byte 127 is NaN
 # 0.0784 (block 32) and 0.0699 (block 16), against 0.0786 and 0.0708 for (-2, -1, 0, 1, 2), and 0.0779 and
 # 0.0685 for -2 to 6.
 NF4_STEPS = (0, -1, -2, 3)
+N_E8M0 = 255  # powers of two; byte 255 is NaN
+MXFP4_STEPS = (0, -1, 1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _e4m3() -> Tensor:
 
 
 def _e8m0() -> Tensor:
-    powers = [2.0 ** (byte - 127) for byte in range(255)]
+    powers = [2.0 ** (byte - 127) for byte in range(N_E8M0)]
     return torch.tensor([*powers, torch.nan], dtype=torch.float32)
 
 
@@ -175,23 +177,33 @@ def _search(codec: Codec, blocks: Tensor) -> Tensor:
     return best.masked_fill_(largest == 0, 0).to(torch.uint8)
 
 
+def search_space(name: str) -> tuple[Tensor, tuple[int, ...]]:
+    """Largest magnitude that scale byte i covers, ascending; and the candidates, in steps from the covering
+    byte."""
+    scales = book(name).scale_of_byte
+    if name == "mxfp4":
+        return scales[:N_E8M0] * FP4_VALUES[-1], MXFP4_STEPS
+    return scales[: LARGEST_E4M3 + 1], NF4_STEPS
+
+
 def _nf4_candidates(largest: Tensor) -> Iterator[Tensor]:
     """A few steps around the e4m3 value that covers the block, in both signs."""
-    positive = book("nf4").scale_of_byte[: LARGEST_E4M3 + 1]
-    covering = torch.bucketize(largest, positive, out_int32=True)
+    covers, steps = search_space("nf4")
+    covering = torch.bucketize(largest, covers, out_int32=True)
     # Among the few subnormal values two steps may be a factor of three; half the covering scale is enough.
     floor = ((covering + 1) // 2).clamp_(min=1)
     for sign in (0, 128):
-        for step in NF4_STEPS:
+        for step in steps:
             yield torch.maximum(covering + step, floor).clamp_(max=LARGEST_E4M3) + sign
 
 
 def _mxfp4_candidates(largest: Tensor) -> Iterator[Tensor]:
-    """The smallest power of two that covers the block (exact for values that were mxfp4 before), and its
+    """The smallest power of two that covers the block, which is exact for former mxfp4 values, and its
     neighbours."""
-    covering = torch.bucketize(largest, book("mxfp4").scale_of_byte[:255] * FP4_VALUES[-1], out_int32=True)
-    for step in (0, -1, 1):
-        yield (covering + step).clamp_(0, 254)
+    covers, steps = search_space("mxfp4")
+    covering = torch.bucketize(largest, covers, out_int32=True)
+    for step in steps:
+        yield (covering + step).clamp_(0, N_E8M0 - 1)
 
 
 def _rough_error(table: Book, blocks: Tensor, scale: Tensor) -> Tensor:

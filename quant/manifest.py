@@ -108,7 +108,8 @@ def group_errors(listing: Listing, done: Mapping[str, Record]) -> dict[str, dict
 
 
 def _round(value: float) -> float:
-    return float(f"{value:.6g}")
+    """Four digits: more would show the order of summation, which is not part of a pack's identity."""
+    return float(f"{value:.4g}")
 
 
 def make_card(source: Source, listing: Listing, done: Mapping[str, Record]) -> str:

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
+from quant import kernels
 from quant.qtensor import QTensor
 
 Tensor = torch.Tensor
-Kernel = Callable[[Tensor, QTensor], Tensor | None]  # None: not this codec, shape or device
 
 
 def reference(x: Tensor, q: QTensor) -> Tensor:
@@ -26,31 +24,12 @@ def reference(x: Tensor, q: QTensor) -> Tensor:
     return out
 
 
-def _native_kernel() -> Kernel | None:
-    """The native kernels where this build has them."""
-    try:
-        from quant import kernels
-    except ImportError:
-        return None
-    return kernels.linear if kernels.available() else None
-
-
-_KERNEL = _native_kernel()
-
-
 def linear(x: Tensor, q: QTensor) -> Tensor:
     """x [..., cols] times the transposed packed matrix -> [..., rows] in x.dtype."""
-    if _KERNEL is not None:
-        y = _KERNEL(x, q)
-        if y is not None:
-            return y
-    return reference(x, q)
+    y = kernels.linear(x, q)
+    return reference(x, q) if y is None else y
 
 
 def backend() -> str:
     """What `linear` runs: the instruction set of the native kernels, or "torch-reference"."""
-    if _KERNEL is None:
-        return "torch-reference"
-    from quant import kernels
-
     return kernels.isa()
