@@ -8,7 +8,8 @@ one call of each shape). Triton is imported at first use only. It must not know 
 
 from __future__ import annotations
 
-from functools import lru_cache
+import os
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,18 @@ PARTS = {
 GEMV_TOKENS = {torch.bfloat16: 2, torch.float32: 8}  # beyond, bfloat16 goes to the tensor cores
 PACKED_TOKENS = {torch.bfloat16: 256, torch.float32: 8}  # beyond, W is unpacked and the library multiplies
 DECODE_TOKENS = 8  # up to here an expert kernel runs one program per token and expert
+LEAST_CAPABILITY = (8, 0)
 ALIGNMENT = 16  # of an address, for the widest loads
 
 
 def available() -> bool:
-    """Whether Triton is installed and has something to run on: a CUDA device, or its own interpreter."""
-    return find_spec("triton") is not None and (torch.cuda.is_available() or _interpreted())
+    """Whether Triton is installed and has something to run on: a CUDA device that knows bfloat16, or, where
+    TRITON_INTERPRET asked for it, its interpreter."""
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= LEAST_CAPABILITY
+    return _interpreted()
 
 
 def prepare(device: torch.device | str) -> None:
@@ -140,8 +147,9 @@ def _kernel_for(x: Tensor):  # type: ignore[no-untyped-def]
     return launch.tensor_cores if n <= PACKED_TOKENS[x.dtype] else launch.unpacked
 
 
-@lru_cache(maxsize=1)
 def _interpreted() -> bool:
+    if "triton" not in sys.modules and "TRITON_INTERPRET" not in os.environ:
+        return False  # and triton need not be imported to know it
     from quant.gpu import launch
 
     return launch.interpreted()

@@ -33,21 +33,23 @@ ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU
 LEAST_WORDS = 128  # per row and split; below, adding up costs more than it brings
 GEMV_TOKENS = 2  # per program, see gemv.py
 UNPACK_BAND = 1 << 25  # weights unpacked at a time: 64 MiB of bfloat16
-# The pipeliner would copy every single lookup in the book to shared memory ahead of time.
-STAGES = 3 if BY_SHUFFLE.value else 1
+# Where lookups are loads, the pipeliner would copy every single one to shared memory ahead of time.
+STAGES = 2 if BY_SHUFFLE.value else 1
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of the tensor-core kernels: rows of W, tokens, words of a row, warps."""
+    """A tile of the tensor-core kernels: rows of W, tokens, words of a row, warps; shared memory that it needs."""
 
     rows: int
     tokens: int
     words: int
     warps: int
+    shared_bytes: int
 
 
-TILES = (Tile(64, 16, 32, 4), Tile(64, 64, 16, 4), Tile(128, 128, 16, 8))
+# The largest compiles to 94,208 bytes for capability 8 (limits 101,376 and more) and 159,744 for 9.0 (232,448).
+TILES = (Tile(64, 16, 32, 4, 0), Tile(64, 64, 16, 4, 0), Tile(128, 128, 16, 8, 94_208))
 
 
 def interpreted() -> bool:
@@ -79,12 +81,11 @@ def padded(x: Tensor, name: str) -> Tensor:
 
 def as_planes(x: Tensor, name: str) -> Tensor:
     """x [n, padded cols] -> bfloat16 [8 or 4, n, words]: one plane per byte and nibble of a word (`unpack.py`)."""
-    n = x.shape[0]
+    n, x = x.shape[0], x.to(torch.bfloat16)
     if name == "int8":
-        split = x.view(n, -1, 4).permute(2, 0, 1)
-    else:
-        split = x.view(n, -1, 2, 4, 4).permute(2, 4, 0, 1, 3)  # half, j, n, block, v
-    return split.to(torch.bfloat16).reshape(4 if name == "int8" else 8, n, -1).contiguous()
+        return x.view(n, -1, 4).permute(2, 0, 1).contiguous()
+    split = x.view(n, -1, 2, 4, 4).permute(2, 4, 0, 1, 3)  # half, j, n, block, v
+    return split.contiguous().view(8, n, -1)
 
 
 def matrix(q: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +119,7 @@ def gemv(x: Tensor, q: QTensor) -> Tensor:
 def tensor_cores(x: Tensor, q: QTensor) -> Tensor:
     """x [n, cols] bfloat16 -> [n, rows] bfloat16 through unpacked tiles."""
     n, n_rows = x.shape[0], q.shape[0]
-    n_q, tile = words_per_row(q.codec, q.shape[1]), tile_for(n)
+    n_q, tile = words_per_row(q.codec, q.shape[1]), tile_for(n, x.device)
     grid = ceil_div(n, tile.tokens), ceil_div(n_rows, tile.rows)
     splits, per_split = split_columns(grid[0] * grid[1], n_q, tile.words)
     parts = x.new_empty(splits, n, n_rows, dtype=x.dtype if splits == 1 else torch.float32)
@@ -168,9 +169,18 @@ def combine(rows: Tensor) -> Tensor:
     return add_up(rows, rows.new_empty(n, hidden), k, k * hidden, hidden)
 
 
-def tile_for(tokens: int) -> Tile:
-    """The smallest tile that `tokens` fill, or the largest."""
-    return next((tile for tile in TILES if tokens <= tile.tokens), TILES[-1])
+def tile_for(tokens: int, device: torch.device) -> Tile:
+    """The smallest tile that holds `tokens`, or the largest that the device has shared memory for."""
+    fitting = [tile for tile in TILES if tile.shared_bytes <= shared_bytes(device)]
+    return next((tile for tile in fitting if tokens <= tile.tokens), fitting[-1])
+
+
+@lru_cache(maxsize=64)
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may take; the interpreter has no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @lru_cache(maxsize=16)
@@ -237,7 +247,7 @@ def many_tokens(
     """Routed experts, tokens sorted by expert, on the tensor cores -> weighted outputs float32 [n, k, hidden]."""
     (n, k), n_experts, n_slots = chosen.shape, slots.numel(), slab.shape[0]
     memory = views(slab, layout)
-    tile = tile_for(ceil_div(n * k, n_experts))
+    tile = tile_for(ceil_div(n * k, n_experts), x.device)
     order, *tiles = sorted_tiles(chosen, n_experts, tile.tokens)
     shape = {"R": tile.rows, "BT": tile.tokens, "Q": tile.words, "num_warps": tile.warps, "num_stages": STAGES}
     act = inner_rows(n * k, layout, torch.bfloat16, x.device)
