@@ -399,6 +399,7 @@ def main() -> None:
         "--sample", action="store_true", help="only answer some prompts with the saved weights"
     )
     parser.add_argument("--export", type=Path, help="only export the saved weights to this folder")
+    parser.add_argument("--card", type=Path, help="only measure the exported checkpoint and write its card")
     a = parser.parse_args()
     run = Run(
         a.out,
@@ -410,7 +411,11 @@ def main() -> None:
         compiled=not a.eager,
         max_steps=a.max_steps,
     )
-    if a.sample:
+    if a.card:
+        from mini_training import card
+
+        card.write(run.out, a.export or run.out / "checkpoint", a.card)
+    elif a.sample:
         sample_answers(run.out)
     elif a.export:
         from mini_training.export import export_run
@@ -425,6 +430,9 @@ def main() -> None:
         from mini_training.export import export_run
 
         export_run(run.out, run.out / "checkpoint")
+        from mini_training import card
+
+        card.write(run.out, run.out / "checkpoint", run.out / "CARD.md")
 
 
 if __name__ == "__main__":

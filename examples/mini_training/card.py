@@ -22,7 +22,7 @@ from .export import load_exported, sha256
 from .network import Network, Params, Shape, make_frame
 from .sampling import chat_prompt
 
-MAX_HELD_TOKENS = 16_384  # per kind
+MAX_HELD_TOKENS = 8_192  # per kind
 ROW = 512
 
 
@@ -99,19 +99,24 @@ def measure_kind(
 
 
 @torch.no_grad()
+def states(net: Network, p: Params, biases: dict[str, Tensor], tokens: list[int]) -> Tensor:
+    """Hidden states [1, T', H] of all tokens, T' rounded up to blocks of 128."""
+    padded = torch.tensor([tokens + [0] * (-len(tokens) % 128)])
+    return net.hidden(p, biases, padded, make_frame(net.shape, torch.zeros_like(padded)))[0]
+
+
+@torch.no_grad()
 def greedy(
     net: Network, p: Params, biases: dict[str, Tensor], prompt: list[int], end: int, limit: int = 220
-) -> tuple[list[int], Tensor]:
-    """Greedy continuation (with its final <|im_end|>) and the hidden states of all tokens."""
+) -> list[int]:
+    """The prompt with its greedy continuation and the final <|im_end|>."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + limit:
-        length = -(-len(tokens) // 128) * 128
-        padded = torch.tensor([tokens + [0] * (length - len(tokens))])
-        hidden, _ = net.hidden(p, biases, padded, make_frame(net.shape, torch.zeros_like(padded)))
+        hidden = states(net, p, biases, tokens)
         tokens.append(int(net.logits(p, hidden[0, len(tokens) - 1]).argmax()))
         if tokens[-1] == end:
             break
-    return tokens, hidden
+    return tokens
 
 
 @torch.no_grad()
@@ -166,41 +171,58 @@ def loss_curve(run: Path, points: int = 14) -> list[tuple[str, int, float]]:
     return out
 
 
-def measure(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """All figures of the card as one JSON-able object."""
-    shape = Shape()
-    net = Network(shape)
-    p, biases = load_exported(shape, checkpoint)
+def measure_trunk(
+    run: Path, net: Network, p: Params, biases: dict[str, Tensor], checkpoint: Path
+) -> dict[str, Any]:
+    """Perplexities, routing and answers; kept in `run` for the same main tensors, as they take minutes."""
+    key = [sha256(f) for f in sorted(checkpoint.glob("model-*.safetensors"))]
+    kept = run / "card-trunk.json"
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if found.get("key") == key:
+        return found  # type: ignore[no-any-return]
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    answers, end = [], tokenizer.token_to_id("<|im_end|>")
+    for prompt in Path(build.__file__).with_name("card_prompts.txt").read_text(encoding="utf-8").splitlines():
+        ids = tokenizer.encode(chat_prompt(prompt), add_special_tokens=False).ids
+        tokens = greedy(net, p, biases, ids, end)
+        reply = tokenizer.decode(tokens[len(ids) :], skip_special_tokens=False).removesuffix("<|im_end|>")
+        answers.append({"prompt": prompt, "reply": reply, "tokens": tokens, "begin": len(ids)})
+        print(f"> {prompt}\n  {reply}", flush=True)
     silent = (tokenizer.token_to_id("<think>"), tokenizer.token_to_id("</think>"))
     kinds = {k: measure_kind(net, p, biases, run / "data", k, silent) for k in build.SHARES}
-    prompts = (Path(build.__file__).with_name("card_prompts.txt")).read_text(encoding="utf-8").splitlines()
-    answers, agreements, end = [], [], tokenizer.token_to_id("<|im_end|>")
-    for prompt in prompts:
-        ids = tokenizer.encode(chat_prompt(prompt), add_special_tokens=False).ids
-        tokens, hidden = greedy(net, p, biases, ids, end)
-        answers.append(
-            (
-                prompt,
-                tokenizer.decode(tokens[len(ids) :], skip_special_tokens=False).removesuffix("<|im_end|>"),
-            )
-        )
-        agreements.append(draft_agreement(net, p, tokens, hidden, len(ids)))
-        print(f"> {prompt}\n  {answers[-1][1]}", flush=True)
-    rates, run_length = acceptance(agreements)
-    last = json.loads((run / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     overall = [sum(layers) for layers in zip(*(m.picks for m in kinds.values()), strict=True)]
-    return {
+    out = {
+        "key": key,
         "perplexity": {k: m.perplexity for k, m in kinds.items()},
         "held_tokens": {k: m.n_all for k, m in kinds.items()},
         "top_quarter": {k: m.top_quarter for k, m in kinds.items()}
         | {"all together": Measured(picks=overall).top_quarter},
+        "answers": answers,
+    }
+    kept.write_text(json.dumps(out) + "\n", encoding="utf-8")
+    return out
+
+
+def measure(run: Path, checkpoint: Path) -> dict[str, Any]:
+    """All figures of the card as one JSON-able object."""
+    net = Network(Shape())
+    p, biases = load_exported(net.shape, checkpoint)
+    trunk = measure_trunk(run, net, p, biases, checkpoint)
+    agreements = [
+        draft_agreement(net, p, a["tokens"], states(net, p, biases, a["tokens"]), a["begin"])
+        for a in trunk["answers"]
+    ]
+    rates, run_length = acceptance(agreements)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    last, trunk_last = lines[-1], [line for line in lines if line["phase"] == "trunk"][-1]
+    return trunk | {
         "agreement": rates,
         "accepted_of_three": run_length,
-        "answers": answers,
         "curve": loss_curve(run),
-        "tokens": last["tokens"],
-        "steps": last["step"],
+        "tokens": trunk_last["tokens"],
+        "steps": trunk_last["step"],
+        "draft_tokens": last["tokens"] - trunk_last["tokens"],
+        "note": (run / "notes.txt").read_text(encoding="utf-8") if (run / "notes.txt").exists() else "",
         "hours": last["elapsed_s"] / 3600,
         "machine": processor(),
         "sha256": {f.name: (f.stat().st_size, sha256(f)) for f in sorted(checkpoint.iterdir())},
@@ -236,10 +258,14 @@ def text(f: dict[str, Any]) -> str:
         )
     )
     heads = [(f"head {k}", f"{100 * rate:.0f} %") for k, rate in enumerate(f["agreement"])]
-    answers = "\n\n".join(f"**{n}. {q}**\n\n{_quote(a)}" for n, (q, a) in enumerate(f["answers"], 1))
+    answers = "\n\n".join(
+        f"**{n}. {a['prompt']}**\n\n{_quote(a['reply'])}" for n, a in enumerate(f["answers"], 1)
+    )
     return template.format(
         tokens=f"{f['tokens'] / 1e6:.1f}",
         steps=f["steps"],
+        note=f["note"].strip(),
+        draft_tokens=f"{f['draft_tokens'] / 1e6:.1f}",
         hours=f"{f['hours']:.1f}",
         machine=f["machine"],
         kinds=_table(

@@ -248,3 +248,35 @@ def test_config_is_accepted() -> None:
     assert [layer.attention for layer in parsed.layers].count("global") == 3
     assert parsed.n_experts == 32 and parsed.top_k == 4 and parsed.n_mtp == 3
     assert parsed.layers[1].rotary_dim == 32 and parsed.layers[1].window == 128
+
+
+def test_acceptance_counts_drafts_in_a_row() -> None:
+    from mini_training.card import acceptance
+
+    one_answer = [[True, True, False, True], [True, False, True], [True, True]]
+    rates, accepted = acceptance([one_answer])
+    assert rates == [0.75, pytest.approx(2 / 3), 1.0]
+    assert accepted == 2.0  # step 0: all three; step 1: only the first
+
+
+def test_the_card_is_complete() -> None:
+    from mini_training import card
+
+    figures = {
+        "perplexity": {"topic": (3.0, 2.0)},
+        "held_tokens": {"topic": 9},
+        "top_quarter": {"topic": 0.4, "all together": 0.3},
+        "agreement": [0.9, 0.8, 0.7],
+        "accepted_of_three": 2.1,
+        "curve": [("trunk", 1000, 2.5)],
+        "tokens": 1_000_000,
+        "draft_tokens": 100_000,
+        "steps": 3,
+        "hours": 1.5,
+        "machine": "2 cores",
+        "note": "",
+        "sha256": {"config.json": (12, "abc")},
+        "answers": [{"prompt": "Hi", "reply": "Hello!\nHow are you?"}],
+    }
+    text = card.text(figures)
+    assert "> Hello!" in text and "**1. Hi**" in text and "abc" in text and "{" not in text
