@@ -28,6 +28,7 @@ from quant.writer import (
     PackWriter,
     check_settings,
     existing_parent,
+    locked,
     no_space,
     partial_path,
     read_journal,
@@ -51,6 +52,22 @@ class Progress:
     worst_name: str
     elapsed_s: float
     note: str = ""  # "already done" when there was nothing to do
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor or expert that has been written."""
+
+    name: str
+    nbytes: int
+    distortion: Distortion
+    crc32: int | None = None  # of a page
+
+
+def _record(items: list[_Item]) -> dict[str, object]:
+    """What the journal keeps of a finished file."""
+    distortions = {item.name: [item.distortion.squared_error, item.distortion.squared_norm] for item in items}
+    return {"crc32": [item.crc32 for item in items if item.crc32 is not None], "distortion": distortions}
 
 
 class _Tally:
@@ -191,40 +208,32 @@ class _Job:
 
     def _unit(self, file: FilePlan, writer: PackWriter) -> Iterator[Progress]:
         before = self.done_bytes
-        record: dict[str, dict[str, list[float]] | list[int]] = {}
+        items: list[_Item] = []
         with writer.file(file.name) as target:
             target.write(0, file.shard.header)
-            distortions = {}
-            crcs: list[int] = []
-            steps = self._dense(file, target) if file.layer is None else self._experts(file, target, crcs)
-            for name, distortion in steps:
-                self.tally.add(name, distortion)
-                distortions[name] = [distortion.squared_error, distortion.squared_norm]
+            for item in self._dense(file, target) if file.layer is None else self._experts(file, target):
+                items.append(item)
+                self.tally.add(item.name, item.distortion)
+                self.done_bytes += item.nbytes
                 yield self._progress(file.name)
-        if file.layer is not None:
-            record["crc32"] = crcs
-        writer.commit(file.name, {**record, "distortion": distortions})
+        writer.commit(file.name, _record(items))
         self.done_units += 1
         self.done_bytes = before + file.shard.n_bytes
         yield self._progress(file.name)
 
-    def _dense(self, file: FilePlan, target: OpenFile) -> Iterator[tuple[str, Distortion]]:
+    def _dense(self, file: FilePlan, target: OpenFile) -> Iterator[_Item]:
         for entry in file.entries:
             distortion = write_dense(self.source, entry, file.shard.offsets, target)
-            self.done_bytes += entry.nbytes
-            yield entry.name, distortion
+            yield _Item(entry.name, entry.nbytes, distortion)
 
-    def _experts(self, file: FilePlan, target: OpenFile, crcs: list[int]) -> Iterator[tuple[str, Distortion]]:
-        """`crcs` receives the checksum of each page."""
+    def _experts(self, file: FilePlan, target: OpenFile) -> Iterator[_Item]:
         page = self.listing.page
         assert page is not None and file.layer is not None
         for expert in self.source.experts(file.layer):
             name = f"layers.{file.layer}.experts.{expert}"
             buffer, distortion = make_page(self.source, name, page)
-            crcs.append(zlib.crc32(buffer))
             target.write(file.shard.offsets[name], buffer)
-            self.done_bytes += page.bytes
-            yield name, distortion
+            yield _Item(name, page.bytes, distortion, zlib.crc32(buffer))
 
     def _progress(self, unit: str, note: str = "") -> Progress:
         return Progress(
@@ -248,8 +257,10 @@ def _only_ours(partial: Path) -> bool:
 
 
 def _discard(partial: Path) -> None:
+    """Remove what an earlier run left, unless it is still running or something else."""
     if not partial.exists():
         return
     if not (partial / JOURNAL).exists() and not (partial / MANIFEST).exists() and not _only_ours(partial):
         raise NotWritable(f"{partial} is in the way and was not made by an earlier run. Move it away.")
-    shutil.rmtree(partial)
+    with locked(partial):
+        shutil.rmtree(partial)

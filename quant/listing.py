@@ -20,13 +20,14 @@ from quant.source import Source
 
 DENSE_SHARD = 1 << 30  # a unit of work that is lost at worst when a conversion is interrupted
 PROCESS_BYTES = 300_000_000  # Python with torch, measured on Linux
+HEADER_BYTES = 2_000  # per tensor: names and places of the checkpoint and of the listing, measured
 BAND = 1 << 24  # weights of a matrix that are converted at a time: an expert of the largest model in one go
 BAND_BYTES = 22  # per weight of a band: stored bytes, float32, and what the codecs need, measured
 
 GROUPS = ("experts", "attention", "dense mlp", "router", "norms, sinks", "embed", "head", "mtp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor: from what, to what, how big, in which file of the pack."""
 
@@ -98,7 +99,8 @@ class Listing:
     @cached_property
     def peak_ram_bytes(self) -> int:
         """Estimated peak resident memory of converting: the process and the largest piece in flight."""
-        return PROCESS_BYTES + max(self._unit_ram(file) for file in self.files)
+        largest = max(self._unit_ram(file) for file in self.files)
+        return PROCESS_BYTES + HEADER_BYTES * len(self.entries) + largest
 
     @cached_property
     def groups(self) -> tuple[GroupTotal, ...]:

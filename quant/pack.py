@@ -85,7 +85,7 @@ class Pack:
             text = (path / MANIFEST).read_bytes()
         except OSError as error:
             hint = ""
-            if path.with_name(path.name + ".partial").is_dir():
+            if Path(f"{path.absolute()}.partial").is_dir():
                 hint = " A conversion to it was begun; run the same quantize command again to finish it."
             raise BadPack(f"{path} is no pack: it has no readable {MANIFEST}.{hint}") from error
         return cls(path, text)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """A stored tensor and the file it lies in."""
 
@@ -34,7 +34,7 @@ class Place:
         return self.shard.read(offset, (stop - start) * self.row_bytes).view(stop - start, self.row_bytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Grid:
     """FP8 scales of a piece: row r of the stored tensor uses scale row first + (r - origin) // block[0]."""
 
@@ -47,7 +47,7 @@ class Grid:
         return self.first + (stored_row - self.origin) // self.block[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Rows first_row .. first_row + n_rows of a stored tensor. `grid` for FP8, `exponents` for MXFP4."""
 
@@ -58,7 +58,7 @@ class Piece:
     exponents: Place | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A canonical tensor: its shape, how it is stored, and its pieces from top to bottom."""
 

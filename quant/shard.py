@@ -35,7 +35,7 @@ DTYPE_BITS = {
 DTYPE_NAMES = {"u8": "U8", "i8": "I8", "fp8": "F8_E4M3", "f16": "F16", "bf16": "BF16", "f32": "F32"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """One tensor of a file; `offset` counts from the start of the file."""
 

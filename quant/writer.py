@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ def read_journal(folder: Path) -> tuple[Settings | None, dict[str, Record]]:
 
 def _on_disk(folder: Path, record: Record) -> bool:
     try:
-        return Path(folder, record["file"]).stat().st_size == int(record["bytes"])
-    except (OSError, KeyError, TypeError):
+        known = isinstance(record["distortion"], dict) and isinstance(record["sha256"], str)
+        return known and Path(folder, record["file"]).stat().st_size == int(record["bytes"])
+    except (OSError, KeyError, TypeError, ValueError):
         return False
 
 
@@ -88,21 +89,18 @@ class PackWriter:
         self.settings = settings
         self.total_bytes = total_bytes
         self.done: dict[str, Record] = {}
-        self._lock = -1
+        self._lock = ExitStack()
 
     def __enter__(self) -> PackWriter:
-        with self._disk_errors():
+        with self._disk_errors(), ExitStack() as lock:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
-            try:
-                self._resume()
-            except BaseException:
-                self._release()
-                raise
+            lock.enter_context(locked(self.folder))
+            self._resume()
+            self._lock = lock.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._release()
+        self._lock.close()
 
     @contextmanager
     def file(self, name: str) -> Iterator[OpenFile]:
@@ -176,11 +174,6 @@ class PackWriter:
             journal.flush()
             os.fsync(journal.fileno())
 
-    def _release(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
         """A full or read-only disk as a sentence with numbers."""
@@ -249,19 +242,26 @@ def flush_and_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _lock(folder: Path) -> int:
-    """Lock the folder itself: the lock goes with the process and leaves no file behind."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, or raise NotWritable. The folder itself is locked: no file stays behind, and
+    the lock goes with the process however it ends.
+    """
     fd = os.open(folder, os.O_RDONLY)
     try:
+        _take(fd, folder)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _take(fd: int, folder: Path) -> None:
+    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        still_there = folder.exists() and os.path.samestat(os.fstat(fd), folder.stat())
     except BlockingIOError as error:
-        os.close(fd)
         raise NotWritable(f"Another process is converting into {folder}. Wait for it or stop it.") from error
-    if not still_there:
-        os.close(fd)
-        raise NotWritable(f"{folder} was finished or removed by another process. Run the same command again.")
-    return fd
+    if not folder.exists() or not os.path.samestat(os.fstat(fd), folder.stat()):
+        raise NotWritable(f"{folder} was just finished or removed. Run the same command again.")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -298,6 +298,8 @@ def test_two_converters(source: Path, tmp_path: Path) -> None:
     next(first)
     with pytest.raises(NotWritable, match="Another process is converting"):
         run(source, tmp_path / "pack")
+    with pytest.raises(NotWritable, match="Another process is converting"):
+        convert(source, tmp_path / "pack", restart=True)
     for _ in first:
         pass
     assert verify(tmp_path / "pack").ok
