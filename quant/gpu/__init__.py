@@ -1,15 +1,18 @@
-"""y = x W^T and routed experts on the GPU, straight from packed bytes: the checked face of the Triton kernels.
+"""y = x W^T and routed experts on the GPU, straight from packed bytes: the checked face of the Triton
+kernels.
 
-Every tensor is compared with its layout here, before an address reaches a kernel; wrong sizes raise ValueError.
-The bytes are those of the pack: nothing is repacked. The same call on the same device gives the same bits. No
-function asks the device for a value, so all can be captured in a CUDA graph once they have run (`prepare`, then
-one call of each shape). Triton is imported at first use only. It must not know packs, models or tiers.
+Every tensor is compared with its layout here, before an address reaches a kernel; wrong sizes raise
+ValueError. The bytes are those of the pack: nothing is repacked. The same call on the same device gives the
+same bits. No function asks the device for a value, so all can be captured in a CUDA graph once they have run
+(`prepare`, then one call of each shape). Triton is imported at first use only. It must not know packs, models
+or tiers.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -59,8 +62,9 @@ def prepare(device: torch.device | str) -> None:
 def linear(x: Tensor, q: QTensor) -> Tensor | None:
     """x [..., cols] float32 or bfloat16 -> [..., rows] in x.dtype; None where no kernel serves it.
 
-    One or two tokens (up to 8 in float32): packed words times x, float32 sums. Up to 256: unpacked tiles on the
-    tensor cores, weights rounded to bfloat16. More: W is unpacked band by band and the library multiplies.
+    One or two tokens (up to 8 in float32): packed words times x, float32 sums. Up to 256: unpacked tiles on
+    the tensor cores, weights rounded to bfloat16. More: W is unpacked band by band and the library
+    multiplies.
     """
     if q.codec not in FORMATS or x.dtype not in INPUTS or x.requires_grad:
         return None
@@ -73,7 +77,8 @@ def linear(x: Tensor, q: QTensor) -> Tensor | None:
     flat = x.reshape(-1, cols)
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], rows)
-    return _kernel_for(flat)(flat, q).view(*x.shape[:-1], rows)
+    with _current(x.device):
+        return _kernel_for(flat)(flat, q).view(*x.shape[:-1], rows)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -85,7 +90,8 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     if dtype not in OUTPUTS:
         raise ValueError(f"Weights are unpacked to {', '.join(map(str, OUTPUTS))}, not to {dtype}.")
     _check_parts(q)
-    return launch.dequantize(q, dtype)
+    with _current(q.device):
+        return launch.dequantize(q, dtype)
 
 
 def experts(
@@ -93,13 +99,14 @@ def experts(
 ) -> Tensor:
     """The routed experts of one layer that lie in a slab -> weighted outputs, float32 [n, k, hidden].
 
-    x [n, hidden] float32 or bfloat16. slab uint8 [n_slots, layout.bytes]: a page per slot. slots int32 [n_experts]:
-    the slot of each expert of the layer, -1 where it lies elsewhere. chosen int32 or int64 [n, k]: experts of each
-    token; weights float32 [n, k]. Output [t, p] is weights[t, p] times expert chosen[t, p] of x[t], and zero where
-    the expert has no slot: whoever computes it elsewhere puts it there, then `combine` adds up in a fixed order.
+    x [n, hidden] float32 or bfloat16. slab uint8 [n_slots, layout.bytes]: a page per slot. slots int32
+    [n_experts]: the slot of each expert of the layer, -1 where it lies elsewhere. chosen int32 or int64 [n,
+    k]: experts of each token; weights float32 [n, k]. Output [t, p] is weights[t, p] times expert chosen[t,
+    p] of x[t], and zero where the expert has no slot: whoever computes it elsewhere puts it there, then
+    `combine` adds up in a fixed order.
 
-    Up to 8 tokens: two launches, float32 sums, the inner activation kept in x.dtype. More: tokens sorted by expert,
-    everything multiplied in bfloat16; see `workspace_bytes`.
+    Up to 8 tokens: two launches, float32 sums, the inner activation kept in x.dtype. More: tokens sorted by
+    expert, everything multiplied in bfloat16; see `workspace_bytes`.
     """
     from quant.gpu import launch
 
@@ -114,7 +121,8 @@ def experts(
     if 0 in (chosen.numel(), slots.numel(), slab.numel()):
         return torch.zeros(n, chosen.shape[1], layout.hidden, device=x.device)
     run = launch.few_tokens if n <= DECODE_TOKENS else launch.many_tokens
-    return run(x, layout, slab, slots, chosen, weights)
+    with _current(x.device):
+        return run(x, layout, slab, slots, chosen, weights)
 
 
 def combine(rows: Tensor) -> Tensor:
@@ -123,13 +131,15 @@ def combine(rows: Tensor) -> Tensor:
 
     _check_array("rows", rows, (torch.float32,), (None, None, None), rows.device)
     _check_device("rows", rows.device)
-    return launch.combine(rows) if rows.numel() else rows.sum(1)
+    with _current(rows.device):
+        return launch.combine(rows) if rows.numel() else rows.sum(1)
 
 
 def workspace_bytes(layout: PageLayout, n_tokens: int, k: int, x_bytes: int = 2) -> int:
     """An upper bound of what `experts` allocates, its output included; x_bytes: per element of x.
 
-    The output, the inner activation and, beyond 8 tokens, bfloat16 copies of both inputs in the order of the codes.
+    The output, the inner activation and, beyond 8 tokens, bfloat16 copies of both inputs in the order of the
+    codes.
     """
     hidden, inner = layout.hidden + 64, layout.inner + 64  # with their padding
     pairs = n_tokens * k
@@ -153,6 +163,11 @@ def _interpreted() -> bool:
     from quant.gpu import launch
 
     return launch.interpreted()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, not on that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _serves(device: torch.device) -> bool:
@@ -182,11 +197,12 @@ def _check_parts(q: QTensor) -> None:
             raise ValueError(f"The {q.codec} matrix has no part {name!r}.")
         nbytes = part.numel() * part.element_size()
         fits = part.dtype in PARTS[name] and nbytes == spec.nbytes and part.is_contiguous()
-        if not fits or part.device != q.device or part.data_ptr() % ALIGNMENT and name == "codes":
+        aligned = name != "codes" or part.data_ptr() % ALIGNMENT == 0
+        if not (fits and aligned and part.device == q.device):
             raise ValueError(
-                f"Part {name!r} of a {q.shape[0]} x {q.shape[1]} {q.codec} matrix is {part.dtype} with {nbytes} "
-                f"bytes on {part.device}; contiguous {PARTS[name][0]} with {spec.nbytes} bytes on {q.device}, "
-                f"aligned to {ALIGNMENT} bytes, was expected."
+                f"Part {name!r} of a {q.shape[0]} x {q.shape[1]} {q.codec} matrix is {part.dtype} with "
+                f"{nbytes} bytes on {part.device}; contiguous {PARTS[name][0]} with {spec.nbytes} bytes on "
+                f"{q.device}, aligned to {ALIGNMENT} bytes, was expected."
             )
 
 

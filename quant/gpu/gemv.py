@@ -1,17 +1,18 @@
 """y = x W^T for 1 to 8 tokens, straight from packed words: float32 sums on the ordinary float units.
 
-A program takes one row group (16 rows) of one stretch of columns: its codes are contiguous, every thread reads 16
-bytes (four rows, four or eight columns; so Q must be 8 per warp), UNROLL of them before it needs the first,
-multiplies with the x of its columns and keeps its own sums to the end. At most two tokens per program: with more,
-the tile of x has more elements than the program has threads and the compiler sends it through shared memory.
-Programs of further tokens run beside each other and find the codes in the caches.
-Where a matrix has too few row groups to fill a GPU, its columns are split and the pieces are added in a fixed
-order by a second kernel. Nothing is timed or tuned at run time: which thread adds what is fixed by the shape of
-the matrix, so the same input gives the same bits, whatever the number of tokens.
+A program takes one row group (16 rows) of one stretch of columns: its codes are contiguous, every thread
+reads 16 bytes (four rows, four or eight columns; so Q must be 8 per warp), UNROLL of them before it needs the
+first, multiplies with the x of its columns and keeps its own sums to the end. At most two tokens per program:
+with more, the tile of x has more elements than the program has threads and the compiler sends it through
+shared memory. Programs of further tokens run beside each other and find the codes in the caches. Where a
+matrix has too few row groups to fill a GPU, its columns are split and the pieces are added in a fixed order
+by a second kernel. Nothing is timed or tuned at run time: which thread adds what is fixed by the shape of the
+matrix, so the same input gives the same bits, whatever the number of tokens.
 
 It must not know pages or experts.
 """
 
+# ruff: noqa: N803, RET505  (constants of a kernel are in capitals; branches on them are for the compiler)
 from __future__ import annotations
 
 import triton
@@ -33,7 +34,9 @@ def high_half(pair):
 
 @triton.jit
 def four_columns(x, quad, present, BF16: tl.constexpr):
-    """x[quad*4 + 0..3] as four float32 tiles. x is seen as 64-bit words: two loads at most, whatever the type."""
+    """x[quad*4 + 0..3] as four float32 tiles. x is seen as 64-bit words: two loads at most, whatever the
+    type.
+    """
     if BF16:
         bits = tl.load(x + quad, mask=present, other=0)
         front, back = bits.to(tl.int32), (bits >> 32).to(tl.int32)
@@ -100,7 +103,8 @@ def gemv_kernel(
     N_Q: tl.constexpr, PER_SPLIT: tl.constexpr, T: tl.constexpr, Q: tl.constexpr, UNROLL: tl.constexpr,
     FORMAT: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """Program (T tokens, group, split): 16 rows of y [splits, n_tokens, n_rows] from PER_SPLIT words of each row.
+    """Program (T tokens, group, split): 16 rows of y [splits, n_tokens, n_rows] from PER_SPLIT words of each
+    row.
 
     x [n_tokens, all columns of the N_Q words of a row of W] as 64-bit words.
     """

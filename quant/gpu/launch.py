@@ -1,8 +1,9 @@
 """Grids, paddings and temporary arrays of the kernels in this room. Arguments were checked by the face.
 
-Every size comes from shapes alone, never from a value on the device, so that all of this can be captured in a CUDA
-graph (after one run: the first compiles and copies the code book). Tile sizes are written here, not tuned while
-running: a configuration that a stopwatch chose could differ between two runs, and with it the last bits.
+Every size comes from shapes alone, never from a value on the device, so that all of this can be captured in a
+CUDA graph (after one run: the first compiles and copies the code book). Tile sizes are written here, not
+tuned while running: a configuration that a stopwatch chose could differ between two runs, and with it the
+last bits.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ STAGES = 2 if BY_SHUFFLE.value else 1
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of the tensor-core kernels: rows of W, tokens, words of a row, warps; shared memory that it needs."""
+    """A tile of the tensor-core kernels: rows of W, tokens, words of a row; warps, shared memory needed."""
 
     rows: int
     tokens: int
@@ -48,7 +49,7 @@ class Tile:
     shared_bytes: int
 
 
-# The largest compiles to 94,208 bytes for capability 8 (limits 101,376 and more) and 159,744 for 9.0 (232,448).
+# The largest compiles to 94,208 bytes for capability 8 (limit 101,376 or more), 159,744 for 9.0 (232,448).
 TILES = (Tile(64, 16, 32, 4, 0), Tile(64, 64, 16, 4, 0), Tile(128, 128, 16, 8, 94_208))
 
 
@@ -74,13 +75,15 @@ def padded_cols(name: str, cols: int) -> int:
 
 
 def padded(x: Tensor, name: str) -> Tensor:
-    """x [n, cols] with zeros up to the padding of the codec, contiguous."""
+    """x [n, cols] with zeros up to the padding of the codec, contiguous, fit to be seen as 64-bit words."""
     missing = padded_cols(name, x.shape[1]) - x.shape[1]
-    return F.pad(x, (0, missing)) if missing else x.contiguous()
+    if missing:
+        return F.pad(x, (0, missing))
+    return x.contiguous() if x.storage_offset() * x.element_size() % 8 == 0 else x.clone()
 
 
 def as_planes(x: Tensor, name: str) -> Tensor:
-    """x [n, padded cols] -> bfloat16 [8 or 4, n, words]: one plane per byte and nibble of a word (`unpack.py`)."""
+    """x [n, padded cols] -> bfloat16 [8 or 4, n, words]: planes as in `unpack.py`."""
     n, x = x.shape[0], x.to(torch.bfloat16)
     if name == "int8":
         return x.view(n, -1, 4).permute(2, 0, 1).contiguous()
@@ -96,7 +99,7 @@ def matrix(q: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def split_columns(programs: int, words: int, tile: int) -> tuple[int, int]:
     """(splits, words per split, a multiple of `tile`) so that enough programs run; from the shape alone."""
-    splits = max(1, min(ceil_div(ENOUGH_PROGRAMS, programs), words // LEAST_WORDS))
+    splits = max(1, min(ENOUGH_PROGRAMS // programs, words // LEAST_WORDS))
     per_split = ceil_div(ceil_div(words, splits), tile) * tile
     return ceil_div(words, per_split), per_split
 
@@ -164,7 +167,7 @@ def add_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def combine(rows: Tensor) -> Tensor:
-    """[n, k, hidden] float32 -> [n, hidden]: the outputs of a token's experts, in the order of their places."""
+    """[n, k, hidden] float32 -> [n, hidden]: a token's experts added in the order of their places."""
     n, k, hidden = rows.shape
     return add_up(rows, rows.new_empty(n, hidden), k, k * hidden, hidden)
 
@@ -185,7 +188,7 @@ def shared_bytes(device: torch.device) -> int:
 
 @lru_cache(maxsize=16)
 def offsets(layout: PageLayout) -> dict[str, int]:
-    """Kernel constant -> byte offset in a page: GATE, GATE_SCALES, GATE_SCALE and so on (0 where there is none)."""
+    """Kernel constant -> byte offset in a page: GATE, GATE_SCALES, GATE_SCALE and so on; 0 for none."""
     at = {f"{s.matrix}.{s.part}": s.offset for s in layout.slices}
     suffixes = {"codes": "", "scales": "_SCALES", "scale": "_SCALE"}
     return {
@@ -244,12 +247,15 @@ def few_tokens(
 def many_tokens(
     x: Tensor, layout: PageLayout, slab: Tensor, slots: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    """Routed experts, tokens sorted by expert, on the tensor cores -> weighted outputs float32 [n, k, hidden]."""
+    """Routed experts, tokens sorted by expert, on the tensor cores -> weighted outputs float32 [n, k,
+    hidden].
+    """
     (n, k), n_experts, n_slots = chosen.shape, slots.numel(), slab.shape[0]
     memory = views(slab, layout)
     tile = tile_for(ceil_div(n * k, n_experts), x.device)
     order, *tiles = sorted_tiles(chosen, n_experts, tile.tokens)
-    shape = {"R": tile.rows, "BT": tile.tokens, "Q": tile.words, "num_warps": tile.warps, "num_stages": STAGES}
+    shape = {"R": tile.rows, "BT": tile.tokens, "Q": tile.words}
+    shape |= {"num_warps": tile.warps, "num_stages": STAGES}
     act = inner_rows(n * k, layout, torch.bfloat16, x.device)
     gate_up_tiles_kernel[(ceil_div(layout.inner, tile.rows), tiles[0].numel())](
         as_planes(padded(x, layout.codec), layout.codec), order, *tiles, slots, *memory, act,
@@ -266,8 +272,8 @@ def many_tokens(
 def sorted_tiles(chosen: Tensor, n_experts: int, per_tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pairs sorted by expert, and for each tile of them: expert, first pair, end of the expert's pairs.
 
-    int32 tensors, made without asking the device anything: there are as many tiles as any routing could need, and
-    those that this one does not get the expert `n_experts`, which does not exist.
+    int32 tensors, made without asking the device anything: there are as many tiles as any routing could need,
+    and those that this one does not get the expert `n_experts`, which does not exist.
     """
     flat = chosen.reshape(-1)
     order = flat.argsort(stable=True)

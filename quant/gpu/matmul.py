@@ -1,15 +1,17 @@
 """Many tokens at once: tiles of W are unpacked to bfloat16 in registers and multiplied on the tensor cores.
 
 Products are transposed, y^T = W x^T: the unpacked tile is the operand that Hopper's matrix units take from
-registers, x comes through shared memory. A tile of words is multiplied plane by plane (see `unpack.py`): the order
-of the columns does not matter as long as x has the same, so x arrives as planes [8 or 4, n, N_Q] and no unpacked
-weight has to change its place. Scales are applied before the rounding to bfloat16, tensor scales to the sums.
+registers, x comes through shared memory. A tile of words is multiplied plane by plane (see `unpack.py`): the
+order of the columns does not matter as long as x has the same, so x arrives as planes [8 or 4, n, N_Q] and no
+unpacked weight has to change its place. Scales are applied before the rounding to bfloat16, tensor scales to
+the sums.
 
 Experts: tokens are sorted by expert; tile i of the sorted pairs belongs to `tile_expert[i]`, starts at pair
-`tile_first[i]` and ends before `tile_last[i]`. Tiles past the last and experts without a slot exit early. Every
-pair stores its weighted output in its own row.
+`tile_first[i]` and ends before `tile_last[i]`. Tiles past the last and experts without a slot exit early.
+Every pair stores its weighted output in its own row.
 """
 
+# ruff: noqa: N803  (constants of a kernel are in capitals; branches on them are for the compiler)
 from __future__ import annotations
 
 import triton
@@ -48,8 +50,8 @@ def matmul_kernel(
 ):  # fmt: skip
     """y [splits, n_tokens, n_rows] from PER_SPLIT words of each row. Program (token tile, row tile, split).
 
-    planes [8 or 4, n_tokens, N_Q] bfloat16; PER_SPLIT is a multiple of Q. Tiles of tokens run beside each other: they
-    read the same codes.
+    planes [8 or 4, n_tokens, N_Q] bfloat16; PER_SPLIT is a multiple of Q. Tiles of tokens run beside each
+    other: they read the same codes.
     """
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     row = tl.program_id(1).to(tl.int64) * R + tl.arange(0, R)
@@ -87,7 +89,7 @@ def gate_up_tiles_kernel(
     UP: tl.constexpr, UP_SCALES: tl.constexpr, UP_SCALE: tl.constexpr,
     N_Q: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, Q: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """act [pairs in sorted order, n_cols >= n_rows] = silu(gate x) * (up x). Program (row tile, pair tile)."""
+    """act [pairs in sorted order, n_cols >= n_rows] = silu(gate x) * (up x). Program (row, pair tile)."""
     tile = tl.program_id(1)
     slot = slot_of_tile(tile, tile_expert, slots, n_experts, n_slots)
     if slot >= 0:
@@ -107,11 +109,13 @@ def gate_up_tiles_kernel(
         u = tl.zeros([R, BT], tl.float32)
         for start in range(0, N_Q, Q):
             g = add_product(
-                g, gate, gate_scales, table, planes, plane_step, token, present, row, n_rows, start, N_Q, Q, FORMAT
-            )
+                g, gate, gate_scales, table, planes, plane_step, token, present, row, n_rows, start,
+                N_Q, Q, FORMAT,
+            )  # fmt: skip
             u = add_product(
-                u, up, up_scales, table, planes, plane_step, token, present, row, n_rows, start, N_Q, Q, FORMAT
-            )
+                u, up, up_scales, table, planes, plane_step, token, present, row, n_rows, start,
+                N_Q, Q, FORMAT,
+            )  # fmt: skip
         if FORMAT != INT8:
             g *= tl.load(singles + page // 4 + GATE_SCALE // 4)
             u *= tl.load(singles + page // 4 + UP_SCALE // 4)
@@ -147,8 +151,8 @@ def down_tiles_kernel(
         total = tl.zeros([R, BT], tl.float32)
         for start in range(0, N_Q, Q):
             total = add_product(
-                total, down, scales, table, planes, plane_step, place.to(tl.int64), present, row, n_rows, start,
-                N_Q, Q, FORMAT,
+                total, down, scales, table, planes, plane_step, place.to(tl.int64), present, row, n_rows,
+                start, N_Q, Q, FORMAT,
             )  # fmt: skip
         total *= tl.load(weights + pair, mask=present, other=0.0)[None, :]
         if FORMAT != INT8:

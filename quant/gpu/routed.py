@@ -1,16 +1,18 @@
 """The routed experts of a few tokens, straight from the pages in a slab: two launches for a whole layer.
 
-A "pair" is one token's place in its list of chosen experts; every pair has its own row of output, so nothing is
-added across programs and the order of summation is ours. Which slot holds an expert is read from the slot table on
-the device: the host is never asked, no shape depends on the routing, and a CUDA graph can hold the launches. An
-expert without a slot (-1, or anything that is no slot) costs one early exit and leaves zeros.
+A "pair" is one token's place in its list of chosen experts; every pair has its own row of output, so nothing
+is added across programs and the order of summation is ours. Which slot holds an expert is read from the slot
+table on the device: the host is never asked, no shape depends on the routing, and a CUDA graph can hold the
+launches. An expert without a slot (-1, or anything that is no slot) costs one early exit and leaves zeros.
 
-Programs are numbered pair first, so that the same rows of all pairs run side by side: where two tokens chose one
-expert the second reads its page from the second-level cache.
+Programs are numbered pair first, so that the same rows of all pairs run side by side: where two tokens chose
+one expert the second reads its page from the second-level cache.
 
-Pages are uint8 [n_slots, page bytes]; the kernels get the same memory as 32-bit words, bytes, float16 and float32.
+Pages are uint8 [n_slots, page bytes]; the kernels get the same memory as 32-bit words, bytes, float16 and
+float32.
 """
 
+# ruff: noqa: N803  (constants of a kernel are in capitals; branches on them are for the compiler)
 from __future__ import annotations
 
 import triton
@@ -23,7 +25,7 @@ from quant.gpu.unpack import INT8, code_table, scale_index
 @triton.jit
 def slot_of(pair, chosen, slots, n_experts, n_slots):
     """The slot of a pair's expert, -1 where it has none; wrong numbers in either table read nothing."""
-    expert = tl.load(chosen + pair).to(tl.int32)
+    expert = tl.load(chosen + pair)
     known = (expert >= 0) & (expert < n_experts)
     slot = tl.load(slots + tl.where(known, expert, 0), mask=known, other=-1)
     return tl.where(slot < n_slots, slot, -1)
@@ -79,7 +81,9 @@ def down_kernel(
     PAGE: tl.constexpr, DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, DOWN_SCALE: tl.constexpr,
     N_Q: tl.constexpr, Q: tl.constexpr, UNROLL: tl.constexpr, FORMAT: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """out[pair, 16 rows] = weight * (down act[pair]), zeros where the expert has no slot. Program (pair, group)."""
+    """out[pair, 16 rows] = weight * (down act[pair]), zeros where the expert has no slot. Program (pair,
+    group).
+    """
     pair = tl.program_id(0)
     group = tl.program_id(1)
     slot = slot_of(pair, chosen, slots, n_experts, n_slots)

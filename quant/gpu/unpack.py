@@ -1,21 +1,24 @@
-"""Packed weights inside a GPU program: words of codes, scale bytes and the code book; and whole matrices to bf16.
+"""Packed weights inside a GPU program: words of codes, scale bytes and the code book; and whole matrices to
+bf16.
 
-Shared by the other kernels of this room. Layouts are those of `quant/codec.py`, seen as 32-bit words: for every
-row group, word q*16 + r holds four bytes of row r. Of a four-bit codec they carry eight columns, (q//4)*32 +
-(q%4)*4 + 0..3 in the low nibbles and the columns 16 to the right in the high ones; of int8 the four columns
-q*4 + 0..3. So a tile [Q, 16] of words is one contiguous stretch, read with 16-byte loads, and the columns that
-share a byte and a nibble (a "plane": four or eight per codec) all sit q by q in one tile.
+Shared by the other kernels of this room. Layouts are those of `quant/codec.py`, seen as 32-bit words: for
+every row group, word q*16 + r holds four bytes of row r. Of a four-bit codec they carry eight columns,
+(q//4)*32 + (q%4)*4 + 0..3 in the low nibbles and the columns 16 to the right in the high ones; of int8 the
+four columns q*4 + 0..3. So a tile [Q, 16] of words is one contiguous stretch, read with 16-byte loads, and
+the columns that share a byte and a nibble (a "plane": four or eight per codec) all sit q by q in one tile.
 
-How a code becomes a value, compiled: each lane of a warp holds one of the 16 entries of the book (twice over), a
-lookup is one shift and one warp shuffle, and the value appears in the layout that the arithmetic wants. Interpreted,
-where there are no lanes: a load from the book. The load would also do on a GPU (64 bytes in the first-level cache),
-but for sm_90 the whole expert loop then compiles to 7.3 instructions per weight instead of 4.4, and the tiles for
-tensor cores to 11.6 instead of 7.4. Other ways, on paper: a tree of selections takes 15 instructions, a 256-entry
-table of pairs has bank conflicts, permuted bytes (PRMT) give bfloat16 only.
+How a code becomes a value, compiled: each lane of a warp holds one of the 16 entries of the book (twice
+over), a lookup is one shift and one warp shuffle, and the value appears in the layout that the arithmetic
+wants. Interpreted, where there are no lanes: a load from the book. The load would also do on a GPU (64 bytes
+in the first-level cache), but for sm_90 the whole expert loop then compiles to 7.3 instructions per weight
+instead of 4.4, and the tiles for tensor cores to 11.6 instead of 7.4. Other ways, on paper: a tree of
+selections takes 15 instructions, a 256-entry table of pairs has bank conflicts, permuted bytes (PRMT) give
+bfloat16 only.
 
 It must not know pages, experts or torch.
 """
 
+# ruff: noqa: N803, RET505  (constants of a kernel are in capitals; branches on them are for the compiler)
 from __future__ import annotations
 
 import triton
@@ -46,8 +49,9 @@ def code_table(book):
     """What `plane_value` looks codes up in: the address of the book, or this lane's entry of it."""
     if BY_SHUFFLE:
         lane = tl.inline_asm_elementwise(
-            "{ .reg .u32 l; mov.u32 l, %laneid; and.b32 $0, l, $1; }", "=r,r", [15], tl.int32, is_pure=True, pack=1
-        )
+            "{ .reg .u32 l; mov.u32 l, %laneid; and.b32 $0, l, $1; }", "=r,r", [15], tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
         return tl.load(book + lane)
     else:
         return book
@@ -57,8 +61,9 @@ def code_table(book):
 def scale_value(stored, FORMAT: tl.constexpr):
     """Scale bytes (float16 for int8) -> float32, by arithmetic alone.
 
-    e4m3 bits moved under a float16 exponent are the value over 2^8, subnormal ones included; float8 types would
-    need compute capability 8.9. (Bytes 127 and 255, NaN, are never packed and become 480 here.) e8m0 bits are a float32 exponent, byte 0 its subnormal 2^-127, byte 255 NaN.
+    e4m3 bits moved under a float16 exponent are the value over 2^8, subnormal ones included; float8 types
+    would need compute capability 8.9. (Bytes 127 and 255, NaN, are never packed and become 480 here.) e8m0
+    bits are a float32 exponent, byte 0 its subnormal 2^-127, byte 255 NaN.
     """
     if FORMAT == INT8:
         return stored.to(tl.float32)
@@ -74,7 +79,7 @@ def scale_value(stored, FORMAT: tl.constexpr):
 
 @triton.jit
 def plane_value(words, table, PLANE: tl.constexpr, FORMAT: tl.constexpr):
-    """The unscaled values of one plane of a tile of words: byte PLANE % 4, its high nibble from plane 4 on."""
+    """The unscaled values of one plane of a tile of words: byte PLANE % 4, high nibbles from plane 4 on."""
     if FORMAT == INT8:
         return ((words << (24 - 8 * PLANE)) >> 24).to(tl.float32)
     else:
@@ -95,8 +100,8 @@ def dequantize_kernel(
 ):  # fmt: skip
     """One row group, Q words of each of its rows -> out [n_rows, n_cols], row-major.
 
-    Four neighbouring columns are joined in a thread, so that every store is of 8 bytes (bf16) and full sectors
-    are written.
+    Four neighbouring columns are joined in a thread, so that every store is of 8 bytes (bf16) and full
+    sectors are written.
     """
     group = tl.program_id(0).to(tl.int64)
     q = (tl.program_id(1) * Q + tl.arange(0, Q))[:, None]

@@ -1,7 +1,7 @@
 """Run as a program: every kernel, compiled for a GPU that is not there, with the launches' own arguments.
 
-The interpreter accepts code that the compiler refuses, and can not see what a GPU would run. Prints one line per
-kernel: its name, the capability, spilled bytes per thread and shared memory in bytes.
+The interpreter accepts code that the compiler refuses, and can not see what a GPU would run. Prints one line
+per kernel: its name, the capability, spilled bytes per thread and shared memory in bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def compile_instead(capability: int) -> Callable[..., None]:
     def run(kernel, *args, grid, warmup, **named):  # type: ignore[no-untyped-def]
         options = {name: named.pop(name) for name in OPTIONS if name in named}
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
-        constant = {p.name for p in kernel.params if p.is_constexpr}
+        constant = {p.name for p in kernel.params if p.is_constexpr or is_one(given[p.name])}
         source = ASTSource(
             kernel,
             {name: "constexpr" if name in constant else type_of(given[name]) for name in kernel.arg_names},
@@ -46,9 +46,15 @@ def compile_instead(capability: int) -> Callable[..., None]:
             },
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        print(kernel.__name__, capability, spilled(compiled.asm["cubin"]), compiled.metadata.shared, flush=True)
+        spills, shared = spilled(compiled.asm["cubin"]), compiled.metadata.shared
+        print(kernel.__name__, capability, spills, shared, flush=True)
 
     return run
+
+
+def is_one(value: object) -> bool:
+    """A launch makes a constant of the integer 1."""
+    return isinstance(value, int) and value == 1
 
 
 def type_of(value: torch.Tensor | int) -> str:
@@ -78,10 +84,10 @@ def launch_all(name: str) -> None:
     slab, slots = torch.zeros(2, layout.bytes, dtype=torch.uint8), torch.zeros(4, dtype=torch.int32)
     q = quantize(torch.randn(256, 512), name)
     launch.dequantize(q, torch.bfloat16)
-    launch.gemv(torch.zeros(2, 512).bfloat16(), q)
+    launch.gemv(torch.zeros(1, 512), q)
     for n in (8, 128):
         launch.tensor_cores(torch.zeros(n, 512).bfloat16(), q)
-    for n, run in ((4, launch.few_tokens), (16, launch.many_tokens), (512, launch.many_tokens)):
+    for n, run in ((1, launch.few_tokens), (16, launch.many_tokens), (512, launch.many_tokens)):
         chosen = torch.zeros(n, 2, dtype=torch.int64)
         rows = run(torch.zeros(n, 512).bfloat16(), layout, slab, slots, chosen, torch.ones(n, 2))
     launch.combine(rows)

@@ -1,8 +1,8 @@
 """Triton's interpreter for these tests: asked for before triton is imported, and taught bfloat16.
 
-The interpreter (3.7) truncates instead of rounding to bfloat16, loses the carry where it does round, and multiplies
-the bit patterns of bfloat16 operands of `tl.dot`. The replacements below let torch convert and numpy multiply float32
-values, so that a kernel computes what the hardware would.
+The interpreter (3.7) truncates instead of rounding to bfloat16, loses the carry where it does round, and
+multiplies the bit patterns of bfloat16 operands of `tl.dot`. The replacements below let torch convert and
+numpy multiply float32 values, so that a kernel computes what the hardware would.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def _teach_bfloat16(interpreter: ModuleType) -> None:
 
 
 def _patch_once(interpreter: ModuleType) -> None:
-    """A call between jitted functions patches triton.language again each time, which takes most of the time: only do
-    so for modules that are not patched yet, until the kernel ends."""
+    """A call between jitted functions patches triton.language again each time, which takes most of the time:
+    only do so for modules that are not patched yet, until the kernel ends.
+    """
     original = interpreter._patch_lang
     scopes: dict[frozenset[str], object] = {}
 
@@ -74,7 +75,9 @@ def _patch_once(interpreter: ModuleType) -> None:
 
     def patch(fn: FunctionType) -> Everything:
         values = fn.__globals__.values()
-        modules = frozenset(v.__name__ for v in values if isinstance(v, ModuleType) and "triton.language" in v.__name__)
+        modules = frozenset(
+            v.__name__ for v in values if isinstance(v, ModuleType) and "triton.language" in v.__name__
+        )
         if modules not in scopes:
             scopes[modules] = original(fn)
         return Everything()

@@ -29,7 +29,9 @@ def random_slab(layout: PageLayout, n_slots: int) -> Tensor:
 def _write(page: Tensor, layout: PageLayout, matrix: str, q: QTensor) -> None:
     for s in layout.slices:
         if s.matrix == matrix:
-            page[s.offset : s.offset + s.spec.nbytes] = q.parts[s.part].contiguous().view(-1).view(torch.uint8)
+            page[s.offset : s.offset + s.spec.nbytes] = (
+                q.parts[s.part].contiguous().view(-1).view(torch.uint8)
+            )
 
 
 def random_routing(n: int, k: int, n_experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -43,7 +45,7 @@ def true_rows(
     x: Tensor, layout: PageLayout, slab: Tensor, slots: Tensor, chosen: Tensor, weights: Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # fmt: skip
-    """What `experts` should return, computed in `dtype` from the dequantised pages: float64 [n, k, hidden]."""
+    """What `experts` should return, computed in `dtype` from dequantised pages: float64 [n, k, hidden]."""
     n, k = chosen.shape
     out = torch.zeros(n, k, layout.hidden, dtype=torch.float64)
     for t in range(n):

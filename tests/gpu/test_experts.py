@@ -1,4 +1,4 @@
-"""Routed experts from a slab against float64: holes in the slot table, shared experts, few and many tokens."""
+"""Routed experts from a slab against float64: slot tables with holes, shared experts, few and many."""
 
 import pytest
 import torch
@@ -68,8 +68,8 @@ def test_all_tokens_on_one_expert(n: int, device: str) -> None:
 def test_nothing_resident_and_wrong_numbers_give_zeros(n: int, device: str) -> None:
     layout = PageLayout("int8", 64, 64)
     slab = random_slab(layout, 2)
-    chosen = torch.tensor([[0, 1, 2, 3, 9, -1]]).repeat(n, 1)
-    slots = torch.tensor([-1, 2, 1 << 30, -7], dtype=torch.int32)
+    chosen = torch.tensor([[1, 2, 3, 9, -1, 1 << 32]]).repeat(n, 1)
+    slots = torch.tensor([0, 2, 1 << 30, -7], dtype=torch.int32)
     x, weights = torch.randn(n, 64), torch.ones(n, 6)
     rows = gpu.experts(*on(device, x), layout, *on(device, slab, slots, chosen, weights))
     assert rows.shape == (n, 6, 64) and not rows.any()

@@ -63,11 +63,11 @@ def test_wrong_matrices_are_named(device: str) -> None:
         gpu.linear(x[:, :39], q)
     with pytest.raises(ValueError, match="no part 'scale'"):
         gpu.linear(x, QTensor("nf4", q.shape, {k: v for k, v in q.parts.items() if k != "scale"}))
-    with pytest.raises(ValueError, match="with 1024 bytes .*with 1536 bytes"):
+    with pytest.raises(ValueError, match=r"with 1024 bytes .*with 1536 bytes"):
         gpu.linear(x, QTensor("nf4", (40, 40), q.parts))
     with pytest.raises(ValueError, match="No GPU kernel computes f32"):
         gpu.dequantize(QTensor("f32", (1, 1), {"weight": torch.ones(1, 1).to(device)}))
-    with pytest.raises(ValueError, match="not to torch.int8"):
+    with pytest.raises(ValueError, match=r"not to torch\.int8"):
         gpu.dequantize(q, torch.int8)
 
 
@@ -93,7 +93,9 @@ def test_the_workspace_is_an_upper_bound(n: int) -> None:
     torch.cuda.reset_peak_memory_stats()
     gpu.experts(x, layout, *given)
     rounding = 20 * 512  # of the allocator, per tensor
-    assert torch.cuda.max_memory_allocated() - before <= gpu.workspace_bytes(layout, n, 2, x_bytes=4) + rounding
+    assert (
+        torch.cuda.max_memory_allocated() - before <= gpu.workspace_bytes(layout, n, 2, x_bytes=4) + rounding
+    )
 
 
 def test_triton_is_neither_loaded_early_nor_needed() -> None:
@@ -102,4 +104,6 @@ def test_triton_is_neither_loaded_early_nor_needed() -> None:
         "sys.modules['triton'] = None; sys.exit(g.available())"
     )
     environment = {"PATH": "", "CUDA_VISIBLE_DEVICES": ""}
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == 0
+    )
