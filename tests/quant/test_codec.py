@@ -301,8 +301,8 @@ def test_threads_do_not_change_a_byte() -> None:
         subprocess.run(
             [sys.executable, "-c", THREADS.format(n=n)], capture_output=True, text=True, check=True
         )
-        for n in (1, 2, 5)
+        for n in (1, 3)
     ]
     digests, threads = zip(*(run.stdout.split() for run in runs), strict=True)
     assert len(set(digests)) == 1
-    assert threads == ("1", "2", "5")
+    assert threads == ("1", "3")

@@ -150,9 +150,9 @@ def write_headers(folder: Path, model: Model) -> int:
     ("model", "n_experts", "page_mib", "experts_gib", "parameters"),
     [
         (FLASH, 12_032, 12.75, 149.8, 309.77e9),
-        (V25, 12_032, 12.75, 149.8, 309.77e9),
+        pytest.param(V25, 12_032, 12.75, 149.8, 309.77e9, marks=pytest.mark.slow),
         (PRO, 26_496, 19.125, 494.9, 1023.18e9),
-        (V26, 12_032, 12.75, 149.8, 309.77e9),
+        pytest.param(V26, 12_032, 12.75, 149.8, 309.77e9, marks=pytest.mark.slow),
     ],
     ids=["flash", "v2.5", "v2.5-pro", "v2.6"],
 )
@@ -161,9 +161,9 @@ def test_published_sizes(
 ) -> None:
     elements = write_headers(tmp_path, model)
     assert model.elements in (None, elements)
-    started = time.monotonic()
+    started = time.process_time()
     listing = Recipe().resolve(Source.open(tmp_path))
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30
     assert sum(prod(entry.shape) for entry in listing.entries) == pytest.approx(parameters, rel=2e-5)
     groups = {total.group: total for total in listing.groups}
     assert groups["experts"].n_tensors == 3 * n_experts
