@@ -151,7 +151,7 @@ def write_headers(folder: Path, model: Model) -> int:
     [
         (FLASH, 12_032, 12.75, 149.8, 309.77e9),
         pytest.param(V25, 12_032, 12.75, 149.8, 309.77e9, marks=pytest.mark.slow),
-        (PRO, 26_496, 19.125, 494.9, 1023.18e9),
+        pytest.param(PRO, 26_496, 19.125, 494.9, 1023.18e9, marks=pytest.mark.slow),
         pytest.param(V26, 12_032, 12.75, 149.8, 309.77e9, marks=pytest.mark.slow),
     ],
     ids=["flash", "v2.5", "v2.5-pro", "v2.6"],
