@@ -30,7 +30,6 @@ from localmimo.session import Progress, Session
 from localmimo.text import Tokenizer
 from quant import Pack
 from quant.matmul import backend
-from quant.page import PageLayout
 
 Messages = Sequence[Mapping[str, Any]]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -94,12 +93,12 @@ def load(
     if pack.page is None or not config.moe_layers:
         raise BadModel(f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models.")
     kv_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-    plan = _plan(pack, pack.page, config, context, ram, kv_dtype)
-    return Engine(pack, pack.page, config, plan, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, kv_dtype=kv_dtype)
+    plan = _plan(pack, pack.page.bytes, config, context, ram, kv_dtype)
+    return Engine(pack, config, plan, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, kv_dtype=kv_dtype)
 
 
 def _plan(
-    pack: Pack, page: PageLayout, config: ModelConfig, context: int | None, ram: str | int | None, kv_dtype: torch.dtype
+    pack: Pack, slot_bytes: int, config: ModelConfig, context: int | None, ram: str | int | None, kv_dtype: torch.dtype
 ) -> Plan:
     context = min(DEFAULT_CONTEXT, config.max_context) if context is None else context
     if not 1 <= context <= config.max_context:
@@ -111,7 +110,7 @@ def _plan(
     return make_plan(
         config,
         dense_bytes=sum(tensor.nbytes for name, tensor in pack.tensors.items() if not name.startswith("mtp.")),
-        page_bytes=page.bytes,
+        page_bytes=slot_bytes,
         context=context,
         ram_bytes=budget,
         kv_item_bytes=kv_dtype.itemsize,
@@ -125,7 +124,6 @@ class Engine:
     def __init__(
         self,
         pack: Pack,
-        page: PageLayout,
         config: ModelConfig,
         plan: Plan,
         *,
@@ -139,7 +137,7 @@ class Engine:
         self.template = ChatTemplate.open(pack.path, pack.config)
         self._dtype = dtype
         self._kv_dtype = kv_dtype
-        self._store = ExpertStore(pack, page, plan.n_slots)
+        self._store = ExpertStore(pack, plan.page_bytes, plan.n_slots)
         self._model = Transformer(config, load_weights(pack, config), dtype)
         self._experts = ExpertRunner(self._store)
         self._own: Session | None = None
@@ -157,7 +155,7 @@ class Engine:
             "model": self.pack.name,
             "pack": str(self.pack.path),
             "pack_id": self.pack.id,
-            "experts": self.pack.manifest["page"]["codec"],
+            "experts": "+".join(self.pack.layouts),
             "device": "cpu",
             "dtype": str(self._dtype).removeprefix("torch."),
             "kv_dtype": str(self._kv_dtype).removeprefix("torch."),

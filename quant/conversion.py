@@ -7,11 +7,12 @@ stops after the last finished unit; the same call goes on from there, and the re
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quant.distortion import Distortion
@@ -34,7 +35,7 @@ from quant.writer import (
     read_journal,
 )
 
-SMALL_FILES = 1 << 26  # room for the manifest and the tokenizer on top of the exact sizes
+NOTES_BYTES = 300  # per tensor, in journal and manifest; at most
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,17 @@ class _Job:
         return True
 
     def _check_space(self, finished: int, *, complete: bool) -> None:
-        needed = 0 if complete else self.listing.total_bytes - finished + SMALL_FILES
-        if shutil.disk_usage(existing_parent(self.out)).free < needed:
+        needed = 0 if complete else self.listing.total_bytes - finished + self._small_bytes()
+        place = existing_parent(self.out)
+        if not os.access(place, os.W_OK):
+            raise NotWritable(f"{place} can not be written: it is read-only for you. Choose another --out.")
+        if shutil.disk_usage(place).free < needed:
             raise no_space(partial_path(self.out), needed)
+
+    def _small_bytes(self) -> int:
+        """Room for what is written beside the weights: the copied files, journal, card and manifest."""
+        copied = sum(len(content) for _, content in copied_files(self.source))
+        return copied + NOTES_BYTES * len(self.listing.entries) + (1 << 16)
 
     # the work
 
@@ -227,10 +236,10 @@ class _Job:
             yield _Item(entry.name, entry.nbytes, distortion)
 
     def _experts(self, file: FilePlan, target: OpenFile) -> Iterator[_Item]:
-        page = self.listing.page
-        assert page is not None and file.layer is not None
-        for expert in self.source.experts(file.layer):
-            name = f"layers.{file.layer}.experts.{expert}"
+        slot = self.listing.page
+        assert slot is not None and file.layer is not None
+        for expert, chosen in zip(self.source.experts(file.layer), file.codecs, strict=True):
+            name, page = f"layers.{file.layer}.experts.{expert}", replace(slot, codec=chosen)
             buffer, distortion = make_page(self.source, name, page)
             target.write(file.shard.offsets[name], buffer)
             yield _Item(name, page.bytes, distortion, zlib.crc32(buffer))

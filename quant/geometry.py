@@ -97,12 +97,13 @@ class Geometry:
 
 
 def _check_family(config: Mapping[str, object]) -> None:
+    """By model_type; the released V2-Flash class may leave it empty, then by the architecture's name."""
     architectures = config.get("architectures") or []
-    ours = isinstance(architectures, list) and any(a in ARCHITECTURES for a in architectures)
-    if not ours and config.get("model_type") not in MODEL_TYPES:
+    family = config.get("model_type") or architectures
+    named = isinstance(architectures, list) and any(a in ARCHITECTURES for a in architectures)
+    if family not in MODEL_TYPES and not (family == architectures and named):
         raise BadCheckpoint(
-            f"config.json describes {architectures or config.get('model_type')!r}, not a MiMo-V2 model "
-            f"({', '.join(ARCHITECTURES)})."
+            f"config.json describes {family!r}, not a MiMo-V2 model ({' or '.join(MODEL_TYPES)})."
         )
 
 

@@ -8,7 +8,7 @@ have.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from quant.codec import ITEM_BYTES, PartSpec, codec
@@ -61,6 +61,11 @@ class FilePlan:
     def name(self) -> str:
         return self.shard.file
 
+    @property
+    def codecs(self) -> list[str]:
+        """Of the experts of an expert file, in order."""
+        return [entry.codec for entry in self.entries[:: len(MATRICES)]]
+
 
 @dataclass(frozen=True)
 class GroupTotal:
@@ -80,7 +85,7 @@ class Listing:
 
     model: str
     recipe: Recipe
-    page: PageLayout | None
+    page: PageLayout | None  # the largest of its experts' pages: what a slot must hold
     files: tuple[FilePlan, ...]
     notes: tuple[str, ...]
 
@@ -162,17 +167,15 @@ def make_listing(source: Source, recipe: Recipe, codecs: Mapping[str, str]) -> L
     dense = [(name, m) for name, m in source.matrices.items() if ".experts." not in name]
     files = list(_dense_files(dense, codecs))
     if page:
-        files += [_expert_file(source, layer, page) for layer in source.geometry.moe_layers]
+        files += [_expert_file(source, layer, page, codecs) for layer in source.geometry.moe_layers]
     return Listing(source.name, recipe, page, tuple(files), tuple(_notes(source, recipe, codecs)))
 
 
 def _page(source: Source, codecs: Mapping[str, str]) -> PageLayout | None:
     geometry = source.geometry
-    if not geometry.moe_layers:
-        return None
-    return PageLayout(
-        codecs[f"layers.{geometry.moe_layers[0]}.experts.0.gate"], geometry.hidden, geometry.inner_expert
-    )
+    used = sorted({chosen for name, chosen in codecs.items() if ".experts." in name})
+    pages = [PageLayout(chosen, geometry.hidden, geometry.inner_expert) for chosen in used]
+    return max(pages, key=lambda page: page.bytes, default=None)
 
 
 def _dense_files(dense: list[tuple[str, Matrix]], codecs: Mapping[str, str]) -> Iterator[FilePlan]:
@@ -194,15 +197,12 @@ def _dense_file(entries: list[Entry]) -> FilePlan:
     return FilePlan(plan_shard(entries[0].file, parts), None, tuple(entries))
 
 
-def _expert_file(source: Source, layer: int, page: PageLayout) -> FilePlan:
+def _expert_file(source: Source, layer: int, slot: PageLayout, codecs: Mapping[str, str]) -> FilePlan:
     file = f"experts-{layer:02d}.safetensors"
     experts = [f"layers.{layer}.experts.{e}" for e in source.experts(layer)]
-    pages = {expert: PartSpec("u8", (page.bytes,)) for expert in experts}
-    entries = tuple(
-        _entry(source.matrices[f"{expert}.{matrix}"], page.codec, file)
-        for expert in experts
-        for matrix in MATRICES
-    )
+    pages = {e: PartSpec("u8", (replace(slot, codec=codecs[f"{e}.gate"]).bytes,)) for e in experts}
+    names = [f"{expert}.{matrix}" for expert in experts for matrix in MATRICES]
+    entries = tuple(_entry(source.matrices[name], codecs[name], file) for name in names)
     return FilePlan(plan_shard(file, pages, align=PAGE_ALIGN), layer, entries)
 
 

@@ -73,6 +73,7 @@ def make_manifest(
                 "file": file.name,
                 "data_offset": file.shard.data_offset,
                 "crc32": done[file.name]["crc32"],
+                **({"codecs": file.codecs} if page and {*file.codecs} != {page.codec} else {}),
             }
             for file in listing.files
             if file.layer is not None

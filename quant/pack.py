@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ class PageAt:
     offset: int
     nbytes: int
     crc32: int
+    codec: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Pack:
 
     @cached_property
     def page(self) -> PageLayout | None:
-        """The layout of every expert's page; None when the model has no experts."""
+        """The layout of the largest pages, usually of all; None when the model has no experts."""
         facts = self.manifest["page"]
         return PageLayout(facts["codec"], facts["hidden"], facts["inner"]) if facts else None
 
@@ -146,9 +147,19 @@ class Pack:
         facts = self.manifest["layers"].get(str(layer))
         if facts is None or not 0 <= expert < len(facts["crc32"]):
             raise BadPack(f"{self.path} has no expert {expert} in layer {layer}.")
-        nbytes = self.manifest["page"]["bytes"]
-        offset = facts["data_offset"] + expert * nbytes
-        return PageAt(self.path / facts["file"], offset, nbytes, facts["crc32"][expert])
+        assert self.page is not None
+        codecs = facts.get("codecs") or [self.page.codec] * (expert + 1)
+        sizes = [self.layouts[name].bytes for name in codecs[: expert + 1]]
+        offset = facts["data_offset"] + sum(sizes[:-1])
+        return PageAt(self.path / facts["file"], offset, sizes[-1], facts["crc32"][expert], codecs[expert])
+
+    @cached_property
+    def layouts(self) -> dict[str, PageLayout]:
+        """Codec -> layout of the pages in that codec."""
+        if self.page is None:
+            return {}
+        used = {name for facts in self.manifest["layers"].values() for name in facts.get("codecs", ())}
+        return {name: replace(self.page, codec=name) for name in sorted({self.page.codec, *used})}
 
     def _read_part(self, file: str, name: str, spec: PartSpec) -> torch.Tensor:
         shard = self._shards.get(file)
@@ -279,12 +290,13 @@ def _check_pages(schema: _Schema, manifest: dict[str, Any]) -> None:
     schema.require(
         page.get("bytes") == expected, f"page.bytes is {page.get('bytes')!r}, the layout gives {expected}"
     )
+    slot = PageLayout(page["codec"], page["hidden"], page["inner"])
     for number, facts in layers.items():
-        _check_layer(schema, number, schema.table(facts, f"layers.{number}"), manifest["files"], expected)
+        _check_layer(schema, number, schema.table(facts, f"layers.{number}"), manifest["files"], slot)
 
 
 def _check_layer(
-    schema: _Schema, number: str, facts: dict[str, Any], files: dict[str, Any], page_bytes: int
+    schema: _Schema, number: str, facts: dict[str, Any], files: dict[str, Any], slot: PageLayout
 ) -> None:
     key = f"layers.{number}"
     schema.require(number.isdecimal(), f"{key} is no layer number")
@@ -296,7 +308,12 @@ def _check_layer(
     assert isinstance(crcs, list)
     for crc in crcs:
         schema.count(crc, f"{key}.crc32", most=1 << 32)
-    end = offset + len(crcs) * page_bytes
+    codecs = facts.get("codecs", [slot.codec] * len(crcs))
+    known = isinstance(codecs, list) and len(codecs) == len(crcs) and all(name in CODECS for name in codecs)
+    schema.require(known, f"{key}.codecs must name a codec for each of {len(crcs)} experts")
+    sizes = {name: replace(slot, codec=name).bytes for name in {*codecs}}
+    schema.require(max(sizes.values()) <= slot.bytes, f"{key} has a page above {slot.bytes} bytes")
+    end = offset + sum(sizes[name] for name in codecs)
     schema.require(
         files[file]["bytes"] == end, f"{file} has {files[file]['bytes']} bytes, its pages end at {end}"
     )

@@ -130,7 +130,7 @@ class Recipe:
         recipe = self.effective(source)
         codecs = {name: recipe.codec_of(matrix) for name, matrix in source.matrices.items()}
         _check_rules(recipe, list(codecs))
-        _check_equal_pages(codecs)
+        _check_whole_experts(codecs)
         return make_listing(source, recipe, codecs)
 
     def codec_of(self, matrix: Matrix) -> str:
@@ -176,12 +176,12 @@ def _check_rules(recipe: Recipe, names: list[str]) -> None:
             raise BadRecipe(f"The rule {glob!r} matches no tensor of this model.")
 
 
-def _check_equal_pages(codecs: Mapping[str, str]) -> None:
-    """Pages are of one size, so that slots can be exchanged: all experts must have one codec."""
-    first: dict[str, str] = {}
+def _check_whole_experts(codecs: Mapping[str, str]) -> None:
+    """A page has one codec: the three matrices of an expert go together."""
+    first: dict[str, tuple[str, str]] = {}
     for name, chosen in codecs.items():
-        if ".experts." in name:
-            first.setdefault(chosen, name)
-    if len(first) > 1:
-        (a, name_a), (b, name_b) = list(first.items())[:2]
-        raise BadRecipe(f"All experts need one codec, but {name_a} gets {a} and {name_b} gets {b}.")
+        if ".experts." not in name:
+            continue
+        other, had = first.setdefault(name.rpartition(".")[0], (name, chosen))
+        if had != chosen:
+            raise BadRecipe(f"An expert needs one codec, but {other} gets {had} and {name} gets {chosen}.")

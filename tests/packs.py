@@ -5,15 +5,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models
 
-from quant import convert
+from quant import Recipe, convert
 from tests.tiny import make_checkpoint
 
 
-def make_pack(folder: Path, *, experts: str = "bf16", dense: str = "bf16", **shape: object) -> Path:
+def make_pack(
+    folder: Path, *, experts: str = "bf16", dense: str = "bf16", recipe: Recipe | None = None, **shape: object
+) -> Path:
     """Make a checkpoint at folder/hf and convert it to folder/pack; returns the pack's folder."""
     source = make_checkpoint(folder / "hf", **shape)  # type: ignore[arg-type]
     add_tokenizer(source)
-    for _ in convert(source, folder / "pack", experts=experts, dense=dense):
+    for _ in convert(source, folder / "pack", experts=experts, dense=dense, recipe=recipe):
         pass
     return folder / "pack"
 

@@ -104,6 +104,12 @@ def quantize(
     dense: Annotated[
         str, typer.Option(metavar="CODEC", help="Codec of attention and dense layers: int8, bf16, nf4.")
     ] = "int8",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A .toml file with codecs by tensor, in place of --experts and --dense."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and checks; write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an earlier run began.")] = False,
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a long conversion.")] = False,
@@ -115,7 +121,15 @@ def quantize(
     from localmimo.cli.quantize import Conversion, run_quantize
 
     job = Conversion(
-        source.expanduser(), out and out.expanduser(), experts, dense, dry_run, restart, yes, as_json
+        source.expanduser(),
+        out and out.expanduser(),
+        experts,
+        dense,
+        recipe,
+        dry_run,
+        restart,
+        yes,
+        as_json,
     )
     return _carry_out(lambda: run_quantize(job, _ui(verbose, quiet)))
 

@@ -34,6 +34,7 @@ class Conversion:
     out: Path | None = None
     experts: str = "nf4"
     dense: str = "int8"
+    recipe: str | None = None
     dry_run: bool = False
     restart: bool = False
     yes: bool = False
@@ -46,7 +47,7 @@ def run_quantize(job: Conversion, ui: Ui) -> int:
 
     with Source.open(job.source) as source:
         ModelConfig.open(job.source / "config.json")  # an hour's conversion must not end in a refusal to run
-        listing = Recipe(job.experts, job.dense).resolve(source)
+        listing = Recipe.of(job.recipe, experts=job.experts, dense=job.dense).resolve(source)
     out = job.out or Path(f"{listing.model}-{listing.recipe.experts}")
     room = Room.of(out, listing, restart=job.restart)
     if job.dry_run:

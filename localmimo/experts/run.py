@@ -22,10 +22,12 @@ class ExpertRunner:
         rows = group_by_expert(chosen)  # row = token * k + place
         outputs = torch.empty(chosen.numel(), x.shape[1])
         x, flat, k = x.contiguous(), weights.reshape(-1), chosen.shape[1]
-        for arrived in self._store.fetch(layer, list(rows)):
-            here = [rows[expert] for expert, _ in arrived]
-            pages = [page for _, page in arrived]
-            run_pages(x, self._store.layout, pages, [row // k for row in here], [flat[row] for row in here], outputs, here)
+        for arrivals in self._store.fetch(layer, list(rows)):
+            for layout in {arrival.layout for arrival in arrivals}:
+                pages = [arrival.page for arrival in arrivals if arrival.layout == layout]
+                here = [rows[arrival.expert] for arrival in arrivals if arrival.layout == layout]
+                tokens, shares = [row // k for row in here], [flat[row] for row in here]
+                run_pages(x, layout, pages, tokens, shares, outputs, here)
         return outputs.view(*chosen.shape, -1).sum(1)
 
 

@@ -33,16 +33,24 @@ class Traffic:
         return Traffic(**asdict(self))
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A page that can be used now."""
+
+    expert: int
+    layout: PageLayout
+    page: Tensor  # uint8 [slot bytes]
+
+
 class ExpertStore:
     """Pages of one pack in `n_slots` slots of RAM, over the pack's files on disk.
 
     One fetch at a time; pages yielded by `fetch` are pinned until the next ones are asked for.
     """
 
-    def __init__(self, pack: Pack, layout: PageLayout, n_slots: int) -> None:
+    def __init__(self, pack: Pack, slot_bytes: int, n_slots: int) -> None:
         self._pack = pack
-        self.layout = layout
-        self._ram = RamTier(n_slots, layout.bytes)
+        self._ram = RamTier(n_slots, slot_bytes)
         self._disk = DiskTier()
         self._slots: dict[Page, int] = {}
         self._free = list(range(n_slots - 1, -1, -1))
@@ -59,9 +67,10 @@ class ExpertStore:
         """Whether the disk is read around the page cache."""
         return self._disk.direct
 
-    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, Tensor]]]:
-        """Yield lists of (expert, its page, uint8): first those in RAM, while the others are being read, then
-        arrivals as they land. A page is valid until the next list is asked for.
+    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[list[Arrival]]:
+        """Yield lists of arrivals: first the pages in RAM, while the others are being read, then those as they land.
+
+        A page is valid until the next list is asked for.
 
         Raises BadModel where a page is bad.
         """
@@ -82,10 +91,13 @@ class ExpertStore:
             self._pinned.clear()
             self._abandon(flying)
 
-    def _use(self, pages: list[Page]) -> list[tuple[int, Tensor]]:
+    def _use(self, pages: list[Page]) -> list[Arrival]:
         for page in pages:
             self._policy.touch(page)
-        return [(page[1], self._ram.tensor(self._slots[page])) for page in pages]
+        return [Arrival(page[1], self._layout(page), self._ram.tensor(self._slots[page])) for page in pages]
+
+    def _layout(self, page: Page) -> PageLayout:
+        return self._pack.layouts[self._pack.page_at(*page).codec]
 
     def _start_reads(self, missing: deque[Page], flying: dict["Future[None]", tuple[Page, int]]) -> None:
         """Start reading as many missing pages as slots can be had for."""
@@ -115,7 +127,7 @@ class ExpertStore:
         self._slots[page] = slot
         self._policy.touch(page)
         self.traffic.disk_pages += 1
-        self.traffic.disk_bytes += self.layout.bytes
+        self.traffic.disk_bytes += self._pack.page_at(*page).nbytes
         return page
 
     def _abandon(self, flying: dict["Future[None]", tuple[Page, int]]) -> None:

@@ -50,7 +50,7 @@ class DiskTier:
 
     def read(self, page: PageAt, into: memoryview) -> "Future[None]":
         """Start reading `page` into a slot; the future raises BadModel where the bytes are not the page's."""
-        return self._readers.submit(self._read, self._open(page.file), page, into)
+        return self._readers.submit(self._read, self._open(page.file), page, into[: page.nbytes])
 
     def _open(self, file: Path) -> int:
         if file not in self._files:

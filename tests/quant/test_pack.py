@@ -306,3 +306,19 @@ def test_source_and_pack_agree_on_names(made: Path) -> None:
     with Pack.open(made) as pack, Source.open(made.parent / "hf") as source:
         dense = {name for name in source.tensors if ".experts." not in name}
         assert set(pack.tensors) == dense
+
+
+def test_a_mixed_pack(tmp_path: Path) -> None:
+    """Some experts at more bits than others: pages of two sizes, each found, each with its own values."""
+    (tmp_path / "hot.toml").write_text('experts = "nf4"\n[rules]\n"layers.2.experts.[35].*" = "int8"\n')
+    folder = make(tmp_path, layout="split-bf16", recipe=str(tmp_path / "hot.toml"))
+    weights = tiny.oracle_weights(tmp_path / "hf")
+    with Pack.open(folder) as pack:
+        assert set(pack.layouts) == {"int8", "nf4"} and pack.page == pack.layouts["int8"]
+        for expert in range(8):
+            codec = "int8" if expert in (3, 5) else "nf4"
+            assert pack.page_at(2, expert).codec == codec
+            down = pack.layouts[codec].expert(page_bytes(pack, 2, expert)).down.dequantize()
+            expected = weights[f"layers.2.experts.{expert}.down"]
+            assert (down - expected).norm() < TOLERANCE[codec] * expected.norm()
+    assert verify(folder).ok
