@@ -42,7 +42,10 @@ with load(pack, ram=budget, context=context) as engine:
 
 def measure(pack: Path, budget: str, context: int) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(pack), budget, str(context)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", CHILD, str(pack), budget, str(context)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         return {"budget": budget, "refused": done.stderr.strip().splitlines()[-1]}
@@ -50,7 +53,9 @@ def measure(pack: Path, budget: str, context: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pack", type=Path)
     parser.add_argument("--budgets", default="128MiB,192MiB,256MiB,512MiB")
     parser.add_argument("--context", type=int, default=1024)
@@ -62,7 +67,11 @@ def main() -> None:
     if not options.json:
         for run in runs:
             print(run)
-    print(json.dumps({"runs": runs, "same_tokens": same, "worst": max((run["over"] for run in ran), default=None)}))
+    print(
+        json.dumps(
+            {"runs": runs, "same_tokens": same, "worst": max((run["over"] for run in ran), default=None)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def convert_with_kills(source: Path, out: Path, experts: str, kills: int, second
     """Start, kill and start again; the number of kills that hit a running conversion."""
     hit, moments = 0, random.Random(0)
     for _ in range(kills):
-        process = subprocess.Popen(command(source, out, experts), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(source, out, experts), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(timeout=2 + moments.random() * seconds / 4)  # importing takes about two seconds
         except subprocess.TimeoutExpired:
@@ -70,7 +72,9 @@ def convert_with_kills(source: Path, out: Path, experts: str, kills: int, second
 def measure(source: Path, experts: str, kills: int, folder: Path) -> dict[str, Any]:
     source_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     began = time.perf_counter()
-    done = subprocess.run(command(source, folder / "once", experts), check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        command(source, folder / "once", experts), check=True, capture_output=True, text=True
+    )
     facts = json.loads(done.stdout.splitlines()[-1]) | {"source_bytes": source_bytes}
     facts["source_mb_per_s"] = source_bytes / facts["seconds"] / 1e6
     if kills:
@@ -81,7 +85,9 @@ def measure(source: Path, experts: str, kills: int, folder: Path) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("--experts", default="nf4")
     parser.add_argument("--kills", type=int, default=20)

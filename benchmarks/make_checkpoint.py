@@ -96,7 +96,10 @@ class Writer:
     def _layer(self, layer: int, window: bool) -> Tensors:
         shape, prefix = self.shape, f"model.layers.{layer}"
         ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
-        out = {f"{prefix}.input_layernorm.weight": ones, f"{prefix}.post_attention_layernorm.weight": ones.clone()}
+        out = {
+            f"{prefix}.input_layernorm.weight": ones,
+            f"{prefix}.post_attention_layernorm.weight": ones.clone(),
+        }
         out |= self._attention(f"{prefix}.self_attn", window)
         if layer == 0:
             return out | self._mlp(f"{prefix}.mlp", shape.dense_inner)
@@ -116,7 +119,10 @@ class Writer:
             out[f"{prefix}.attention_sink_bias"] = self._normal(shape.heads).bfloat16()
         else:
             self._joint_grid(prefix, keys, kv)
-        o = self._normal(shape.hidden, shape.heads * shape.v_head_dim) / (shape.heads * shape.v_head_dim) ** 0.5
+        o = (
+            self._normal(shape.hidden, shape.heads * shape.v_head_dim)
+            / (shape.heads * shape.v_head_dim) ** 0.5
+        )
         return out | keys | values | {f"{prefix}.o_proj.weight": o.bfloat16()}
 
     def _joint_grid(self, prefix: str, keys: Tensors, kv: int) -> None:
@@ -152,12 +158,16 @@ def make_checkpoint(folder: Path, shape: Shape, skew: float = 0.0, seed: int = 0
         file = f"model-{name}.safetensors"
         save_file(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--layers", type=int)

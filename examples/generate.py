@@ -6,4 +6,6 @@ with load(context=1024) as engine:
     print(engine.plan)
     done = engine.generate("The moon is", max_tokens=40, sampling=Sampling(temperature=0))
     print("The moon is" + done.text)
-    print(f"{done.stats.generated_tokens} tokens, {done.stats.decode_tps:.1f} tokens/s, experts found {done.stats.hits}")
+    print(
+        f"{done.stats.generated_tokens} tokens, {done.stats.decode_tps:.1f} tokens/s, experts found {done.stats.hits}"
+    )

@@ -6,7 +6,9 @@ Pure functions over tensors. Knows nothing of caches, layers or positions: who m
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 8 << 20  # of logits at a time: long prompts are cut into blocks of queries (plan.py counts it)
+WORKSPACE_BYTES = (
+    8 << 20
+)  # of logits at a time: long prompts are cut into blocks of queries (plan.py counts it)
 
 
 def window_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -28,7 +30,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | None
     """
     kf, vf = k.float(), v.float()
     rows = max(1, WORKSPACE_BYTES // (4 * q.shape[0] * k.shape[1]))
-    blocks = [_attend(q[:, i : i + rows], kf, vf, visible[i : i + rows], sink, scale) for i in range(0, q.shape[1], rows)]
+    blocks = [
+        _attend(q[:, i : i + rows], kf, vf, visible[i : i + rows], sink, scale)
+        for i in range(0, q.shape[1], rows)
+    ]
     return torch.cat(blocks).to(v.dtype)
 
 

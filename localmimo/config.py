@@ -78,7 +78,11 @@ class LayerSpec:
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
         """Rows of Q, K and V in the joined projection."""
-        return self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.n_kv_heads * self.v_head_dim
+        return (
+            self.n_heads * self.head_dim,
+            self.n_kv_heads * self.head_dim,
+            self.n_kv_heads * self.v_head_dim,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +160,17 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
         raise BadModel(f"config.json holds a {type(raw).__name__}, not an object.")
     family = raw.get("model_type") or "mimo_v2_flash"  # the released V2-Flash class leaves it empty
     if family not in MODEL_TYPES:
-        raise BadModel(f'config.json says model_type "{family}": localmimo runs only {" and ".join(MODEL_TYPES)}.')
+        raise BadModel(
+            f'config.json says model_type "{family}": localmimo runs only {" and ".join(MODEL_TYPES)}.'
+        )
     for key, value in raw.items():
         if key in _FIXED and value not in _FIXED[key]:
             raise BadModel(f"config.json sets {key} = {value!r}; only {_FIXED[key][0]!r} is supported.")
         known = key in _USED or key in _FIXED or key in _IGNORED or key.startswith(_TOWERS)
         if not known:
-            raise BadModel(f'config.json has the key "{key}", which localmimo does not know and which may change the maths.')
+            raise BadModel(
+                f'config.json has the key "{key}", which localmimo does not know and which may change the maths.'
+            )
 
 
 class _Reader:
@@ -186,7 +194,9 @@ class _Reader:
     def count(self, key: str, default: int | None = None, *aliases: str, least: int = 1) -> int:
         value = self.number(key, default, *aliases)
         if value != int(value) or value < least:
-            raise BadModel(f"config.json has {key} = {value:g}; it must be a whole number of at least {least}.")
+            raise BadModel(
+                f"config.json has {key} = {value:g}; it must be a whole number of at least {least}."
+            )
         return int(value)
 
     def per_layer(self, key: str, n: int, default: int) -> list[int]:
@@ -201,7 +211,12 @@ def _layers(reader: _Reader, window_keys: int | None) -> tuple[LayerSpec, ...]:
     n = reader.count("num_hidden_layers")
     windows = reader.per_layer("hybrid_layer_pattern", n, 0)  # 1 = sliding window
     experts = reader.per_layer("moe_layer_freq", n, 0)
-    _agree(reader, "layer_types", "hybrid_layer_pattern", ["sliding_attention" if w else "full_attention" for w in windows])
+    _agree(
+        reader,
+        "layer_types",
+        "hybrid_layer_pattern",
+        ["sliding_attention" if w else "full_attention" for w in windows],
+    )
     _agree(reader, "mlp_layer_types", "moe_layer_freq", ["sparse" if e else "dense" for e in experts])
     return tuple(
         _layer(reader, "window" if window else "global", "moe" if moe else "dense", window_keys)
@@ -216,7 +231,10 @@ def _agree(reader: _Reader, key: str, ours: str, expected: list[str]) -> None:
 
 
 def _layer(
-    reader: _Reader, attention: Literal["window", "global"], mlp: Literal["dense", "moe"], window_keys: int | None
+    reader: _Reader,
+    attention: Literal["window", "global"],
+    mlp: Literal["dense", "moe"],
+    window_keys: int | None,
 ) -> LayerSpec:
     swa = "swa_" if attention == "window" else ""
     head_dim = reader.count(f"{swa}head_dim", None, "head_dim")
@@ -230,10 +248,14 @@ def _layer(
         rotary_dim=int(head_dim * reader.number("partial_rotary_factor", 1.0)),
         rope_theta=_theta(reader, attention),
         window=_window(reader, window_keys) if swa else None,
-        sink=bool(reader.get("add_swa_attention_sink_bias" if swa else "add_full_attention_sink_bias", False)),
+        sink=bool(
+            reader.get("add_swa_attention_sink_bias" if swa else "add_full_attention_sink_bias", False)
+        ),
     )
     if spec.n_heads % spec.n_kv_heads:
-        raise BadModel(f"config.json has {spec.n_heads} query heads on {spec.n_kv_heads} KV heads, which do not divide.")
+        raise BadModel(
+            f"config.json has {spec.n_heads} query heads on {spec.n_kv_heads} KV heads, which do not divide."
+        )
     if spec.rotary_dim % 2:
         raise BadModel(f"config.json gives {spec.rotary_dim} rotary dimensions; the number must be even.")
     return spec

@@ -85,31 +85,48 @@ def load(
     Raises BadPack, BadModel, or DoesNotFit with the numbers.
     """
     if device not in ("auto", "cpu") or vram is not None:
-        raise BadRequest("This version runs on the CPU alone: leave out vram, and device or give device='cpu'.")
+        raise BadRequest(
+            "This version runs on the CPU alone: leave out vram, and device or give device='cpu'."
+        )
     if dtype not in ("auto", "float32", "bfloat16"):
         raise BadRequest(f'dtype is "{dtype}"; it is one of auto, float32, bfloat16.')
     pack = Pack.open(Path(path).expanduser() if path is not None else embedded_pack())
     config = ModelConfig.parse(pack.config, window_keys)
     if pack.page is None or not config.moe_layers:
-        raise BadModel(f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models.")
+        raise BadModel(
+            f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models."
+        )
     kv_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
     plan = _plan(pack, pack.page.bytes, config, context, ram, kv_dtype)
-    return Engine(pack, config, plan, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, kv_dtype=kv_dtype)
+    return Engine(
+        pack, config, plan, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, kv_dtype=kv_dtype
+    )
 
 
 def _plan(
-    pack: Pack, slot_bytes: int, config: ModelConfig, context: int | None, ram: str | int | None, kv_dtype: torch.dtype
+    pack: Pack,
+    slot_bytes: int,
+    config: ModelConfig,
+    context: int | None,
+    ram: str | int | None,
+    kv_dtype: torch.dtype,
 ) -> Plan:
     context = min(DEFAULT_CONTEXT, config.max_context) if context is None else context
     if not 1 <= context <= config.max_context:
-        raise BadRequest(f"The context is {context:,}; this model has from 1 to {config.max_context:,} positions.")
+        raise BadRequest(
+            f"The context is {context:,}; this model has from 1 to {config.max_context:,} positions."
+        )
     machine = Machine.probe()
     budget = machine.automatic_ram_bytes if ram is None else parse_bytes(ram)
     if budget > machine.ram_bytes:
-        raise DoesNotFit(f"The RAM budget is {format_bytes(budget)} and this machine has {format_bytes(machine.ram_bytes)}.")
+        raise DoesNotFit(
+            f"The RAM budget is {format_bytes(budget)} and this machine has {format_bytes(machine.ram_bytes)}."
+        )
     return make_plan(
         config,
-        dense_bytes=sum(tensor.nbytes for name, tensor in pack.tensors.items() if not name.startswith("mtp.")),
+        dense_bytes=sum(
+            tensor.nbytes for name, tensor in pack.tensors.items() if not name.startswith("mtp.")
+        ),
         page_bytes=slot_bytes,
         context=context,
         ram_bytes=budget,
@@ -178,7 +195,11 @@ class Engine:
         return self.tokenizer.decode(tokens)
 
     def render(
-        self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool | None = None
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        think: bool | None = None,
     ) -> str:
         """The prompt that a conversation becomes."""
         return self.template.render(messages, tools=tools, think=think)
@@ -232,12 +253,16 @@ class Engine:
         steps = list(self.stream(prompt, **options))
         last = steps[-1]
         assert last.finish_reason is not None
-        return Completion("".join(step.text for step in steps), _tokens(steps), last.finish_reason, last.stats)
+        return Completion(
+            "".join(step.text for step in steps), _tokens(steps), last.finish_reason, last.stats
+        )
 
     def chat(self, messages: Messages, **options: Any) -> Message:
         """The assistant's next turn. Options as for `stream`."""
         if isinstance(messages, str):
-            raise BadRequest("chat takes a list of messages; give a text to generate, or [{'role': 'user', ...}].")
+            raise BadRequest(
+                "chat takes a list of messages; give a text to generate, or [{'role': 'user', ...}]."
+            )
         steps = list(self.stream(messages, **options))
         last = steps[-1]
         assert last.finish_reason is not None
@@ -280,7 +305,9 @@ class Engine:
         if not tokens:
             raise BadRequest("The prompt is empty: give at least one token.")
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
-            raise BadRequest(f"Token {max(tokens)} is outside the model's vocabulary of {self.config.vocab_size:,}.")
+            raise BadRequest(
+                f"Token {max(tokens)} is outside the model's vocabulary of {self.config.vocab_size:,}."
+            )
         if len(tokens) > self.context:
             raise ContextFull(
                 f"The prompt has {len(tokens):,} tokens and the context {self.context:,}: "
@@ -298,7 +325,9 @@ class Engine:
             yield session  # lent out by `session`, whose block is still open
             return
         if self._holder == threading.get_ident():
-            raise BadRequest("The engine is answering already in this thread: finish or close that answer first.")
+            raise BadRequest(
+                "The engine is answering already in this thread: finish or close that answer first."
+            )
         with self._lock:
             self._holder = threading.get_ident()
             self._own = self._own or Session(self._model, self._experts, self.context, self._kv_dtype)
@@ -315,7 +344,9 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

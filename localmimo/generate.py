@@ -44,7 +44,11 @@ class Stats:
     @property
     def decode_tps(self) -> float:
         """Tokens per second after the first; 0 before there are two."""
-        return (self.generated_tokens - 1) / self.decode_s if self.generated_tokens > 1 and self.decode_s else 0.0
+        return (
+            (self.generated_tokens - 1) / self.decode_s
+            if self.generated_tokens > 1 and self.decode_s
+            else 0.0
+        )
 
     @property
     def hits(self) -> dict[str, float]:
@@ -124,7 +128,9 @@ class StopStrings:
             self.found = True
             certain, self._held = self._held[: min(starts)], ""
             return certain
-        return self._take(len(self._held) - max((self._overlap(string) for string in self.strings), default=0))
+        return self._take(
+            len(self._held) - max((self._overlap(string) for string in self.strings), default=0)
+        )
 
     def flush(self) -> str:
         """What was held back, the stream being at its end."""

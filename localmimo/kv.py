@@ -99,7 +99,8 @@ class WindowKV:
     def can_rewind(self, length: int) -> bool:
         """Whether every position that a token at `length` sees is still there."""
         return length == self.length or (
-            length < self.length and max(0, length - self.window + 1) >= max(self._oldest, self._written - self.rows)
+            length < self.length
+            and max(0, length - self.window + 1) >= max(self._oldest, self._written - self.rows)
         )
 
     def rewind(self, length: int) -> None:
@@ -135,10 +136,13 @@ class Snapshot:
 class KVCache:
     """The KV of one sequence: one GlobalKV or WindowKV per layer, all of the same length."""
 
-    def __init__(self, specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, slack: int = SLACK) -> None:
+    def __init__(
+        self, specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, slack: int = SLACK
+    ) -> None:
         self.capacity = capacity
         self.layers: list[GlobalKV | WindowKV] = [
-            GlobalKV(spec, capacity, dtype) if spec.window is None else WindowKV(spec, dtype, slack) for spec in specs
+            GlobalKV(spec, capacity, dtype) if spec.window is None else WindowKV(spec, dtype, slack)
+            for spec in specs
         ]
         self.length = 0
 
@@ -146,7 +150,9 @@ class KVCache:
     def nbytes(specs: Sequence[LayerSpec], tokens: int, dtype: torch.dtype, slack: int = SLACK) -> int:
         """Bytes that a sequence of `tokens` tokens occupies."""
         return sum(
-            GlobalKV.nbytes(spec, tokens, dtype) if spec.window is None else WindowKV.nbytes(spec, dtype, slack)
+            GlobalKV.nbytes(spec, tokens, dtype)
+            if spec.window is None
+            else WindowKV.nbytes(spec, dtype, slack)
             for spec in specs
         )
 
@@ -168,7 +174,11 @@ class KVCache:
 
     def clear(self) -> None:
         """Become empty."""
-        self.restore(Snapshot(0, tuple((keys[:, :0], values[:, :0]) for keys, values in map(WindowKV.copy, self._windows()))))
+        self.restore(
+            Snapshot(
+                0, tuple((keys[:, :0], values[:, :0]) for keys, values in map(WindowKV.copy, self._windows()))
+            )
+        )
 
     def snapshot(self) -> Snapshot:
         """What `restore` needs to come back here: only the windows; global layers are cut at will."""

@@ -28,7 +28,9 @@ class Machine:
         return cls(
             ram_bytes=min(memory.total, limit),
             free_ram_bytes=max(0, min(memory.available, limit - used)),
-            n_cores=len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1,
+            n_cores=len(psutil.Process().cpu_affinity())
+            if hasattr(psutil.Process, "cpu_affinity")
+            else psutil.cpu_count() or 1,
         )
 
     @property
@@ -39,7 +41,10 @@ class Machine:
 
 def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
     """Memory limit and use of the control group (version 2, then 1), where there is one."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             return int((root / limit).read_text()), int((root / used).read_text())
         except (OSError, ValueError):  # no such file, or the word "max"

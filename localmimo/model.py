@@ -6,7 +6,7 @@ projections run in the dtype their input is cast to. Sources: arXiv 2601.02780 a
 (`mimo_v2_flash`), against which tests/model compares it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from localmimo.attend import attend, window_mask
 from localmimo.config import LayerSpec, ModelConfig
 from quant import QTensor, linear
-
 
 Rope = tuple[Tensor, Tensor]  # cos and sin [n, rotary_dim / 2]
 
@@ -127,9 +126,13 @@ def _packed(source: DenseSource, name: str) -> QTensor:
 
 def _block(source: DenseSource, prefix: str, spec: LayerSpec) -> BlockWeights:
     sink = _plain(source, f"{prefix}.attn.sink") if spec.sink else None
-    attention = AttentionWeights(_packed(source, f"{prefix}.attn.qkv"), _packed(source, f"{prefix}.attn.o"), sink)
+    attention = AttentionWeights(
+        _packed(source, f"{prefix}.attn.qkv"), _packed(source, f"{prefix}.attn.o"), sink
+    )
     mlp = _mlp(source, f"{prefix}.mlp") if spec.mlp == "dense" else _router(source, f"{prefix}.router")
-    return BlockWeights(_plain(source, f"{prefix}.attn_norm"), _plain(source, f"{prefix}.mlp_norm"), attention, mlp)
+    return BlockWeights(
+        _plain(source, f"{prefix}.attn_norm"), _plain(source, f"{prefix}.mlp_norm"), attention, mlp
+    )
 
 
 def _mlp(source: DenseSource, prefix: str) -> MlpWeights:
@@ -154,7 +157,9 @@ class Cache(Protocol):
     """The KV of one sequence: its length, and one LayerKV per layer."""
 
     length: int
-    layers: list[LayerKV]
+
+    @property
+    def layers(self) -> Sequence[LayerKV]: ...
 
     def advance(self, n: int) -> None: ...
 

@@ -10,7 +10,9 @@ from localmimo.config import LayerSpec, ModelConfig
 from localmimo.errors import DoesNotFit
 from localmimo.machine import format_bytes
 
-PREFILL_CHUNK = 1024  # tokens that go through a layer at a time: fixed, so that a budget never changes an answer
+PREFILL_CHUNK = (
+    1024  # tokens that go through a layer at a time: fixed, so that a budget never changes an answer
+)
 N_SNAPSHOTS = 4  # points of a conversation that can be come back to
 ATTENTION_WORKSPACE_BYTES = 8 << 20  # attention logits at a time
 LINEAR_WORKSPACE_BYTES = 8 << 20  # packed weights unpacked at a time
@@ -43,15 +45,25 @@ class Plan:
 
     def __str__(self) -> str:
         share = 100 * self.n_slots / self.n_pages
-        return (
-            f"RAM {format_bytes(self.used_bytes)} of {format_bytes(self.ram_bytes)}: dense {format_bytes(self.dense_bytes)}"
-            f" · kv {format_bytes(self.kv_bytes)} · workspace {format_bytes(self.workspace_bytes)}"
-            f" · experts {format_bytes(self.slots_bytes)} ({self.n_slots:,} of {self.n_pages:,}, {share:.0f}%)"
-        )
+        parts = [
+            f"RAM {format_bytes(self.used_bytes)} of {format_bytes(self.ram_bytes)}: "
+            f"dense {format_bytes(self.dense_bytes)}",
+            f"kv {format_bytes(self.kv_bytes)}",
+            f"workspace {format_bytes(self.workspace_bytes)}",
+            f"experts {format_bytes(self.slots_bytes)} ({self.n_slots:,} of {self.n_pages:,}, {share:.0f}%)",
+        ]
+        return " · ".join(parts)
 
 
 def make_plan(
-    config: ModelConfig, *, dense_bytes: int, page_bytes: int, context: int, ram_bytes: int, kv_item_bytes: int = 2, slack: int
+    config: ModelConfig,
+    *,
+    dense_bytes: int,
+    page_bytes: int,
+    context: int,
+    ram_bytes: int,
+    kv_item_bytes: int = 2,
+    slack: int,
 ) -> Plan:
     """Spend `ram_bytes`: what every token needs first, expert slots with the rest.
 
@@ -63,7 +75,9 @@ def make_plan(
     slots = min(n_pages, max(0, ram_bytes - fixed) // page_bytes) if n_pages else 0
     if fixed + config.pages_per_token * page_bytes > ram_bytes:
         raise DoesNotFit(_too_small(config, fixed, dense_bytes, kv, page_bytes, context, ram_bytes))
-    return Plan(context, ram_bytes, dense_bytes, kv, workspace_bytes(config, context), page_bytes, n_pages, slots)
+    return Plan(
+        context, ram_bytes, dense_bytes, kv, workspace_bytes(config, context), page_bytes, n_pages, slots
+    )
 
 
 def _too_small(
@@ -71,9 +85,10 @@ def _too_small(
 ) -> str:
     experts = config.pages_per_token * page_bytes
     return (
-        f"This model needs {format_bytes(fixed + experts)} of RAM at the least and the budget is {format_bytes(ram_bytes)}: "
-        f"dense weights {format_bytes(dense)}, KV for {context:,} tokens {format_bytes(kv)}, "
-        f"workspace {format_bytes(fixed - dense - kv)}, one token's {config.pages_per_token} experts {format_bytes(experts)}. "
+        f"This model needs {format_bytes(fixed + experts)} of RAM at the least and the budget is "
+        f"{format_bytes(ram_bytes)}: dense weights {format_bytes(dense)}, "
+        f"KV for {context:,} tokens {format_bytes(kv)}, workspace {format_bytes(fixed - dense - kv)}, "
+        f"one token's {config.pages_per_token} experts {format_bytes(experts)}. "
         f"Give --ram {-(-(fixed + experts) // (1 << 20))}MiB or a shorter --context."
     )
 

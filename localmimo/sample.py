@@ -24,7 +24,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _demand(self.temperature >= 0, f"temperature {self.temperature} is negative; 0 takes the likeliest token.")
+        _demand(
+            self.temperature >= 0, f"temperature {self.temperature} is negative; 0 takes the likeliest token."
+        )
         _demand(self.top_k >= 0, f"top-k {self.top_k} is negative; 0 keeps every token.")
         _demand(0 < self.top_p <= 1, f"top-p {self.top_p} is not above 0 and at most 1.")
         _demand(0 <= self.min_p <= 1, f"min-p {self.min_p} is not between 0 and 1.")
@@ -55,7 +57,9 @@ def penalise(logits: Tensor, sampling: Sampling, seen: Sequence[int]) -> Tensor:
         return logits
     logits = logits.clone()
     for token, bias in sampling.logit_bias.items():
-        _demand(0 <= token < len(logits), f"logit bias names token {token}; the vocabulary has {len(logits)}.")
+        _demand(
+            0 <= token < len(logits), f"logit bias names token {token}; the vocabulary has {len(logits)}."
+        )
         logits[token] += bias
     if penalties and seen:
         _penalise_seen(logits, sampling, torch.tensor(seen))

@@ -43,7 +43,10 @@ class Session:
         return len(self.tokens)
 
     def sync(
-        self, tokens: Sequence[int], progress: Progress | None = None, check: Callable[[], None] = nothing_to_check
+        self,
+        tokens: Sequence[int],
+        progress: Progress | None = None,
+        check: Callable[[], None] = nothing_to_check,
     ) -> Tensor:
         """Become exactly `tokens`, keeping the longest prefix that is already held; logits [vocab] after the last.
 

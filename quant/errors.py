@@ -8,21 +8,21 @@ class QuantError(Exception):
     """Root of everything that this package raises on purpose."""
 
 
-class BadCheckpoint(QuantError):  # noqa: N818
+class BadCheckpoint(QuantError):
     """The source folder is incomplete, damaged or no MiMo-V2 checkpoint."""
 
 
-class BadPack(QuantError):  # noqa: N818
+class BadPack(QuantError):
     """The folder is no pack, half a pack, a damaged pack or one from a newer version."""
 
 
-class BadRecipe(QuantError):  # noqa: N818
+class BadRecipe(QuantError):
     """The request contradicts itself, the source, or what an earlier run began."""
 
 
-class NoSpace(QuantError):  # noqa: N818
+class NoSpace(QuantError):
     """The disk is too full for the pack."""
 
 
-class NotWritable(QuantError):  # noqa: N818
+class NotWritable(QuantError):
     """The target can not be written, or is in use."""

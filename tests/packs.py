@@ -29,7 +29,12 @@ def add_tokenizer(folder: Path) -> None:
     assert len(vocabulary) <= config["vocab_size"], "the vocabulary must hold printable ASCII"
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     raw = json.loads(tokenizer.to_str())
-    raw["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    raw["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     raw["decoder"] = json.loads(decoders.ByteLevel().__getstate__())
     raw["added_tokens"] = [
         {"id": 2, "content": "<|im_end|>", "special": True}

@@ -3,8 +3,6 @@
 Knows the packages' formats; it must not know tokens or the proportions of the mix.
 """
 
-# ruff: noqa: E501 (tables of sentences)
-
 import json
 import re
 import subprocess

@@ -3,8 +3,6 @@
 Knows facts and phrasing; it must not know the chat format beyond user and assistant turns.
 """
 
-# ruff: noqa: E501 (tables of sentences)
-
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random

@@ -114,7 +114,9 @@ class ExpertStore:
     def _land(self, flying: dict["Future[None]", tuple[Page, int]]) -> list[Page]:
         """Wait for at least one read; take in, pinned, all that have come."""
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
-        landed = [self._take_in(read, *flying.pop(read)) for read in sorted(done, key=lambda read: flying[read][0])]
+        landed = [
+            self._take_in(read, *flying.pop(read)) for read in sorted(done, key=lambda read: flying[read][0])
+        ]
         self._pinned = set(landed)
         return landed
 

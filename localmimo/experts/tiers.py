@@ -72,9 +72,13 @@ class DiskTier:
             try:
                 n = os.preadv(descriptor, [into[done:]], page.offset + done)
             except OSError as error:
-                raise BadModel(f"{_where(page)} cannot be read: {error.strerror}. Check the disk, then: localmimo verify.") from error
+                raise BadModel(
+                    f"{_where(page)} cannot be read: {error.strerror}. Check the disk, then: localmimo verify."
+                ) from error
             if n == 0:
-                raise BadModel(f"{_where(page)} ends after {done:,} of {page.nbytes:,} bytes: the file was cut. Convert again.")
+                raise BadModel(
+                    f"{_where(page)} ends after {done:,} of {page.nbytes:,} bytes: the file was cut. Convert again."
+                )
             done += n
         self._verify(page, into)
 
@@ -84,7 +88,9 @@ class DiskTier:
             return
         found = zlib.crc32(into)
         if found != page.crc32:
-            raise BadModel(f"{_where(page)} has checksum {found:08x}, the manifest says {page.crc32:08x}: convert the pack again.")
+            raise BadModel(
+                f"{_where(page)} has checksum {found:08x}, the manifest says {page.crc32:08x}: convert the pack again."
+            )
         self._verified.add(page)
 
     def close(self) -> None:

@@ -19,7 +19,11 @@ from tests.packs import make_pack
 @pytest.fixture(scope="module", params=["uniform", "mixed"])
 def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pack:
     """Pages of one size, and pages of two (layer 2 and a few other experts at eight bits)."""
-    rules = (("layers.2.experts.*", "int8"), ("layers.*.experts.[15].*", "int8")) if request.param == "mixed" else ()
+    rules = (
+        (("layers.2.experts.*", "int8"), ("layers.*.experts.[15].*", "int8"))
+        if request.param == "mixed"
+        else ()
+    )
     return Pack.open(make_pack(tmp_path_factory.mktemp("store"), recipe=Recipe("nf4", "bf16", rules), seed=8))
 
 
@@ -37,12 +41,16 @@ def fetched(store: ExpertStore, layer: int, experts: Sequence[int]) -> dict[int,
     return {it.expert: it.layout.expert(it.page).gate.dequantize() for arrivals in lists for it in arrivals}
 
 
-requests = st.lists(st.tuples(st.integers(1, 4), st.sets(st.integers(0, 7), min_size=1)), min_size=1, max_size=12)
+requests = st.lists(
+    st.tuples(st.integers(1, 4), st.sets(st.integers(0, 7), min_size=1)), min_size=1, max_size=12
+)
 
 
 @settings(max_examples=40, deadline=None)
 @given(requests, st.integers(1, 40))
-def test_any_number_of_slots_gives_the_right_pages(pack: Pack, requests: list[tuple[int, set[int]]], n_slots: int) -> None:
+def test_any_number_of_slots_gives_the_right_pages(
+    pack: Pack, requests: list[tuple[int, set[int]]], n_slots: int
+) -> None:
     store = ExpertStore(pack, pack.page.bytes, n_slots)
     asked = 0
     for layer, experts in requests:
@@ -120,7 +128,9 @@ def test_a_file_that_is_gone(pack: Pack, tmp_path: Path) -> None:
 def test_run_equals_the_dense_sum(pack: Pack) -> None:
     store = ExpertStore(pack, pack.page.bytes, 4)
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
-    chosen = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(i))[:2].sort().values for i in range(9)])
+    chosen = torch.stack(
+        [torch.randperm(8, generator=torch.Generator().manual_seed(i))[:2].sort().values for i in range(9)]
+    )
     weights = torch.rand(9, 2, generator=torch.Generator().manual_seed(2))
     got = ExpertRunner(store).run(1, x, chosen, weights)
     expected = torch.zeros(9, 64, dtype=torch.float64)

@@ -16,8 +16,13 @@ def load_oracle(folder: Path) -> MiMoV2FlashForCausalLM:
     """A checkpoint's weights, rounded to bf16 as a bf16 pack holds them, in transformers' own class."""
     raw = json.loads((folder / "config.json").read_text())
     config = ModelConfig.parse(raw)
-    weights = {name: weight if "router" in name else weight.bfloat16().float() for name, weight in oracle_weights(folder).items()}
-    model = MiMoV2FlashForCausalLM._from_config(_config(config), attn_implementation="eager", dtype=torch.float32)
+    weights = {
+        name: weight if "router" in name else weight.bfloat16().float()
+        for name, weight in oracle_weights(folder).items()
+    }
+    model = MiMoV2FlashForCausalLM._from_config(
+        _config(config), attn_implementation="eager", dtype=torch.float32
+    )
     missing, unexpected = model.load_state_dict(_state(config, weights), strict=False)
     assert not unexpected and all("inv_freq" in name for name in missing), (missing, unexpected)
     return model.eval()
@@ -43,7 +48,9 @@ def _config(config: ModelConfig) -> MiMoV2FlashConfig:
         attention_value_scale=config.value_scale,
         max_position_embeddings=config.max_context,
         sliding_window=config.mtp_layer.window,
-        layer_types=[f"{'full' if spec.attention == 'global' else 'sliding'}_attention" for spec in config.layers],
+        layer_types=[
+            f"{'full' if spec.attention == 'global' else 'sliding'}_attention" for spec in config.layers
+        ],
         mlp_layer_types=["dense" if spec.mlp == "dense" else "sparse" for spec in config.layers],
         rope_parameters={
             "full_attention": _rope(wide, factor),
@@ -77,12 +84,18 @@ def _state(config: ModelConfig, w: Weights) -> Weights:
 
 def _attention(spec: LayerSpec, kv_heads: int, ours: str, theirs: str, w: Weights) -> Weights:
     q, k, v = w[f"{ours}.attn.qkv"].split(spec.qkv_rows)
-    copies = kv_heads // spec.n_kv_heads  # V2.5-Pro has as many KV heads in both kinds: a head twice is the same maths
+    copies = (
+        kv_heads // spec.n_kv_heads
+    )  # V2.5-Pro has as many KV heads in both kinds: a head twice is the same maths
     assert copies * spec.n_kv_heads == kv_heads
     out = {
         f"{theirs}.q_proj.weight": q,
-        f"{theirs}.k_proj.weight": k.unflatten(0, (spec.n_kv_heads, -1)).repeat_interleave(copies, 0).flatten(0, 1),
-        f"{theirs}.v_proj.weight": v.unflatten(0, (spec.n_kv_heads, -1)).repeat_interleave(copies, 0).flatten(0, 1),
+        f"{theirs}.k_proj.weight": k.unflatten(0, (spec.n_kv_heads, -1))
+        .repeat_interleave(copies, 0)
+        .flatten(0, 1),
+        f"{theirs}.v_proj.weight": v.unflatten(0, (spec.n_kv_heads, -1))
+        .repeat_interleave(copies, 0)
+        .flatten(0, 1),
         f"{theirs}.o_proj.weight": w[f"{ours}.attn.o"],
     }
     return out | ({f"{theirs}.sinks": w[f"{ours}.attn.sink"]} if spec.sink else {})

@@ -53,13 +53,27 @@ PRO = FLASH | {
 
 
 def parse(published: dict[str, object], **changes: object) -> ModelConfig:
-    return ModelConfig.parse(make_config("split-bf16", num_hidden_layers=len(published["hybrid_layer_pattern"])) | published | changes)
+    return ModelConfig.parse(
+        make_config("split-bf16", num_hidden_layers=len(published["hybrid_layer_pattern"]))
+        | published
+        | changes
+    )
 
 
 def test_flash() -> None:
     config = parse(FLASH)
     assert sum(spec.attention == "global" for spec in config.layers) == 9
-    assert [i for i, spec in enumerate(config.layers) if spec.window is None] == [0, 5, 11, 17, 23, 29, 35, 41, 47]
+    assert [i for i, spec in enumerate(config.layers) if spec.window is None] == [
+        0,
+        5,
+        11,
+        17,
+        23,
+        29,
+        35,
+        41,
+        47,
+    ]
     assert {spec.rotary_dim for spec in config.layers} == {64}
     assert config.layers[0].qkv_rows == (12288, 768, 512) and config.layers[1].qkv_rows == (12288, 1536, 1024)
     assert config.pages_per_token == 376 and config.layers[1].window == 128
@@ -78,7 +92,13 @@ def test_window_keys_override() -> None:
 
 
 def test_towers_are_not_our_business() -> None:
-    parse(FLASH, vision_config={"depth": 28}, audio_config={}, image_token_id=151655, video_start_token_id=151670)
+    parse(
+        FLASH,
+        vision_config={"depth": 28},
+        audio_config={},
+        image_token_id=151655,
+        video_start_token_id=151670,
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return load(make_pack(tmp_path_factory.mktemp("generate"), seed=6, experts="nf4", dense="int8"), context=96)
+    return load(
+        make_pack(tmp_path_factory.mktemp("generate"), seed=6, experts="nf4", dense="int8"), context=96
+    )
 
 
 def test_length_and_stats(engine: Engine) -> None:

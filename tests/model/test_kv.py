@@ -20,7 +20,9 @@ def rows(start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, torch.cos(at[None, :, None] * torch.arange(1, 9).view(2, 1, 4))
 
 
-def look(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def look(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     q = torch.sin(queries[None, :, None] * torch.arange(1, 25).view(4, 1, 6) * 0.7)
     return attend(q, keys, values, window_mask(queries, positions, WINDOW), torch.linspace(-1, 1, 4), 0.4)
 
@@ -37,7 +39,9 @@ def test_ring_equals_full_cache(moves: list[tuple[str, int]]) -> None:
             queries = torch.arange(length, length + n)
             got = look(queries, *ring.append(*rows(length, n)))
             length += n
-            torch.testing.assert_close(got, look(queries, *rows(0, length), torch.arange(length)), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                got, look(queries, *rows(0, length), torch.arange(length)), rtol=0, atol=1e-5
+            )
             kept = kept if n % 2 else (length, ring.copy())
         elif move == "rewind" and ring.can_rewind(max(0, length - n)):
             length = max(0, length - n)
@@ -65,7 +69,7 @@ def test_a_window_that_is_gone_cannot_be_rewound_to() -> None:
 
 
 def test_published_bytes_per_token() -> None:
-    """By the shapes of its config, V2-Flash keeps 23,040 bytes per token in nine global layers and 25.6 MB in 39 windows."""
+    """V2-Flash keeps 23,040 bytes per token in nine global layers and 25.6 MB in 39 windows, by its shapes."""
     global_layer = LayerSpec("global", "moe", 64, 4, 192, 128, 64, 5e6, None, False)
     window_layer = LayerSpec("window", "moe", 64, 8, 192, 128, 64, 1e4, 128, True)
     assert 9 * GlobalKV.nbytes(global_layer, 1) == 23_040

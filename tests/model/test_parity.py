@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,18 +18,33 @@ LAYOUTS = {
     "split-fp8": {},
     "fused-fp8": {},
     "seven-to-one": {"num_hidden_layers": 9, "hybrid_layer_pattern": [0, 1, 1, 1, 1, 1, 1, 0, 1]},
-    "pro": {"num_key_value_heads": 4, "num_attention_heads": 8, "swa_num_attention_heads": 8, "attention_value_scale": 0.612},
-    "odd": {"hidden_size": 72, "vocab_size": 131, "n_routed_experts": 7, "moe_intermediate_size": 40, "num_experts_per_tok": 3},
+    "pro": {
+        "num_key_value_heads": 4,
+        "num_attention_heads": 8,
+        "swa_num_attention_heads": 8,
+        "attention_value_scale": 0.612,
+    },
+    "odd": {
+        "hidden_size": 72,
+        "vocab_size": 131,
+        "n_routed_experts": 7,
+        "moe_intermediate_size": 40,
+        "num_experts_per_tok": 3,
+    },
 }
 STORED = {"seven-to-one": "fused-fp8", "pro": "fused-fp8", "odd": "split-bf16"}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, torch.Tensor, list[int]]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Engine, torch.Tensor, list[int]]:
     """An engine in float32, the oracle's log-probabilities, and the tokens they are of."""
     folder = tmp_path_factory.mktemp(request.param)
     stored = STORED.get(request.param, request.param)
-    engine = load(make_pack(folder, layout=stored, seed=3, **LAYOUTS[request.param]), context=256, dtype="float32")
+    engine = load(
+        make_pack(folder, layout=stored, seed=3, **LAYOUTS[request.param]), context=256, dtype="float32"
+    )
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(0, engine.config.vocab_size, (5 * W + 3,), generator=generator).tolist()
     with torch.no_grad():
@@ -77,7 +91,9 @@ def in_bf16(true: Callable, x, weight, bias, *rest):  # type: ignore[no-untyped-
 
 
 @pytest.mark.parametrize("wrong", [with_bias_in_weights, without_bias, in_bf16])
-def test_a_wrong_router_shows(pair: tuple[Engine, torch.Tensor, list[int]], wrong: Callable, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_router_shows(
+    pair: tuple[Engine, torch.Tensor, list[int]], wrong: Callable, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
     engine, expected, tokens = pair
     monkeypatch.setattr(localmimo.model, "route", break_route(wrong))
     assert worst(engine.logits(tokens), expected) > 2e-3
@@ -121,4 +137,6 @@ def logits_with(engine: Engine, config: localmimo.config.ModelConfig, tokens: li
 def test_sinks_are_on_window_layers_alone(pair: tuple[Engine, torch.Tensor, list[int]]) -> None:
     engine, _, _ = pair
     assert {spec.attention for spec in engine.config.layers if spec.sink} == {"window"}
-    assert all(engine.pack.has(f"layers.{i}.attn.sink") == spec.sink for i, spec in enumerate(engine.config.layers))
+    assert all(
+        engine.pack.has(f"layers.{i}.attn.sink") == spec.sink for i, spec in enumerate(engine.config.layers)
+    )

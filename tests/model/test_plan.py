@@ -16,7 +16,12 @@ PAGE = 13_369_344
 
 def flash_plan(ram_bytes: int, context: int = 32_768) -> Plan:
     return make_plan(
-        parse(FLASH), dense_bytes=6_400_000_000, page_bytes=PAGE, context=context, ram_bytes=ram_bytes, slack=16
+        parse(FLASH),
+        dense_bytes=6_400_000_000,
+        page_bytes=PAGE,
+        context=context,
+        ram_bytes=ram_bytes,
+        slack=16,
     )
 
 
@@ -53,7 +58,15 @@ def test_the_plan_counts_the_workspace_that_attention_takes() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("22GiB", 22 << 30), ("96GB", 96 * 10**9), ("512MiB", 512 << 20), ("1e9", 10**9), ("2G", 2 << 30), (" 1.5 kib ", 1536), (7, 7)],
+    [
+        ("22GiB", 22 << 30),
+        ("96GB", 96 * 10**9),
+        ("512MiB", 512 << 20),
+        ("1e9", 10**9),
+        ("2G", 2 << 30),
+        (" 1.5 kib ", 1536),
+        (7, 7),
+    ],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size

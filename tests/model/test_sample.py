@@ -11,7 +11,12 @@ PLAIN = Sampling(temperature=1.0, top_p=1.0)
 
 
 def kept(**knobs: float) -> list[int]:
-    return distribution(LOGITS, Sampling(**({"temperature": 1.0, "top_p": 1.0} | knobs))).nonzero().flatten().tolist()
+    return (
+        distribution(LOGITS, Sampling(**({"temperature": 1.0, "top_p": 1.0} | knobs)))
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
 
 
 def test_knobs() -> None:
@@ -30,7 +35,9 @@ def test_temperature() -> None:
 
 def test_frequencies_follow_the_probabilities() -> None:
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.tensor([pick(LOGITS, PLAIN, [], generator) for _ in range(4000)]).bincount(minlength=4) / 4000
+    drawn = (
+        torch.tensor([pick(LOGITS, PLAIN, [], generator) for _ in range(4000)]).bincount(minlength=4) / 4000
+    )
     assert (drawn - LOGITS.exp()).abs().max() < 0.03
 
 
@@ -41,7 +48,9 @@ def test_a_seed_repeats() -> None:
 
 def test_penalties_and_bias_leave_the_input() -> None:
     before = LOGITS.clone()
-    changed = penalise(LOGITS, Sampling(presence_penalty=1, frequency_penalty=0.5, logit_bias={3: 9.0}), [0, 0, 1])
+    changed = penalise(
+        LOGITS, Sampling(presence_penalty=1, frequency_penalty=0.5, logit_bias={3: 9.0}), [0, 0, 1]
+    )
     assert torch.allclose(changed - LOGITS, torch.tensor([-2.0, -1.5, 0.0, 9.0]))
     assert torch.equal(LOGITS, before)
     repeated = penalise(torch.tensor([2.0, -2.0, 1.0]), Sampling(repetition_penalty=2.0), [0, 1])
@@ -55,7 +64,15 @@ def test_logprobs() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 2}, {"min_p": -0.1}, {"top_k": -3}, {"repetition_penalty": 0}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 2},
+        {"min_p": -0.1},
+        {"top_k": -3},
+        {"repetition_penalty": 0},
+    ],
 )
 def test_senseless_settings(wrong: dict[str, float]) -> None:
     with pytest.raises(BadRequest):

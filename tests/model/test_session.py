@@ -1,7 +1,5 @@
 """A session's answers depend on its tokens alone: not on how it came to hold them."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -85,7 +83,7 @@ def test_a_stop_between_layers_leaves_whole_tokens(engine: Engine, layer: int) -
         with pytest.raises(Cancelled):
             session.sync(tokens(30) + tokens(40, seed=4), check=stop)
         assert session.tokens == tokens(30)
-        got = session.sync(tokens(30) + [9])
+        got = session.sync([*tokens(30), 9])
     same(got, fresh(engine, [*tokens(30), 9]))
 
 
