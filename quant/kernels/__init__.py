@@ -153,6 +153,13 @@ def crc32(data: Tensor, value: int = 0) -> int:
     return int(_native.crc32(data.data_ptr(), data.numel(), value, False))
 
 
+def read_all(data: Tensor) -> int:
+    """Read whole mebibytes of a contiguous tensor with all threads: its time is the memory's speed."""
+    if not data.is_contiguous() or data.device.type != "cpu":
+        raise ValueError("Only contiguous tensors in main memory can be read.")
+    return int(_module().read_all(data.data_ptr(), data.numel() * data.element_size()))
+
+
 def encode(
     codec: str, weight: Tensor, scale: float, book: Book, covers: Tensor, steps: Sequence[int]
 ) -> Encoded | None:

@@ -18,12 +18,7 @@ FOUR_BIT = ["nf4", "nf4-16", "mxfp4"]
 
 
 def native(name: str, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
-    book = fourbit.book(name)
-    if name == "mxfp4":
-        covers, steps = book.scale_of_byte[:255] * fourbit.FP4_VALUES[-1], (0, -1, 1)
-    else:
-        covers, steps = book.scale_of_byte[:127].clone(), fourbit.NF4_STEPS
-    encoded = kernels.encode(name, weight, scale, book, covers, steps)
+    encoded = kernels.encode(name, weight, scale, fourbit.book(name), *fourbit.search_space(name))
     assert encoded is not None
     return encoded
 
@@ -42,7 +37,7 @@ def hard_matrix(rows: int, cols: int, size: float) -> Tensor:
 
 @pytest.mark.parametrize("name", FOUR_BIT)
 @pytest.mark.parametrize("shape", [(16, 32), (50, 70), (1, 1), (33, 333), (256, 512)])
-@pytest.mark.parametrize("size", [1.0, 0.02, 3e-7, 1e5])
+@pytest.mark.parametrize("size", [1.0, 0.02, 3e-7, 1e5, 1e-30, 1e30])
 def test_the_bytes_of_the_torch_reference(name: str, shape: tuple[int, int], size: float) -> None:
     weight = hard_matrix(*shape, size)
     scale = fourbit.tensor_scale(name, float(weight.abs().max()))
@@ -53,7 +48,7 @@ def test_the_bytes_of_the_torch_reference(name: str, shape: tuple[int, int], siz
         kernels.force(None)
         assert torch.equal(scales, expected["scales"]), isa
         assert torch.equal(codes, expected["codes"]), isa
-        assert squared * scale * scale == pytest.approx(error, rel=1e-4)
+        assert squared * scale * scale == pytest.approx(error, rel=1e-4, nan_ok=True)
 
 
 def test_threads_change_nothing() -> None:

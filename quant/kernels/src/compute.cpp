@@ -12,6 +12,8 @@ namespace localmimo {
 namespace {
 
 constexpr int kTokens = 192;  // tokens of one product call: a multiple of every register tile
+constexpr int64_t kUnitsPerThread = 16;
+constexpr int64_t kStretch = 4;  // strips
 // Per thread: what product() uses, then two [kTokens][kStrip] tiles of floats.
 constexpr size_t kThreadBytes = kScratchBytes + 2 * sizeof(float) * kTokens * kStrip;
 
@@ -82,42 +84,66 @@ class LayerCall {
       s_.rows.add(s_.x, routing_.token[i]);
       s_.inner_rows.add(s_.inner, i);
     }
-    const int64_t per_expert = padded_cols(shape_.inner) / kStrip;
-    pool_.run(routing_.n_experts * per_expert, [&](int64_t unit, int thread) {
-      inner_strip(unit / per_expert, unit % per_expert, Scratch(pool_.scratch(thread)));
+    const int64_t inner = padded_cols(shape_.inner) / kStrip, outer = strips(shape_.hidden);
+    const int64_t e_count = routing_.n_experts;
+    const int64_t most = std::max<int64_t>(1, kTokens / std::max<int64_t>(1, most_tokens()));
+    const int64_t wide = std::min(most, stretch(inner * e_count)), per_expert = ceil_div(inner, wide);
+    pool_.run(e_count * per_expert, [&](int64_t unit, int thread) {
+      const int64_t first = unit % per_expert * wide;
+      inner_strips(unit / per_expert, first, std::min(first + wide, inner), Scratch(pool_.scratch(thread)));
     });
-    pool_.run(strips(shape_.hidden), [&](int64_t strip, int thread) {
-      for (int64_t e = 0; e < routing_.n_experts; ++e) outer_strip(e, strip, Scratch(pool_.scratch(thread)));
+    const int64_t high = stretch(outer);
+    pool_.run(ceil_div(outer, high), [&](int64_t unit, int thread) {
+      const int64_t last = std::min((unit + 1) * high, outer);
+      for (int64_t e = 0; e < e_count; ++e)
+        for (int64_t strip = unit * high; strip < last; ++strip)
+          outer_strip(e, strip, Scratch(pool_.scratch(thread)));
     });
   }
 
  private:
-  // 32 inner columns of one expert: gate, up, SiLU, and quantised for `down`.
-  void inner_strip(int64_t e, int64_t strip, Scratch scratch) {
+  // Strips of one unit: long stretches of memory suit the prefetcher, many units balance the threads.
+  int64_t stretch(int64_t n_strips) const {
+    return std::clamp<int64_t>(n_strips / (kUnitsPerThread * pool_.threads()), 1, kStretch);
+  }
+
+  int64_t most_tokens() const {
+    int64_t most = 0;
+    for (int64_t e = 0; e < routing_.n_experts; ++e)
+      most = std::max(most, routing_.first[e + 1] - routing_.first[e]);
+    return most;
+  }
+
+  // 32 inner columns per strip of one expert: gate, up, SiLU, and quantised for `down`.
+  void inner_strips(int64_t e, int64_t strip, int64_t last, Scratch scratch) {
     const int64_t begin = routing_.first[e], end = routing_.first[e + 1];
     const Matrix gate = part(routing_.pages[e], shape_, shape_.gate, shape_.inner, shape_.hidden);
     const Matrix up = part(routing_.pages[e], shape_, shape_.up, shape_.inner, shape_.hidden);
-    const int top = activation_top(shape_.format);
     for (int64_t i = begin; i < end; i += kTokens) {
       const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
-      int64_t true_rows = 0;  // a strip beyond the end is padding of the activations only
-      if (strip < strips(shape_.inner)) {
-        true_rows = strip_product(k_, gate, strip, s_.rows.at(i), n, scratch.first, scratch.panel);
-        strip_product(k_, up, strip, s_.rows.at(i), n, scratch.second, scratch.panel);
+      for (const Matrix* w : {&gate, &up}) {
+        float* out = w == &gate ? scratch.first : scratch.second;
+        for (int64_t s = strip; s < std::min(last, strips(shape_.inner)); ++s, out += n * kStrip)
+          strip_product(k_, *w, s, s_.rows.at(i), n, out, scratch.panel);
       }
-      for (int t = 0; t < n; ++t)
-        activate(scratch.first + t * kStrip, scratch.second + t * kStrip, true_rows, i + t, strip, top);
+      for (int64_t s = strip; s < last; ++s)
+        for (int t = 0; t < n; ++t) {
+          const int64_t at = ((s - strip) * n + t) * kStrip;
+          activate(scratch.first + at, scratch.second + at, i + t, s);
+        }
     }
   }
 
-  void activate(float* gate, float* up, int64_t true_rows, int64_t pair, int64_t strip, int top) {
-    alignas(64) float h[64] = {};
-    std::memcpy(h, gate, sizeof(float) * static_cast<size_t>(true_rows));
-    std::fill(up + true_rows, up + kStrip, 0.0f);
-    k_.silu_mul(h, up, kStrip);
+  // A strip beyond the true rows is padding of the activations: zeros.
+  void activate(const float* gate, const float* up, int64_t pair, int64_t strip) {
+    const int64_t rows = std::clamp<int64_t>(shape_.inner - strip * kStrip, 0, kStrip);
+    alignas(64) float g[64] = {}, u[kStrip] = {};
+    std::memcpy(g, gate, sizeof(float) * static_cast<size_t>(rows));
+    std::memcpy(u, up, sizeof(float) * static_cast<size_t>(rows));
+    k_.silu_mul(g, u, kStrip);
     int16_t codes[64];  // quantise works on 64 columns; the second half of them is padding here
     float scales[2];
-    k_.quantise(h, kStrip, top, codes, scales);
+    k_.quantise(g, kStrip, activation_top(shape_.format), codes, scales);
     std::memcpy(s_.inner.codes(pair) + strip * kStrip, codes, sizeof(int16_t) * kStrip);
     s_.inner.scales(pair)[strip] = scales[0];
   }
@@ -189,6 +215,20 @@ double encode(const Book& book, Format f, const float* w, int64_t rows, int64_t 
   double sum = 0;
   for (double error : errors) sum += error;
   return sum;
+}
+
+uint64_t read_all(const uint8_t* data, size_t n) {
+  constexpr size_t kPiece = 1 << 20;
+  Pool& pool = Pool::instance();
+  std::lock_guard<std::mutex> turn(pool.turn());
+  const Kernels& k = kernels();
+  std::vector<uint64_t> sums(n / kPiece);
+  pool.run(static_cast<int64_t>(sums.size()), [&](int64_t piece, int) {
+    sums[static_cast<size_t>(piece)] = k.read(data + static_cast<size_t>(piece) * kPiece, kPiece);
+  });
+  uint64_t all = 0;
+  for (uint64_t sum : sums) all ^= sum;
+  return all;
 }
 
 void experts(const PageShape& shape, const Routing& routing, const void* x, bool half, int64_t n, float* out) {

@@ -37,4 +37,7 @@ void experts(const PageShape& shape, const Routing& routing, const void* x, bool
 double encode(const Book& book, Format f, const float* w, int64_t rows, int64_t cols, float scale, uint8_t* codes,
               uint8_t* scales);
 
+// Reads every byte with the pool's threads and returns their exclusive or: measures the memory.
+uint64_t read_all(const uint8_t* data, size_t n);
+
 }  // namespace localmimo

@@ -60,20 +60,35 @@ void largest_of(const Lanes* weights, Lanes& largest) {
     }
 }
 
+// mxfp4 reaches from 2^-127 to 2^127, where squares leave the range of float: compared in units of the
+// covering scale, a power of two.
+template <class V, int block>
+void in_units(const Lanes* weights, typename V::F unit, Lanes* out) {
+  for (int c = 0; c < block; ++c) V::store(out[c], V::div(V::load(weights[c]), unit));
+}
+
 template <class V, int block>
 void search(const Book& book, const typename V::Finder& find, Format f, const Lanes* weights, LaneInts& best) {
-  alignas(64) Lanes largest, error, best_error;
+  alignas(64) Lanes largest, error, best_error, scaled[block];
   alignas(64) LaneInts covering, byte;
   largest_of<block>(weights, largest);
   for (int r = 0; r < kLanes; ++r) {
     covering[r] = covering_index(book, largest[r]);
     best_error[r] = INFINITY;
     best[r] = 0;
+    byte[r] = candidate_byte(f, covering[r], 0);
+  }
+  typename V::F unit = V::set1(1.0f);
+  if (f == Format::mxfp4) {
+    unit = V::gather(book.scale_of_byte, byte);
+    in_units<V, block>(weights, unit, scaled);
+    weights = scaled;
   }
   for (int sign = 0; sign < (f == Format::mxfp4 ? 1 : 2); ++sign)
     for (int s = 0; s < book.n_steps; ++s) {
       for (int r = 0; r < kLanes; ++r) byte[r] = candidate_byte(f, covering[r], book.steps[s]) + 128 * sign;
-      V::store(error, rough_error<V, block>(find, weights, V::gather(book.scale_of_byte, byte)));
+      const typename V::F scale = V::div(V::gather(book.scale_of_byte, byte), unit);
+      V::store(error, rough_error<V, block>(find, weights, scale));
       for (int r = 0; r < kLanes; ++r) {
         const bool better = error[r] < best_error[r];
         best_error[r] = better ? error[r] : best_error[r];
@@ -87,18 +102,17 @@ void search(const Book& book, const typename V::Finder& find, Format f, const La
 template <class V, int block>
 double nearest(const Book& book, const typename V::Finder& find, const Lanes* weights, const LaneInts& bytes,
                LaneInts* codes) {
-  alignas(64) Lanes divisor, squared;
+  alignas(64) Lanes divisor, off;
+  alignas(64) double squared[kLanes] = {};
   const typename V::F scale = V::gather(book.scale_of_byte, bytes);
   V::store(divisor, scale);
   for (int r = 0; r < kLanes; ++r) divisor[r] = divisor[r] == 0 ? 1.0f : divisor[r];
-  typename V::F sum = V::zero();
   for (int c = 0; c < block; ++c) {
     const typename V::F w = V::load(weights[c]);
     find.code(V::div(w, V::load(divisor)), codes[c]);
-    const typename V::F off = V::sub(V::mul(V::gather16(book.values, codes[c]), scale), w);
-    sum = V::add(sum, V::mul(off, off));
+    V::store(off, V::sub(V::mul(V::gather16(book.values, codes[c]), scale), w));
+    for (int r = 0; r < kLanes; ++r) squared[r] += static_cast<double>(off[r]) * off[r];
   }
-  V::store(squared, sum);
   double total = 0;
   for (int r = 0; r < kLanes; ++r) total += squared[r];
   return total;

@@ -128,6 +128,11 @@ struct Avx2 {
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
   }
 
+  struct Word { __m256i a, b; };
+  static LM_INLINE void exclusive_or(Word& sum, const uint8_t* p) {
+    sum.a = _mm256_xor_si256(sum.a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    sum.b = _mm256_xor_si256(sum.b, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32)));
+  }
   static LM_INLINE __m256i ints(const int32_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }

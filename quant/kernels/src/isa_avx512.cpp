@@ -93,6 +93,10 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
+  using Word = __m512i;
+  static LM_INLINE void exclusive_or(Word& sum, const uint8_t* p) {
+    sum = _mm512_xor_si512(sum, _mm512_loadu_si512(p));
+  }
   static LM_INLINE F gather(const float* table, const int32_t* at) {
     return _mm512_i32gather_ps(_mm512_loadu_si512(at), table, 4);
   }

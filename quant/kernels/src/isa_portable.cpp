@@ -99,6 +99,14 @@ struct Portable {
     return each([&](int i) { return half_value(p[2 * i] | (p[2 * i + 1] << 8)); });
   }
 
+  struct Word { uint64_t v[8]; };
+  static LM_INLINE void exclusive_or(Word& sum, const uint8_t* p) {
+    for (int i = 0; i < 8; ++i) {
+      uint64_t word;
+      std::memcpy(&word, p + 8 * i, 8);
+      sum.v[i] ^= word;
+    }
+  }
   static LM_INLINE F gather(const float* table, const int32_t* at) {
     return each([&](int i) { return table[at[i]]; });
   }

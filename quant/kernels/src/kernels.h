@@ -1,6 +1,7 @@
 // Kernels: what one instruction set offers. Each isa_*.cpp fills one table; dispatch.cpp picks one.
 // All of them do the same arithmetic in the same order, so that they agree bit for bit.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "layout.h"
@@ -42,6 +43,8 @@ struct Kernels {
   // Packs up to 16 rows of w / scale, row-major, into one row group; returns the squared error.
   double (*encode)(const Book& book, Format f, const float* w, int64_t rows, int64_t cols, float scale,
                    uint8_t* codes, uint8_t* scales);
+  // The exclusive or of n bytes, a multiple of 256: nothing but reading.
+  uint64_t (*read)(const uint8_t* data, size_t n);
 };
 
 constexpr int64_t kScratchBytes = 1 << 16;  // what `product` may use per thread

@@ -125,6 +125,10 @@ NB_MODULE(_native, m) {
   m.def("linear", &py_linear);
   m.def("experts", &py_experts);
   m.def("encode", &py_encode);
+  m.def("read_all", [](Address data, size_t n) {
+    nb::gil_scoped_release release;
+    return read_all(at<uint8_t>(data), n);
+  });
   m.def("crc32", &py_crc32);
   m.def("part_bytes", &py_part_bytes);
   m.def("supported", &supported);

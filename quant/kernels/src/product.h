@@ -286,8 +286,20 @@ void silu_mul(float* gate, const float* up, int64_t n) {  // n is a multiple of 
 }
 
 template <class V>
+uint64_t read(const uint8_t* data, size_t n) {
+  typename V::Word sum[4] = {};
+  for (size_t i = 0; i < n; i += 256)
+    for (int j = 0; j < 4; ++j) V::exclusive_or(sum[j], data + i + 64 * j);
+  uint64_t words[4][8], all = 0;
+  std::memcpy(words, sum, sizeof words);
+  for (const auto& eight : words)
+    for (uint64_t word : eight) all ^= word;
+  return all;
+}
+
+template <class V>
 constexpr Kernels kernels_of(const char* name) {
-  return {name, quantise<V>, product<V>, silu_mul<V>, encode<V>};
+  return {name, quantise<V>, product<V>, silu_mul<V>, encode<V>, read<V>};
 }
 
 }  // namespace
