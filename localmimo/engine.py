@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -150,8 +151,6 @@ class Engine:
         self.pack = pack
         self.config = config
         self.plan = plan
-        self.tokenizer = Tokenizer.open(pack.path)
-        self.template = ChatTemplate.open(pack.path, pack.config)
         self._dtype = dtype
         self._kv_dtype = kv_dtype
         self._store = ExpertStore(pack, plan.page_bytes, plan.n_slots)
@@ -160,6 +159,16 @@ class Engine:
         self._own: Session | None = None
         self._holder: int | None = None  # the thread that is using the timeline
         self._lock = threading.Lock()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The pack's tokenizer, opened when text first comes in or goes out. Raises BadModel where it has none."""
+        return Tokenizer.open(self.pack.path)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The pack's own chat template, or its family's."""
+        return ChatTemplate.open(self.pack.path, self.pack.config)
 
     @property
     def context(self) -> int:

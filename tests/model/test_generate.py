@@ -2,15 +2,18 @@
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmimo import BadRequest, ContextFull, DoesNotFit, Sampling, load
+from localmimo import BadModel, BadRequest, ContextFull, DoesNotFit, Sampling, load
 from localmimo.engine import Engine
 from localmimo.generate import StopStrings
+from quant import convert
 from tests.packs import make_pack
+from tests.tiny import make_checkpoint
 
 GREEDY = Sampling(temperature=0)
 
@@ -143,3 +146,13 @@ def test_a_budget_too_small_for_one_token_is_refused(engine: Engine) -> None:
         load(engine.pack.path, context=5000)
     with pytest.raises(BadRequest, match="CPU"):
         load(engine.pack.path, device="cuda")
+
+
+def test_a_pack_without_a_tokenizer_still_has_logits(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "hf")
+    for _ in convert(tmp_path / "hf", tmp_path / "pack"):
+        pass
+    with load(tmp_path / "pack", context=64) as bare:
+        assert bare.logits([3, 4, 5]).shape == (3, 160)
+        with pytest.raises(BadModel, match=r"tokenizer\.json"):
+            bare.generate("abc")
