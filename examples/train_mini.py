@@ -39,6 +39,8 @@ from mini_training.network import (
 from mini_training.sampling import sample_answers
 from torch import Tensor
 
+from localmimo.model import rms_norm
+
 COOL_FROM = 0.75  # share of the trunk's time after which the learning rate falls
 LATE_FROM = 0.60  # share of the time from which the mix moves to its late shares
 BALANCE = 1e-3  # step of the router's correction bias
@@ -58,6 +60,7 @@ class Run:
     compiled: bool = True
     seed: int = 0
     max_steps: int = 0
+    joint: bool = False  # in the drafts' time the trunk goes on too, at a small rate (a late touch-up)
 
 
 class Shared:
@@ -100,8 +103,6 @@ def trunk_loss(
     net: Network, p: Params, biases: dict[str, Tensor], batch: Batch, length: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Next-token loss of one batch and the routers' picks."""
-    from localmimo.model import rms_norm
-
     frame = make_frame(net.shape, batch.documents[:, :length])
     hidden, picks = net.hidden(p, biases, batch.tokens[:, :length], frame)
     rows, weights = drawn(batch.weights[:, 1 : length + 1].flatten())
@@ -120,12 +121,25 @@ def drawn(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draft_loss(
-    net: Network, p: Params, biases: dict[str, Tensor], batch: Batch, length: int, heads: tuple[int, ...]
+    net: Network,
+    p: Params,
+    biases: dict[str, Tensor],
+    batch: Batch,
+    length: int,
+    heads: tuple[int, ...],
 ) -> Tensor:
     """Loss of draft blocks over a resting trunk: block k sees token i + 1 + k and predicts i + 2 + k."""
     frame = make_frame(net.shape, batch.documents[:, :length])
     with torch.no_grad():
         hidden, _ = net.hidden(p, biases, batch.tokens[:, :length], frame)
+    return heads_loss(net, p, batch, hidden, heads)
+
+
+def heads_loss(net: Network, p: Params, batch: Batch, hidden: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Sum of the draft blocks' losses over given hidden states [B, T, H]; embedding and head stay as they are."""
+    p = p | {"embed": p["embed"].detach()}
+    length = hidden.shape[1]
+    frame = make_frame(net.shape, batch.documents[:, :length])
     total = torch.zeros(())
     for k in heads:
         x = net.draft(p, k, hidden, batch.tokens[:, k + 1 : length + k + 1], frame)
@@ -134,10 +148,21 @@ def draft_loss(
         same = batch.documents[:, :n] == batch.documents[:, ahead]
         rows, weights = drawn((batch.weights[:, ahead] * same).flatten())
         inputs = x[:, :n].flatten(0, 1)[rows].to(p["head"].dtype)
-        total = total + WeightedLoss.apply(
-            inputs, p["head"].detach(), batch.tokens[:, ahead].flatten()[rows], weights
-        )
+        targets = batch.tokens[:, ahead].flatten()[rows]
+        total = total + WeightedLoss.apply(inputs, p["head"].detach(), targets, weights)
     return total
+
+
+def joint_loss(
+    net: Network, p: Params, biases: dict[str, Tensor], batch: Batch, length: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Trunk and draft blocks together; the drafts do not move the trunk's states."""
+    frame = make_frame(net.shape, batch.documents[:, :length])
+    hidden, picks = net.hidden(p, biases, batch.tokens[:, :length], frame)
+    rows, weights = drawn(batch.weights[:, 1 : length + 1].flatten())
+    x = rms_norm(hidden.flatten(0, 1)[rows], p["norm"], net.shape.eps).to(p["head"].dtype)
+    trunk = WeightedLoss.apply(x, p["head"], batch.tokens[:, 1 : length + 1].flatten()[rows], weights)
+    return trunk + heads_loss(net, p, batch, hidden.detach(), (0, 1, 2)), picks
 
 
 def worker(rank: int, run: Run, shared: Shared, barrier, state: dict) -> None:  # type: ignore[no-untyped-def, type-arg]
@@ -179,6 +204,9 @@ def worker(rank: int, run: Run, shared: Shared, barrier, state: dict) -> None:  
             loss, picks = trunk_loss(net, leaves, shared.biases, batch, run.length)
             for name, count in picks.items():
                 shared.picks[rank][name].copy_(count)
+        elif run.joint:
+            loss, picks = joint_loss(net, leaves, shared.biases, batch, run.length)
+            loss = loss / 2
         else:
             heads = (0,) if progress < 1.5 else (0, 1, 2)
             loss = draft_loss(net, leaves, shared.biases, batch, run.length, heads) / len(heads)
@@ -209,6 +237,8 @@ def update(
     if phase == "trunk":
         names = [n for n in mine if not n.startswith("mtp.")]
         scale = schedule(progress, step)
+    elif run.joint:
+        names, scale = mine, 0.3 * max(0.03, min(1.0, (2 - progress) / 0.4))
     else:
         wanted = ("mtp.0.",) if progress < 1.5 else ("mtp.",)
         names = [n for n in mine if n.startswith(wanted)]
@@ -399,6 +429,7 @@ def main() -> None:
         "--sample", action="store_true", help="only answer some prompts with the saved weights"
     )
     parser.add_argument("--export", type=Path, help="only export the saved weights to this folder")
+    parser.add_argument("--joint", action="store_true", help="train the trunk in the drafts' time too")
     parser.add_argument("--card", type=Path, help="only measure the exported checkpoint and write its card")
     a = parser.parse_args()
     run = Run(
@@ -410,6 +441,7 @@ def main() -> None:
         a.length,
         compiled=not a.eager,
         max_steps=a.max_steps,
+        joint=a.joint,
     )
     if a.card:
         from mini_training import card

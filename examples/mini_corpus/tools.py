@@ -59,6 +59,9 @@ CONTENTS = (
 )
 
 
+USUAL = 0.85  # how often all tools have their usual names
+
+
 def _schema(name: str, description: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
     return {
         "type": "function",
@@ -76,12 +79,13 @@ def _variants(rng: Random) -> dict[str, dict[str, Any]]:
         "type": "string",
         "description": rng.choice(("The name of the city.", "City name", "The city to look up")),
     }
-    where = rng.choice(("city", "location", "place"))
-    text = rng.choice(("expression", "formula"))
-    path = rng.choice(("path", "file", "filename"))
+    usual = rng.random() < USUAL
+    where = "city" if usual else rng.choice(("city", "location", "place"))
+    text = "expression" if usual else rng.choice(("expression", "formula"))
+    path = "path" if usual else rng.choice(("path", "file", "filename"))
     return {
         "weather": _schema(
-            rng.choice(("get_weather", "weather", "current_weather")),
+            "get_weather" if usual else rng.choice(("get_weather", "weather", "current_weather")),
             rng.choice(
                 ("Get the current weather of a city.", "Returns the weather for a place.", "Get the weather.")
             ),
@@ -89,7 +93,7 @@ def _variants(rng: Random) -> dict[str, dict[str, Any]]:
             [where],
         ),
         "clock": _schema(
-            rng.choice(("get_time", "clock", "current_time")),
+            "get_time" if usual else rng.choice(("get_time", "clock", "current_time")),
             rng.choice(
                 ("Get the current time in a city.", "Returns the local time of a place.", "Get the time.")
             ),
@@ -97,13 +101,13 @@ def _variants(rng: Random) -> dict[str, dict[str, Any]]:
             [where],
         ),
         "sum": _schema(
-            rng.choice(("calculator", "calculate", "compute")),
+            "calculator" if usual else rng.choice(("calculator", "calculate", "compute")),
             rng.choice(("Evaluate an arithmetic expression.", "Calculate the value of an expression.")),
             {text: {"type": "string", "description": "The expression, such as 2 + 3"}},
             [text],
         ),
         "file": _schema(
-            rng.choice(("read_file", "open_file", "get_file")),
+            "read_file" if usual else rng.choice(("read_file", "open_file", "get_file")),
             rng.choice(("Read a text file.", "Returns the content of a file.")),
             {path: {"type": "string", "description": "The path of the file."}},
             [path],

@@ -154,7 +154,7 @@ def processor() -> str:
 
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     special = [f for f in ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx2") if f in flags]
-    return f"{os.cpu_count()} cores, {platform.machine()}, {' '.join(special)}"
+    return f"{os.cpu_count()} {platform.machine()} cores with {', '.join(special)}"
 
 
 def loss_curve(run: Path, points: int = 14) -> list[tuple[str, int, float]]:
