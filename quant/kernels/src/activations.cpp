@@ -33,12 +33,12 @@ void Activations::fill(Pool& pool, const Kernels& k, const void* x, bool half, i
                        Format format) {
   resize(n, cols);
   const int top = activation_top(format);
-  const auto one = [&](int64_t i, int) {
+  const auto one = [&](int64_t i, int64_t, int) {
     if (half) quantise_bf16(k, static_cast<const uint16_t*>(x) + i * cols, cols, top, codes(i), scales(i));
     else k.quantise(static_cast<const float*>(x) + i * cols, cols, top, codes(i), scales(i));
   };
   if (n <= 2) {
-    for (int64_t i = 0; i < n; ++i) one(i, 0);  // a few microseconds: not worth a hand-over
+    for (int64_t i = 0; i < n; ++i) one(i, -1, 0);  // a few microseconds: not worth a hand-over
   } else {
     pool.run(n, one);
   }

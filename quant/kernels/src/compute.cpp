@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kTokens = 192;  // tokens of one product call: a multiple of every register tile
 constexpr int64_t kUnitsPerThread = 16;
-constexpr int64_t kStretch = 4;  // strips
+constexpr int64_t kLongest = 4;  // strips of a unit
 // Per thread: what product() uses, then two [kTokens][kStrip] tiles of floats.
 constexpr size_t kThreadBytes = kScratchBytes + 2 * sizeof(float) * kTokens * kStrip;
 
@@ -52,14 +52,25 @@ State& state() {
   return *s;
 }
 
+// Where the codes of a strip begin, or of the end of the matrix.
+const uint8_t* codes_at(const Matrix& w, int64_t strip) {
+  const int64_t group = std::min(2 * strip, row_groups(w.rows));
+  return w.codes + group * blocks(w.format, w.cols) * codes_per_block(w.format);
+}
+
+// Strips of one unit: long stretches of memory suit the prefetcher, many units balance the threads.
+int64_t unit_strips(int64_t n_strips, int threads) {
+  return std::clamp<int64_t>(n_strips / (kUnitsPerThread * threads), 1, kLongest);
+}
+
 int64_t strips(int64_t rows) { return ceil_div(rows, kStrip); }
 
 // Runs product on the strip that starts at row 32 * strip; returns how many of its rows are true ones.
 int64_t strip_product(const Kernels& k, const Matrix& w, int64_t strip, const Rows& x, int n, float* out,
-                      void* panel) {
+                      void* panel, const Stretch& stretch) {
   const int64_t group = 2 * strip;
   const int n_groups = static_cast<int>(std::min<int64_t>(2, row_groups(w.rows) - group));
-  k.product(w, group, n_groups, x, n, out, panel);
+  k.product(w, group, n_groups, x, n, out, panel, stretch);
   return std::min<int64_t>(kStrip, w.rows - strip * kStrip);
 }
 
@@ -84,28 +95,39 @@ class LayerCall {
       s_.rows.add(s_.x, routing_.token[i]);
       s_.inner_rows.add(s_.inner, i);
     }
-    const int64_t inner = padded_cols(shape_.inner) / kStrip, outer = strips(shape_.hidden);
-    const int64_t e_count = routing_.n_experts;
-    const int64_t most = std::max<int64_t>(1, kTokens / std::max<int64_t>(1, most_tokens()));
-    const int64_t wide = std::min(most, stretch(inner * e_count)), per_expert = ceil_div(inner, wide);
-    pool_.run(e_count * per_expert, [&](int64_t unit, int thread) {
-      const int64_t first = unit % per_expert * wide;
-      inner_strips(unit / per_expert, first, std::min(first + wide, inner), Scratch(pool_.scratch(thread)));
-    });
-    const int64_t high = stretch(outer);
-    pool_.run(ceil_div(outer, high), [&](int64_t unit, int thread) {
-      const int64_t last = std::min((unit + 1) * high, outer);
-      for (int64_t e = 0; e < e_count; ++e)
-        for (int64_t strip = unit * high; strip < last; ++strip)
-          outer_strip(e, strip, Scratch(pool_.scratch(thread)));
-    });
+    inner_phase();
+    outer_phase();
   }
 
  private:
-  // Strips of one unit: long stretches of memory suit the prefetcher, many units balance the threads.
-  int64_t stretch(int64_t n_strips) const {
-    return std::clamp<int64_t>(n_strips / (kUnitsPerThread * pool_.threads()), 1, kStretch);
+  void inner_phase() {
+    const int64_t inner = padded_cols(shape_.inner) / kStrip;
+    const int64_t most = std::max<int64_t>(1, kTokens / std::max<int64_t>(1, most_tokens()));
+    const int64_t wide = std::min(most, unit_strips(inner * routing_.n_experts, pool_.threads()));
+    const int64_t per_expert = ceil_div(inner, wide);
+    pool_.run(routing_.n_experts * per_expert, [&](int64_t unit, int64_t next, int thread) {
+      const int64_t first = unit % per_expert * wide, last = std::min(first + wide, inner);
+      const uint8_t* on = next < 0 ? nullptr : codes_at(gate(next / per_expert), next % per_expert * wide);
+      inner_strips(unit / per_expert, first, last, on, Scratch(pool_.scratch(thread)));
+    });
   }
+
+  void outer_phase() {
+    const int64_t outer = strips(shape_.hidden), high = unit_strips(outer, pool_.threads());
+    pool_.run(ceil_div(outer, high), [&](int64_t unit, int64_t next, int thread) {
+      const int64_t first = unit * high, last = std::min(first + high, outer);
+      for (int64_t e = 0; e < routing_.n_experts; ++e) {
+        const uint8_t* on = e + 1 < routing_.n_experts ? codes_at(down(e + 1), first)
+                            : next < 0                 ? nullptr
+                                                       : codes_at(down(0), next * high);
+        outer_strips(e, first, last, on, Scratch(pool_.scratch(thread)));
+      }
+    });
+  }
+
+  Matrix gate(int64_t e) const { return part(routing_.pages[e], shape_, shape_.gate, shape_.inner, shape_.hidden); }
+  Matrix up(int64_t e) const { return part(routing_.pages[e], shape_, shape_.up, shape_.inner, shape_.hidden); }
+  Matrix down(int64_t e) const { return part(routing_.pages[e], shape_, shape_.down, shape_.hidden, shape_.inner); }
 
   int64_t most_tokens() const {
     int64_t most = 0;
@@ -115,20 +137,20 @@ class LayerCall {
   }
 
   // 32 inner columns per strip of one expert: gate, up, SiLU, and quantised for `down`.
-  void inner_strips(int64_t e, int64_t strip, int64_t last, Scratch scratch) {
+  void inner_strips(int64_t e, int64_t first, int64_t last, const uint8_t* next, Scratch scratch) {
     const int64_t begin = routing_.first[e], end = routing_.first[e + 1];
-    const Matrix gate = part(routing_.pages[e], shape_, shape_.gate, shape_.inner, shape_.hidden);
-    const Matrix up = part(routing_.pages[e], shape_, shape_.up, shape_.inner, shape_.hidden);
+    const Matrix g = gate(e), u = up(e);
+    const Stretch gates{codes_at(g, last), codes_at(u, first)}, ups{codes_at(u, last), next};
     for (int64_t i = begin; i < end; i += kTokens) {
       const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
-      for (const Matrix* w : {&gate, &up}) {
-        float* out = w == &gate ? scratch.first : scratch.second;
-        for (int64_t s = strip; s < std::min(last, strips(shape_.inner)); ++s, out += n * kStrip)
-          strip_product(k_, *w, s, s_.rows.at(i), n, out, scratch.panel);
-      }
-      for (int64_t s = strip; s < last; ++s)
+      const int64_t stop = std::min(last, strips(shape_.inner));
+      for (int64_t s = first; s < stop; ++s)
+        strip_product(k_, g, s, s_.rows.at(i), n, scratch.first + (s - first) * n * kStrip, scratch.panel, gates);
+      for (int64_t s = first; s < stop; ++s)
+        strip_product(k_, u, s, s_.rows.at(i), n, scratch.second + (s - first) * n * kStrip, scratch.panel, ups);
+      for (int64_t s = first; s < last; ++s)
         for (int t = 0; t < n; ++t) {
-          const int64_t at = ((s - strip) * n + t) * kStrip;
+          const int64_t at = ((s - first) * n + t) * kStrip;
           activate(scratch.first + at, scratch.second + at, i + t, s);
         }
     }
@@ -148,15 +170,18 @@ class LayerCall {
     s_.inner.scales(pair)[strip] = scales[0];
   }
 
-  // 32 output columns of one expert, weighted and added.
-  void outer_strip(int64_t e, int64_t strip, Scratch scratch) {
+  // 32 output columns per strip of one expert, weighted and added.
+  void outer_strips(int64_t e, int64_t first, int64_t last, const uint8_t* next, Scratch scratch) {
     const int64_t begin = routing_.first[e], end = routing_.first[e + 1];
-    const Matrix down = part(routing_.pages[e], shape_, shape_.down, shape_.hidden, shape_.inner);
-    for (int64_t i = begin; i < end; i += kTokens) {
-      const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
-      const int64_t rows = strip_product(k_, down, strip, s_.inner_rows.at(i), n, scratch.first, scratch.panel);
-      for (int t = 0; t < n; ++t) deliver(scratch.first + t * kStrip, rows, i + t, strip);
-    }
+    const Matrix w = down(e);
+    const Stretch stretch{codes_at(w, last), next};
+    for (int64_t s = first; s < last; ++s)
+      for (int64_t i = begin; i < end; i += kTokens) {
+        const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
+        const int64_t rows =
+            strip_product(k_, w, s, s_.inner_rows.at(i), n, scratch.first, scratch.panel, stretch);
+        for (int t = 0; t < n; ++t) deliver(scratch.first + t * kStrip, rows, i + t, s);
+      }
   }
 
   void deliver(const float* from, int64_t rows, int64_t pair, int64_t strip) {
@@ -188,15 +213,20 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, float* y) {
   s.x.fill(pool, k, x, half, n, w.cols, w.format);
   s.rows.clear();
   for (int64_t i = 0; i < n; ++i) s.rows.add(s.x, i);
-  pool.run(strips(w.rows), [&](int64_t strip, int thread) {
+  const int64_t n_strips = strips(w.rows), high = unit_strips(n_strips, pool.threads());
+  pool.run(ceil_div(n_strips, high), [&](int64_t unit, int64_t next, int thread) {
     const Scratch scratch(pool.scratch(thread));
-    for (int64_t i = 0; i < n; i += kTokens) {
-      const int count = static_cast<int>(std::min<int64_t>(kTokens, n - i));
-      const int64_t rows = strip_product(k, w, strip, s.rows.at(i), count, scratch.first, scratch.panel);
-      for (int t = 0; t < count; ++t)
-        std::memcpy(y + (i + t) * w.rows + strip * kStrip, scratch.first + t * kStrip,
-                    sizeof(float) * static_cast<size_t>(rows));
-    }
+    const int64_t last = std::min((unit + 1) * high, n_strips);
+    const Stretch stretch{codes_at(w, last), next < 0 ? nullptr : codes_at(w, next * high)};
+    for (int64_t strip = unit * high; strip < last; ++strip)
+      for (int64_t i = 0; i < n; i += kTokens) {
+        const int count = static_cast<int>(std::min<int64_t>(kTokens, n - i));
+        const int64_t rows =
+            strip_product(k, w, strip, s.rows.at(i), count, scratch.first, scratch.panel, stretch);
+        for (int t = 0; t < count; ++t)
+          std::memcpy(y + (i + t) * w.rows + strip * kStrip, scratch.first + t * kStrip,
+                      sizeof(float) * static_cast<size_t>(rows));
+      }
   });
 }
 
@@ -206,7 +236,7 @@ double encode(const Book& book, Format f, const float* w, int64_t rows, int64_t 
   std::lock_guard<std::mutex> turn(pool.turn());
   const Kernels& k = kernels();
   std::vector<double> errors(static_cast<size_t>(row_groups(rows)));
-  pool.run(row_groups(rows), [&](int64_t group, int) {
+  pool.run(row_groups(rows), [&](int64_t group, int64_t, int) {
     const int64_t first = group * kLanes;
     errors[static_cast<size_t>(group)] =
         k.encode(book, f, w + first * cols, std::min<int64_t>(kLanes, rows - first), cols, scale,
@@ -223,7 +253,7 @@ uint64_t read_all(const uint8_t* data, size_t n) {
   std::lock_guard<std::mutex> turn(pool.turn());
   const Kernels& k = kernels();
   std::vector<uint64_t> sums(n / kPiece);
-  pool.run(static_cast<int64_t>(sums.size()), [&](int64_t piece, int) {
+  pool.run(static_cast<int64_t>(sums.size()), [&](int64_t piece, int64_t, int) {
     sums[static_cast<size_t>(piece)] = k.read(data + static_cast<size_t>(piece) * kPiece, kPiece);
   });
   uint64_t all = 0;

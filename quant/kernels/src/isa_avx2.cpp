@@ -110,7 +110,7 @@ struct Avx2 {
   template <int64_t bytes>
   static LM_INLINE void prefetch(const uint8_t* p) {
     for (int64_t i = 0; i < bytes; i += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(p + i + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
   }
 
   static LM_INLINE F e4m3(const uint8_t* p) {  // as half precision: sign, 4 exponent, 3 mantissa bits

@@ -31,13 +31,26 @@ struct Book {
   int n_steps;
 };
 
+// The packed codes that a thread reads one after the other, up to `end`, and where it goes on after
+// that: prefetching runs ahead of the kernel, over the end of a stretch into the next.
+struct Stretch {
+  const uint8_t* end;
+  const uint8_t* next;  // null: nowhere
+  const uint8_t* ahead(const uint8_t* p, int64_t distance) const {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(distance);
+    const uintptr_t last = reinterpret_cast<uintptr_t>(end);
+    const uintptr_t on = next ? reinterpret_cast<uintptr_t>(next) : last - static_cast<uintptr_t>(distance);
+    return reinterpret_cast<const uint8_t*>(at < last ? at : at - last + on);
+  }
+};
+
 struct Kernels {
   const char* name;
   // x [cols] -> codes [padded], scales [padded / 32]; columns beyond `cols` become 0.
   void (*quantise)(const float* x, int64_t cols, int top, int16_t* codes, float* scales);
   // out[t * kStrip + g * 16 + r] = row (group + g) * 16 + r of W times token t; n_groups is 1 or 2.
   void (*product)(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
-                  void* scratch);
+                  void* scratch, const Stretch& stretch);
   // gate[i] = silu(gate[i]) * up[i]
   void (*silu_mul)(float* gate, const float* up, int64_t n);
   // Packs up to 16 rows of w / scale, row-major, into one row group; returns the squared error.

@@ -116,10 +116,11 @@ void Pool::reserve(size_t bytes) {
 }
 
 void Pool::take(int thread) {
-  for (;;) {
-    const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
-    if (unit >= n_units_) return;
-    (*unit_)(unit, thread);
+  const auto claim = [this] { return next_.fetch_add(1, std::memory_order_relaxed); };
+  for (int64_t unit = claim(); unit < n_units_;) {
+    const int64_t next = claim();
+    (*unit_)(unit, next < n_units_ ? next : -1, thread);
+    unit = next;
   }
 }
 
@@ -149,7 +150,7 @@ void Pool::work(int thread) {
 
 void Pool::run(int64_t n, const Unit& unit) {
   if (n_threads_ == 1 || n <= 1) {
-    for (int64_t i = 0; i < n; ++i) unit(i, 0);
+    for (int64_t i = 0; i < n; ++i) unit(i, i + 1 < n ? i + 1 : -1, 0);
     return;
   }
   start();

@@ -11,12 +11,13 @@
 
 namespace localmimo {
 
-// The calling thread always takes part, so n threads need n - 1 workers. Units are claimed one by one:
-// a thread that the system holds back delays at most the unit it holds. Workers spin briefly after a
+// The calling thread always takes part, so n threads need n - 1 workers. Units are claimed one ahead:
+// a thread that the system holds back delays at most the two units it holds. Workers spin briefly after a
 // job, because a layer's two phases and the next layer's call follow within microseconds, then sleep.
 class Pool {
  public:
-  using Unit = std::function<void(int64_t unit, int thread)>;
+  // `next` is the unit that the same thread does after this one, or -1: something to prefetch for.
+  using Unit = std::function<void(int64_t unit, int64_t next, int thread)>;
 
   static Pool& instance();
   ~Pool();

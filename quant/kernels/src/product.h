@@ -20,7 +20,10 @@
 namespace localmimo {
 namespace {
 
-constexpr int kAhead = 2048;         // bytes that the software prefetch runs ahead of the codes
+// Bytes of codes by which prefetching into the level-2 cache runs ahead. Measured on Zen 4: 16 KiB reach
+// the speed of a plain read, 2 KiB into the level-1 cache 80 % of it.
+constexpr int64_t kAhead = 16384;
+constexpr int64_t kAheadScales = 512;
 constexpr int kStepCodes = 64;               // int16 weights of one step: 16 rows x 4 columns
 constexpr int kPanelBlocks = 8;              // blocks unpacked at a time: 2 x 8 KiB of weights stay in L1
 constexpr int kBlockCodes = 8 * kStepCodes;  // int16 weights of one unpacked block
@@ -79,7 +82,7 @@ inline float end_factor(const Matrix& w) {
 
 // n tokens, one row group, straight from the packed bytes: the path of decoding.
 template <class V, Format f, int n>
-void direct(const Matrix& w, int64_t group, const Rows& x, float* out) {
+void direct(const Matrix& w, int64_t group, const Rows& x, float* out, const Stretch& stretch) {
   using R = Reader<f>;
   // The halves of a block are summed apart: for the two parts of nf4-16, and where one token leaves
   // nothing else to do while a sum waits for the one before.
@@ -97,7 +100,8 @@ void direct(const Matrix& w, int64_t group, const Rows& x, float* out) {
     for (int t = 0; t < n; ++t)
       for (int h = 0; h < kHalves; ++h) sum[t][h] = V::no_sum();
     const uint8_t* block = codes + b * codes_per_block(f);
-    V::template prefetch<codes_per_block(f)>(block);
+    V::template prefetch<codes_per_block(f)>(stretch.ahead(block, kAhead));
+    V::template prefetch<1>(scales + b * scales_per_block(f) + kAheadScales);
     R::template steps<V>(block, table, [&](const typename V::Step& step, int column) LM_INLINE_LAMBDA {
       for (int t = 0; t < n; ++t)
         V::mac(sum[t][kHalves == 2 ? column / 16 : 0], step, V::acts(acts[t] + b * kBlock + column));
@@ -116,11 +120,11 @@ void direct(const Matrix& w, int64_t group, const Rows& x, float* out) {
 }
 
 template <class V, Format f, int most>
-void direct_any(const Matrix& w, int64_t group, const Rows& x, int n, float* out) {
+void direct_any(const Matrix& w, int64_t group, const Rows& x, int n, float* out, const Stretch& stretch) {
   if constexpr (most > 1) {
-    if (n < most) return direct_any<V, f, most - 1>(w, group, x, n, out);
+    if (n < most) return direct_any<V, f, most - 1>(w, group, x, n, out, stretch);
   }
-  direct<V, f, most>(w, group, x, out);
+  direct<V, f, most>(w, group, x, out, stretch);
 }
 
 // Unpacked weights of up to kPanelBlocks blocks of one row group.
@@ -138,7 +142,7 @@ void unpack(const Matrix& w, int64_t group, int64_t first, int count, Panel& pan
   const typename V::Table table = V::table(R::book());
   for (int b = 0; b < count; ++b) {
     const uint8_t* block = codes + (first + b) * codes_per_block(f);
-    V::template prefetch<codes_per_block(f)>(block);
+    V::template prefetch<codes_per_block(f)>(block + kPanelBlocks * codes_per_block(f));
     int16_t* to = panel.codes + b * kBlockCodes;
     R::template steps<V>(block, table, [&](const typename V::Step& step, int column) LM_INLINE_LAMBDA {
       V::save(to + column * kLanes, step);
@@ -215,7 +219,7 @@ void panelled(const Matrix& w, int64_t group, const Rows& x, int n_tokens, float
 
 template <class V, Format f>
 void product_of(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
-                void* scratch) {
+                void* scratch, const Stretch& stretch) {
   if (n_tokens > 2 * V::kDirect) {  // unpacking twice in registers beats unpacking once to memory
     if (n_groups == 2) panelled<V, f, 2>(w, group, x, n_tokens, out, scratch);
     else panelled<V, f, 1>(w, group, x, n_tokens, out, scratch);
@@ -225,18 +229,19 @@ void product_of(const Matrix& w, int64_t group, int n_groups, const Rows& x, int
   for (int g = 0; g < n_groups; ++g)
     for (int t = 0; t < n_tokens; t += part) {
       const int n = part < n_tokens - t ? part : n_tokens - t;
-      direct_any<V, f, V::kDirect>(w, group + g, {x.codes + t, x.scales + t}, n, out + t * kStrip + g * kLanes);
+      float* to = out + t * kStrip + g * kLanes;
+      direct_any<V, f, V::kDirect>(w, group + g, {x.codes + t, x.scales + t}, n, to, stretch);
     }
 }
 
 template <class V>
 void product(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
-             void* scratch) {
+             void* scratch, const Stretch& ahead) {
   switch (w.format) {
-    case Format::nf4: return product_of<V, Format::nf4>(w, group, n_groups, x, n_tokens, out, scratch);
-    case Format::nf4_16: return product_of<V, Format::nf4_16>(w, group, n_groups, x, n_tokens, out, scratch);
-    case Format::mxfp4: return product_of<V, Format::mxfp4>(w, group, n_groups, x, n_tokens, out, scratch);
-    case Format::int8: return product_of<V, Format::int8>(w, group, n_groups, x, n_tokens, out, scratch);
+    case Format::nf4: return product_of<V, Format::nf4>(w, group, n_groups, x, n_tokens, out, scratch, ahead);
+    case Format::nf4_16: return product_of<V, Format::nf4_16>(w, group, n_groups, x, n_tokens, out, scratch, ahead);
+    case Format::mxfp4: return product_of<V, Format::mxfp4>(w, group, n_groups, x, n_tokens, out, scratch, ahead);
+    case Format::int8: return product_of<V, Format::int8>(w, group, n_groups, x, n_tokens, out, scratch, ahead);
   }
 }
 
