@@ -6,5 +6,5 @@ tests. Knows nothing of packs or of how it is loaded.
 
 from pathlib import Path
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parent / "mimo-mini"
 HELD_OUT = Path(__file__).parent / "heldout.txt"
