@@ -11,12 +11,14 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+START_S = 1.8  # until Python has loaded what it needs and the conversion begins
 
 CHILD = """
 import json, sys, time
@@ -52,35 +54,38 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def convert_with_kills(source: Path, out: Path, experts: str, kills: int, seconds: float) -> int:
-    """Start, kill and start again; the number of kills that hit a running conversion."""
-    hit, moments = 0, random.Random(0)
-    for _ in range(kills):
+def convert_with_kills(source: Path, out: Path, experts: str, kills: int, seconds: float) -> bool:
+    """Kill running conversions `kills` times, going on after each; whether each finished pack equals the first."""
+    hit, same, moments = 0, True, random.Random(0)
+    once = digest(out.with_name("once"))
+    while True:
         process = subprocess.Popen(
             command(source, out, experts), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(timeout=2 + moments.random() * seconds / 4)  # importing takes about two seconds
+            limit = START_S + moments.random() * seconds / 3 if hit < kills else None
+            finished = process.wait(timeout=limit) == 0
         except subprocess.TimeoutExpired:
             process.kill()
-            hit += 1
-        process.wait()
-    subprocess.run(command(source, out, experts), check=True, stdout=subprocess.DEVNULL)
-    return hit
+            process.wait()
+            hit, finished = hit + 1, False
+        if finished:
+            same = same and digest(out) == once
+            if hit >= kills:
+                return same
+            shutil.rmtree(out)
 
 
 def measure(source: Path, experts: str, kills: int, folder: Path) -> dict[str, Any]:
     source_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    began = time.perf_counter()
     done = subprocess.run(
         command(source, folder / "once", experts), check=True, capture_output=True, text=True
     )
     facts = json.loads(done.stdout.splitlines()[-1]) | {"source_bytes": source_bytes}
     facts["source_mb_per_s"] = source_bytes / facts["seconds"] / 1e6
     if kills:
-        seconds = time.perf_counter() - began
-        facts["kills"] = convert_with_kills(source, folder / "killed", experts, kills, seconds)
-        facts["same_bytes"] = digest(folder / "once") == digest(folder / "killed")
+        facts["kills"] = kills
+        facts["same_bytes"] = convert_with_kills(source, folder / "killed", experts, kills, facts["seconds"])
     return facts
 
 
