@@ -249,4 +249,5 @@ def figures(stats: Stats, context: int) -> list[str]:
         facts.append(f"first token {seconds(stats.first_token_s)}")
     if stats.hits:
         facts.append("experts " + " ".join(f"{tier} {share:.0%}" for tier, share in stats.hits.items()))
-    return [*facts, f"context {stats.prompt_tokens + stats.generated_tokens:,}/{context:,}"]
+    held = min(context, stats.prompt_tokens + stats.generated_tokens)  # a last token may have found no room
+    return [*facts, f"context {held:,}/{context:,}"]
