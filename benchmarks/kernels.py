@@ -33,6 +33,7 @@ from quant.qtensor import DTYPES, QTensor
 
 HIDDEN, INNER, TOP_K = 4096, 2048, 8
 POOL_BYTES = 256 << 20  # what each candidate cycles through
+PAUSE_S = 0.02
 Run = Callable[[], object]
 Times = dict[str, list[float]]
 
@@ -93,15 +94,21 @@ def read_case() -> Case:
 clock = time.perf_counter
 
 
-def measure(cases: dict[str, Case], rounds: int) -> Times:
-    """Seconds of each case in each round; one untimed round first."""
+def measure(cases: dict[str, Case], rounds: int, repeat: int = 1, pause_s: float = 0.0) -> Times:
+    """Seconds of each case in each round, the mean of `repeat` runs; one untimed round first.
+
+    OpenMP's threads, which most rivals use, go on spinning for milliseconds after their work and would take
+    the cores from whoever comes next: the pause lets them fall asleep.
+    """
     times: Times = {name: [] for name in cases}
     for round_ in range(-1, rounds):
         for name, case in cases.items():
+            time.sleep(pause_s)
             start = clock()
-            case.run()
+            for _ in range(repeat):
+                case.run()
             if round_ >= 0:
-                times[name].append(clock() - start)
+                times[name].append((clock() - start) / repeat)
     return times
 
 
@@ -157,9 +164,10 @@ def measure_versus(rounds: int, tokens: int) -> dict[str, float]:
             expert_rivals(HIDDEN, INNER, 4 * TOP_K, TOP_K, tokens),
         ),
     ]
-    for _, ours, rivals in sets:
+    for what, ours, rivals in sets:
+        repeat = 16 if what == "matrix" else 2
         for rival in rivals:
-            times = measure({"ours": ours, "theirs": Case(rival.run)}, rounds)
+            times = measure({"ours": ours, "theirs": Case(rival.run)}, rounds, repeat, PAUSE_S)
             out[rival.name] = ratio(times["ours"], times["theirs"])
             mine, other = (statistics.median(times[name]) * 1e3 for name in ("ours", "theirs"))
             say(f"{tokens} token(s): {mine:.2f} ms, {rival.name} ({rival.bits:.2f} bits) {other:.2f} ms")
@@ -188,7 +196,7 @@ def measure_batch(rounds: int) -> dict[str, float]:
     slab = page_slab("nf4")
     for tokens, experts in ((16, 4), (64, 4), (512, 2)):
         cases = {"ours": expert_case("nf4", tokens, experts, slab), "theirs": bf16_experts(tokens, experts)}
-        times = measure(cases, max(3, rounds // 4))
+        times = measure(cases, max(3, rounds // 4), pause_s=PAUSE_S)
         out[str(tokens)] = ratio(times["theirs"], times["ours"])
         say(f"{tokens} tokens per expert: {out[str(tokens)]:.2f} of the rate of torch's bf16 matmuls")
     return out
