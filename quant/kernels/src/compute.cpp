@@ -12,7 +12,7 @@ namespace localmimo {
 namespace {
 
 constexpr int kTokens = 192;  // tokens of one product call: a multiple of every register tile
-constexpr int64_t kUnitsPerThread = 16;
+constexpr int64_t kUnitsPerThread = 32;
 constexpr int64_t kLongest = 4;  // strips of a unit
 // Per thread: what product() uses, then two [kTokens][kStrip] tiles of floats.
 constexpr size_t kThreadBytes = kScratchBytes + 2 * sizeof(float) * kTokens * kStrip;
