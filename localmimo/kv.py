@@ -24,7 +24,6 @@ class GlobalKV:
     def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype) -> None:
         self._keys = torch.empty(spec.n_kv_heads, capacity, spec.head_dim, dtype=dtype)
         self._values = torch.empty(spec.n_kv_heads, capacity, spec.v_head_dim, dtype=dtype)
-        self._positions = torch.arange(capacity)
         self.length = 0
 
     @staticmethod
@@ -38,7 +37,7 @@ class GlobalKV:
         self._keys[:, self.length : end] = keys
         self._values[:, self.length : end] = values
         self.length = end
-        return self._keys[:, :end], self._values[:, :end], self._positions[:end]
+        return self._keys[:, :end], self._values[:, :end], torch.arange(end)
 
     def rewind(self, length: int) -> None:
         """Forget everything from position `length` on."""

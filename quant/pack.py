@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,14 +145,23 @@ class Pack:
 
     def page_at(self, layer: int, expert: int) -> PageAt:
         """The place of an expert's page. Raises BadPack when there is no such expert."""
-        facts = self.manifest["layers"].get(str(layer))
-        if facts is None or not 0 <= expert < len(facts["crc32"]):
+        places = self._places.get(layer, [])
+        if not 0 <= expert < len(places):
             raise BadPack(f"{self.path} has no expert {expert} in layer {layer}.")
+        return places[expert]
+
+    @cached_property
+    def _places(self) -> dict[int, list[PageAt]]:
+        """Layer -> the places of its pages, worked out once: a step asks for hundreds of them."""
+        return {int(number): self._places_in(facts) for number, facts in self.manifest["layers"].items()}
+
+    def _places_in(self, facts: dict[str, Any]) -> list[PageAt]:
         assert self.page is not None
-        codecs = facts.get("codecs") or [self.page.codec] * (expert + 1)
-        sizes = [self.layouts[name].bytes for name in codecs[: expert + 1]]
-        offset = facts["data_offset"] + sum(sizes[:-1])
-        return PageAt(self.path / facts["file"], offset, sizes[-1], facts["crc32"][expert], codecs[expert])
+        file, crcs = self.path / facts["file"], facts["crc32"]
+        codecs = facts.get("codecs") or [self.page.codec] * len(crcs)
+        sizes = [self.layouts[name].bytes for name in codecs]
+        offsets = accumulate(sizes[:-1], initial=facts["data_offset"])
+        return [PageAt(file, *place) for place in zip(offsets, sizes, crcs, codecs, strict=True)]
 
     @cached_property
     def layouts(self) -> dict[str, PageLayout]:
