@@ -339,11 +339,16 @@ class Engine:
             )
         with self._lock:
             self._holder = threading.get_ident()
-            self._own = self._own or Session(self._model, self._experts, self.context, self._kv_dtype)
+            self._own = self._own or self._new_session()
             try:
                 yield self._own
             finally:
                 self._holder = None
+
+    def _new_session(self) -> Session:
+        return Session(
+            self._model, self._experts, self.context, self._kv_dtype, stretch=self.plan.stretch_tokens
+        )
 
     def close(self) -> None:
         """Stop reading and give the memory back."""

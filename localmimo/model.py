@@ -8,6 +8,7 @@ projections run in the dtype their input is cast to. Sources: arXiv 2601.02780 a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from localmimo.attend import attend, window_mask
 from localmimo.config import LayerSpec, ModelConfig
+from localmimo.plan import PREFILL_CHUNK
 from quant import QTensor, linear
 
 Rope = tuple[Tensor, Tensor]  # cos and sin [n, rotary_dim / 2]
@@ -164,14 +166,61 @@ class Cache(Protocol):
     def advance(self, n: int) -> None: ...
 
 
-class Experts(Protocol):
-    """Runs the routed experts of a layer for x [n, hidden] -> float32 [n, hidden]."""
+Guess = Callable[[], tuple[int, Tensor]]  # (layer, chosen [n, k]) that the next MoE layer will probably want
 
-    def run(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor: ...
+
+class Experts(Protocol):
+    """Runs the routed experts of a layer for x [n, hidden] -> float32 [n, hidden].
+
+    `guess`, where there is one, runs the next MoE layer's router early, on what goes into this layer; calling it is
+    left to whoever gains by it. A row's result depends on its own token, experts and weights alone.
+    """
+
+    def run(
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
+    ) -> Tensor: ...
 
 
 def nothing_to_check() -> None:
     """The default between-layers check: go on."""
+
+
+def nothing_to_report(done: float) -> None:
+    """The default report of progress."""
+
+
+GUESS_TOKENS = 8  # the most for which the next layer's experts are guessed: more want most of them anyway
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of one timeline that go through a layer's attention together."""
+
+    cache: Cache
+    first: int  # row in the batch
+    positions: Tensor  # [n]
+    ropes: dict[tuple[int, float], Rope]  # by LayerSpec.rope
+
+    @property
+    def n(self) -> int:
+        return len(self.positions)
+
+
+def pieces_of(timelines: Sequence[tuple[Tensor, Cache]], ropes: set[tuple[int, float]]) -> list[list[Piece]]:
+    """Cut timelines into pieces of at most PREFILL_CHUNK tokens; groups of pieces of at most as many rows."""
+    groups: list[list[Piece]] = []
+    first = room = 0
+    for tokens, cache in timelines:
+        for at in range(0, len(tokens), PREFILL_CHUNK):
+            n = min(PREFILL_CHUNK, len(tokens) - at)
+            if n > room:
+                groups.append([])
+                room = PREFILL_CHUNK
+            positions = torch.arange(cache.length + at, cache.length + at + n)
+            tables = {rope: rope_table(positions, *rope) for rope in ropes}
+            groups[-1].append(Piece(cache, first, positions, tables))
+            first, room = first + n, room - n
+    return groups
 
 
 class Transformer:
@@ -181,24 +230,72 @@ class Transformer:
         self.config = config
         self.weights = weights
         self.dtype = dtype
+        moe = config.moe_layers
+        self._next_moe = dict(pairwise(moe))
 
-    @torch.inference_mode()
     def forward(
-        self, tokens: Tensor, cache: Cache, experts: Experts, check: Callable[[], None] = nothing_to_check
+        self,
+        tokens: Tensor,
+        cache: Cache,
+        experts: Experts,
+        check: Callable[[], None] = nothing_to_check,
+        report: Callable[[float], None] = nothing_to_report,
     ) -> Tensor:
         """Run tokens [n] behind what the cache holds; returns the last layer's hidden states, before the final norm.
 
-        `check` is called between layers and may raise to stop: the cache is then as long as before.
+        `check` is called between layers, and between the pieces of a long stretch within a layer; it may raise to
+        stop: the cache is then as long as before. `report` hears which share of the layers is done.
         """
-        positions = torch.arange(cache.length, cache.length + len(tokens))
-        ropes = {key: rope_table(positions, *key) for key in {spec.rope for spec in self.config.layers}}
-        x = F.embedding(tokens, self.weights.embed).float()  # [n, hidden]
-        for i, (spec, block) in enumerate(zip(self.config.layers, self.weights.blocks, strict=True)):
+        return self.forward_many([(tokens, cache)], experts, check, report)[0]
+
+    @torch.inference_mode()
+    def forward_many(
+        self,
+        timelines: Sequence[tuple[Tensor, Cache]],
+        experts: Experts,
+        check: Callable[[], None] = nothing_to_check,
+        report: Callable[[float], None] = nothing_to_report,
+    ) -> list[Tensor]:
+        """`forward` of several timelines at once, each with a cache of its own: they share projections and experts."""
+        groups = pieces_of(timelines, {spec.rope for spec in self.config.layers})
+        x = F.embedding(torch.cat([tokens for tokens, _ in timelines]), self.weights.embed).float()
+        for layer in range(len(self.config.layers)):
+            self._layer(layer, x, groups, experts, check)
+            report((layer + 1) / len(self.config.layers))
+        for tokens, cache in timelines:
+            cache.advance(len(tokens))
+        return list(x.split([len(tokens) for tokens, _ in timelines]))
+
+    def _layer(
+        self, layer: int, x: Tensor, groups: list[list[Piece]], experts: Experts, check: Callable[[], None]
+    ) -> None:
+        """One layer, added to x [n, hidden]: attention piece by piece, the experts once for all rows."""
+        block, routed = self.weights.blocks[layer], []
+        for group in groups:
             check()
-            x = x + self._attention(spec, block, x, positions, ropes[spec.rope], cache.layers[i])
-            x = x + self._mlp(i, block, x, experts)
-        cache.advance(len(tokens))
-        return x
+            rows = x[group[0].first : group[-1].first + group[-1].n]
+            rows += self._attention(layer, block, rows, group)
+            if isinstance(block.mlp, MlpWeights):
+                rows += silu_mlp(self._norm(rows, block.mlp_norm), block.mlp)
+            else:
+                normed = self._norm(rows, block.mlp_norm)
+                routed.append((normed, *self.route(block.mlp, normed)))
+        if routed:
+            check()
+            normed, chosen, weights = (
+                routed[0] if len(routed) == 1 else map(torch.cat, zip(*routed, strict=True))
+            )
+            x += experts.run(layer, normed, chosen, weights, self._guess(layer, x))
+
+    def _guess(self, layer: int, x: Tensor) -> Guess | None:
+        """The next MoE layer's router, run on x as it is before this layer's experts have been added."""
+        following = self._next_moe.get(layer)
+        if following is None or len(x) > GUESS_TOKENS:
+            return None
+        block = self.weights.blocks[following]
+        assert isinstance(block.mlp, RouterWeights)
+        router = block.mlp
+        return lambda: (following, self.route(router, self._norm(x, block.mlp_norm))[0])
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -208,14 +305,20 @@ class Transformer:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.eps).to(self.dtype)
 
-    def _attention(
-        self, spec: LayerSpec, block: BlockWeights, x: Tensor, positions: Tensor, rope: Rope, kv: LayerKV
+    def _attention(self, layer: int, block: BlockWeights, x: Tensor, group: list[Piece]) -> Tensor:
+        spec = self.config.layers[layer]
+        joined = linear(self._norm(x, block.attn_norm), block.attention.qkv)
+        parts = joined.split([piece.n for piece in group])
+        mixed = [self._attend(layer, spec, block, *both) for both in zip(parts, group, strict=True)]
+        return linear(torch.cat(mixed).to(self.dtype), block.attention.o)
+
+    def _attend(
+        self, layer: int, spec: LayerSpec, block: BlockWeights, joined: Tensor, piece: Piece
     ) -> Tensor:
-        q, k, v = self._qkv(spec, linear(self._norm(x, block.attn_norm), block.attention.qkv), rope)
-        keys, values, key_positions = kv.append(k, v)
-        visible = window_mask(positions, key_positions, spec.window)
-        mixed = attend(q, keys, values, visible, block.attention.sink, spec.head_dim**-0.5)
-        return linear(mixed.to(self.dtype), block.attention.o).float()
+        q, k, v = self._qkv(spec, joined, piece.ropes[spec.rope])
+        keys, values, key_positions = piece.cache.layers[layer].append(k, v)
+        visible = window_mask(piece.positions, key_positions, spec.window)
+        return attend(q, keys, values, visible, block.attention.sink, spec.head_dim**-0.5)
 
     def _qkv(self, spec: LayerSpec, joined: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Split joined [n, rows] into q, k (rotated) and v (scaled), each [heads, n, d]."""
@@ -224,13 +327,6 @@ class Transformer:
         k = rotate(k.unflatten(-1, (spec.n_kv_heads, spec.head_dim)).transpose(0, 1), *rope)
         v = v.unflatten(-1, (spec.n_kv_heads, spec.v_head_dim)).transpose(0, 1) * self.config.value_scale
         return q, k, v
-
-    def _mlp(self, layer: int, block: BlockWeights, x: Tensor, experts: Experts) -> Tensor:
-        normed = rms_norm(x, block.mlp_norm, self.config.eps)
-        if isinstance(block.mlp, MlpWeights):
-            return silu_mlp(normed.to(self.dtype), block.mlp).float()
-        chosen, weights = self.route(block.mlp, normed.to(self.dtype))
-        return experts.run(layer, normed.to(self.dtype), chosen, weights)
 
     def route(self, router: RouterWeights, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token of normed [n, hidden], and their weights (`route`)."""

@@ -13,6 +13,10 @@ from localmimo.machine import format_bytes
 PREFILL_CHUNK = (
     1024  # tokens that go through a layer at a time: fixed, so that a budget never changes an answer
 )
+LONGEST_STRETCH = (
+    16_384  # tokens that go through the model layer by layer, so that each expert is read once for all
+)
+STRETCH_SHARE = 1 / 16  # of what is left of the budget: for the activations of longer stretches
 N_SNAPSHOTS = 4  # points of a conversation that can be come back to
 ATTENTION_WORKSPACE_BYTES = 8 << 20  # attention logits at a time
 LINEAR_WORKSPACE_BYTES = 8 << 20  # packed weights unpacked at a time
@@ -31,6 +35,7 @@ class Plan:
     page_bytes: int
     n_pages: int  # experts of the model
     n_slots: int  # experts that fit
+    stretch_tokens: int  # tokens of a prompt that go through each layer before the next layer begins
 
     @property
     def slots_bytes(self) -> int:
@@ -71,13 +76,14 @@ def make_plan(
     """
     n_pages = config.n_experts * len(config.moe_layers)
     kv = kv_bytes(config, context, kv_item_bytes, slack)
-    fixed = dense_bytes + kv + workspace_bytes(config, context)
-    slots = min(n_pages, max(0, ram_bytes - fixed) // page_bytes) if n_pages else 0
-    if fixed + config.pages_per_token * page_bytes > ram_bytes:
-        raise DoesNotFit(_too_small(config, fixed, dense_bytes, kv, page_bytes, context, ram_bytes))
-    return Plan(
-        context, ram_bytes, dense_bytes, kv, workspace_bytes(config, context), page_bytes, n_pages, slots
-    )
+    least = dense_bytes + kv + workspace_bytes(config, context, PREFILL_CHUNK)
+    spare = ram_bytes - least - config.pages_per_token * page_bytes
+    if spare < 0:
+        raise DoesNotFit(_too_small(config, least, dense_bytes, kv, page_bytes, context, ram_bytes))
+    stretch = stretch_tokens(config, context, spare)
+    workspace = workspace_bytes(config, context, stretch)
+    slots = min(n_pages, (ram_bytes - dense_bytes - kv - workspace) // page_bytes) if n_pages else 0
+    return Plan(context, ram_bytes, dense_bytes, kv, workspace, page_bytes, n_pages, slots, stretch)
 
 
 def _too_small(
@@ -102,14 +108,25 @@ def kv_bytes(config: ModelConfig, context: int, item_bytes: int, slack: int) -> 
     return total
 
 
-def workspace_bytes(config: ModelConfig, context: int) -> int:
-    """Upper estimate of what one prefill chunk needs at a time, in float32, over the weights and the KV."""
+def stretch_tokens(config: ModelConfig, context: int, spare_bytes: int) -> int:
+    """One chunk, and as many more as a share of the spare bytes has room for: never more than the context needs."""
+    more = int(spare_bytes * STRETCH_SHARE) // (4 * _stretch_floats(config) * PREFILL_CHUNK)
+    most = min(-(-context // PREFILL_CHUNK), LONGEST_STRETCH // PREFILL_CHUNK)
+    return min(1 + more, most) * PREFILL_CHUNK
+
+
+def workspace_bytes(config: ModelConfig, context: int, stretch: int) -> int:
+    """Upper estimate of what a stretch and one chunk of it need at a time, in float32, over the weights and the KV."""
     n = min(PREFILL_CHUNK, context)
     layer = max(_attention_floats(config, spec, n, context) for spec in config.layers)
-    experts = n * (config.top_k + 4) * config.hidden + 3 * n * config.expert_inner
-    dense = 3 * n * config.dense_inner
-    floats = 4 * n * config.hidden + max(layer, experts, dense) + 4 * config.vocab_size
+    chunk = n * config.hidden + max(layer, 3 * n * config.expert_inner, 3 * n * config.dense_inner)
+    floats = min(stretch, context) * _stretch_floats(config) + chunk + 4 * config.vocab_size
     return 4 * floats + 3 * ATTENTION_WORKSPACE_BYTES + 2 * LINEAR_WORKSPACE_BYTES
+
+
+def _stretch_floats(config: ModelConfig) -> int:
+    """Per token of a stretch: residual, normed input, sum, and the experts' outputs."""
+    return (config.top_k + 3) * config.hidden
 
 
 def _attention_floats(config: ModelConfig, spec: LayerSpec, n: int, context: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from localmimo.errors import BadRequest, ContextFull
 from localmimo.kv import KVCache, Snapshot
-from localmimo.model import Experts, Transformer, nothing_to_check
+from localmimo.model import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
 
 Progress = Callable[[int, int], None]  # tokens read, tokens to read
@@ -28,7 +28,14 @@ class Mark:
 class Session:
     """One sequence of at most `context` tokens."""
 
-    def __init__(self, model: Transformer, experts: Experts, context: int, kv_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        experts: Experts,
+        context: int,
+        kv_dtype: torch.dtype,
+        stretch: int = PREFILL_CHUNK,
+    ) -> None:
         self.context = context
         self.tokens: list[int] = []
         self.n_reused = 0  # tokens that the last sync did not have to read
@@ -36,6 +43,7 @@ class Session:
         self._experts = experts
         self._cache = KVCache(model.config.layers, context, kv_dtype)
         self._marks: list[Mark] = []
+        self._stretch = stretch  # tokens of a prompt that are read layer by layer: a matter of memory alone
 
     @property
     def position(self) -> int:
@@ -111,20 +119,26 @@ class Session:
         self._marks = [mark for mark in self._marks if mark.snapshot.length <= length]
 
     def _read(self, tokens: Sequence[int], progress: Progress | None, check: Callable[[], None]) -> Tensor:
-        """Prefill in chunks; the hidden state [hidden] after the last token."""
+        """Prefill in stretches; the hidden state [hidden] after the last token."""
         hidden = torch.empty(0)
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            hidden = self._forward(chunk, check)[-1]
-            if progress is not None:
-                progress(start + len(chunk), len(tokens))
+        for start in range(0, len(tokens), self._stretch):
+            stretch = tokens[start : start + self._stretch]
+            share = None if progress is None else _share(progress, start, len(stretch), len(tokens))
+            hidden = self._forward(stretch, check, share)[-1].clone()
         return hidden
 
-    def _forward(self, tokens: Sequence[int], check: Callable[[], None]) -> Tensor:
+    def _forward(
+        self,
+        tokens: Sequence[int],
+        check: Callable[[], None],
+        report: Callable[[float], None] | None = None,
+    ) -> Tensor:
         """Run tokens through the model; a stop or an error leaves the session as it was before them."""
         before = self._cache.snapshot() if len(tokens) > 1 else None
         try:
-            hidden = self._model.forward(torch.tensor(tokens), self._cache, self._experts, check)
+            hidden = self._model.forward(
+                torch.tensor(tokens), self._cache, self._experts, check, report or nothing_to_report
+            )
         except BaseException:
             if not self._cache.rewind(self._cache.length):
                 assert before is not None
@@ -136,6 +150,11 @@ class Session:
     def _keep_mark(self, hidden: Tensor) -> None:
         self._marks.append(Mark(self._cache.snapshot(), hidden.clone()))
         del self._marks[:-N_SNAPSHOTS]
+
+
+def _share(progress: Progress, start: int, n: int, total: int) -> Callable[[float], None]:
+    """Progress of a stretch by the share of its layers that are done."""
+    return lambda done: progress(start + int(n * done), total)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from localmimo.experts.store import ExpertStore
+from localmimo.model import Guess
 from quant.ffn import experts as run_pages
 
 
@@ -17,7 +18,9 @@ class ExpertRunner:
     def __init__(self, store: ExpertStore) -> None:
         self._store = store
 
-    def run(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def run(
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
+    ) -> Tensor:
         """x [n, hidden], chosen experts int64 [n, k] ascending, weights float32 [n, k] -> float32 [n, hidden]."""
         rows = group_by_expert(chosen)  # row = token * k + place
         outputs = torch.empty(chosen.numel(), x.shape[1])
