@@ -31,7 +31,8 @@ LOCALMIMO = """errors home toolcall messages
 config machine attend sample text
 chat
 kv plan
-model
+model experts.profile
+experts.stats
 experts.policy
 experts.tiers
 experts.store

@@ -13,6 +13,7 @@ from torch import Tensor
 from localmimo.experts.policy import Lru, Page
 from localmimo.experts.tiers import DiskTier, RamTier
 from quant import Pack
+from quant.pack import experts_of
 from quant.page import PageLayout
 
 
@@ -55,7 +56,8 @@ class ExpertStore:
         self._slots: dict[Page, int] = {}
         self._free = list(range(n_slots - 1, -1, -1))
         self._pinned: set[Page] = set()
-        self._policy = Lru()
+        counts = experts_of(pack)
+        self._policy = Lru(max(counts, default=0) + 1, max(counts.values(), default=1))
         self.traffic = Traffic()
 
     @property
@@ -77,6 +79,7 @@ class ExpertStore:
         held = [(layer, expert) for expert in experts if (layer, expert) in self._slots]
         missing = deque((layer, expert) for expert in experts if (layer, expert) not in self._slots)
         flying: dict[Future[None], tuple[Page, int]] = {}
+        self._policy.request(layer, experts)
         try:
             self._pinned = set(held)
             self._start_reads(missing, flying)
@@ -92,8 +95,6 @@ class ExpertStore:
             self._abandon(flying)
 
     def _use(self, pages: list[Page]) -> list[Arrival]:
-        for page in pages:
-            self._policy.touch(page)
         return [Arrival(page[1], self._layout(page), self._ram.tensor(self._slots[page])) for page in pages]
 
     def _layout(self, page: Page) -> PageLayout:
@@ -108,8 +109,11 @@ class ExpertStore:
     def _take_slot(self) -> int | None:
         if self._free:
             return self._free.pop()
-        victim = self._policy.victim(lambda page: page not in self._pinned)
-        return None if victim is None else self._slots.pop(victim)
+        victims = self._policy.victims(1, self._pinned)
+        if not victims:
+            return None
+        self._policy.drop(victims[0])
+        return self._slots.pop(victims[0])
 
     def _land(self, flying: dict["Future[None]", tuple[Page, int]]) -> list[Page]:
         """Wait for at least one read; take in, pinned, all that have come."""
@@ -127,7 +131,7 @@ class ExpertStore:
             self._free.append(slot)
             raise
         self._slots[page] = slot
-        self._policy.touch(page)
+        self._policy.admit(page)
         self.traffic.disk_pages += 1
         self.traffic.disk_bytes += self._pack.page_at(*page).nbytes
         return page

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo import BadModel, load
-from localmimo.experts.policy import Lru
 from localmimo.experts.run import ExpertRunner
 from localmimo.experts.store import ExpertStore
 from quant import Pack, Recipe
@@ -153,12 +152,3 @@ def test_same_tokens_whatever_the_budget(pack: Pack) -> None:
                 engine._experts._store = ExpertStore(pack, pack.page.bytes, n_slots)
             answers.append(engine.logits([5, 9, 13, 40, 41, 42, 99, 7] * 6))
     assert all(torch.equal(answers[0], answer) for answer in answers)
-
-
-def test_lru_gives_up_the_oldest_that_may_go() -> None:
-    lru = Lru()
-    for page in [(1, 0), (1, 1), (1, 2), (1, 0)]:
-        lru.touch(page)
-    assert lru.victim(lambda page: page != (1, 1)) == (1, 2)
-    assert lru.victim(lambda page: True) == (1, 1)
-    assert lru.victim(lambda page: page != (1, 0)) is None

@@ -1,0 +1,95 @@
+"""Policies: whom they name, and that none ever names a page that must stay or that is not held."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localmimo.experts.policy import Adaptive, Belady, Lfu, Lru, Page, Policy
+from localmimo.experts.stats import RouterStats
+
+LAYERS, N_EXPERTS = (1, 2, 4), 8
+lines = st.lists(
+    st.tuples(st.sampled_from(LAYERS), st.sets(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=4)),
+    max_size=40,
+)
+
+
+def belady(trace: list[tuple[int, set[int]]]) -> Belady:
+    return Belady([(layer, expert) for layer, experts in trace for expert in sorted(experts)])
+
+
+POLICIES: dict[str, Callable[[list[tuple[int, set[int]]]], Policy]] = {
+    "lru": lambda trace: Lru(5, N_EXPERTS),
+    "lfu": lambda trace: Lfu(5, N_EXPERTS),
+    "belady": belady,
+    "ours": lambda trace: Adaptive(RouterStats(LAYERS, N_EXPERTS)),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=60, deadline=None)
+@given(trace=lines, n_slots=st.integers(1, 20), n_extra=st.integers(0, 3))
+def test_victims_are_held_and_not_kept(
+    name: str, trace: list[tuple[int, set[int]]], n_slots: int, n_extra: int
+) -> None:
+    policy, held = POLICIES[name](trace), set[Page]()
+    for layer, experts in trace:
+        policy.request(layer, sorted(experts))
+        keep = {(layer, expert) for expert in experts}
+        for page in sorted(keep - held):
+            if len(held) >= n_slots:
+                going = policy.victims(1 + n_extra, keep)
+                assert len(set(going)) == len(going) == min(1 + n_extra, len(held - keep))
+                assert set(going) <= held - keep
+                if not going:
+                    continue
+                policy.drop(going[0])
+                held.discard(going[0])
+            policy.admit(page)
+            held.add(page)
+        assert len(held) <= n_slots
+        everything = policy.victims(100, ())
+        assert set(everything) == held and len(everything) == len(held)
+
+
+def fed(policy: Policy, requests: list[Page]) -> Policy:
+    for layer, expert in requests:
+        policy.request(layer, [expert])
+        policy.admit((layer, expert))
+    return policy
+
+
+def test_lru_names_the_longest_unasked() -> None:
+    lru = fed(Lru(5, 8), [(1, 0), (1, 1), (1, 2), (1, 0)])
+    assert lru.victims(1, {(1, 1)}) == [(1, 2)]
+    assert lru.victims(9, ()) == [(1, 1), (1, 2), (1, 0)]
+    lru.drop((1, 1))
+    assert lru.victims(9, ()) == [(1, 2), (1, 0)]
+
+
+def test_lfu_names_the_least_asked_then_the_longest_unasked() -> None:
+    lfu = fed(Lfu(5, 8), [(1, 0), (1, 0), (1, 1), (1, 2)])
+    assert lfu.victims(9, ()) == [(1, 1), (1, 2), (1, 0)]
+    lfu.drop((1, 0))
+    lfu.request(1, [0])
+    lfu.admit((1, 0))  # what it was asked for before still counts
+    assert lfu.victims(1, {(1, 1), (1, 2)}) == [(1, 0)]
+
+
+def test_belady_names_the_farthest() -> None:
+    future = [(1, 0), (1, 1), (1, 2), (1, 1), (1, 0)]
+    policy = fed(Belady(future), future[:3])
+    assert policy.victims(9, ()) == [(1, 2), (1, 0), (1, 1)]
+
+
+def test_ours_keeps_what_is_used_often_and_comes_round_soon() -> None:
+    policy = Adaptive(RouterStats(LAYERS, N_EXPERTS))
+    for token in range(40):
+        for layer in LAYERS:
+            policy.request(layer, [0, 1 + token % 7])
+            for expert in (0, 1 + token % 7):
+                policy.admit((layer, expert))
+    order = policy.victims(100, ())
+    assert set(order[-3:]) == {(layer, 0) for layer in LAYERS}
