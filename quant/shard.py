@@ -67,10 +67,37 @@ class Shard:
             self.close()
             raise
 
+    @classmethod
+    def absent(
+        cls, path: Path, blame: type[QuantError], tensors: dict[str, Stored], n_bytes: int, digest: str
+    ) -> Shard:
+        """A file that is described but not here, or not yet: it is opened when something is read from it."""
+        shard = cls.__new__(cls)
+        shard.path, shard.blame, shard._fd = path, blame, -1
+        shard.tensors, shard.n_bytes, shard.digest = tensors, n_bytes, digest
+        return shard
+
+    @classmethod
+    def of_header(cls, path: Path, blame: type[QuantError], header: bytes, n_bytes: int) -> Shard:
+        """The same from the header's text (without its length), checked like a file's."""
+        shard = cls.absent(path, blame, {}, n_bytes, hashlib.sha256(header).hexdigest())
+        shard.data_offset = 8 + len(header)
+        shard.tensors = shard._parse(header)
+        return shard
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _descriptor(self) -> int:
+        """The open file; one that was absent must have become what its header said."""
+        if self._fd < 0:
+            here = Shard(self.path, self.blame)
+            if (here.digest, here.n_bytes) != (self.digest, self.n_bytes):
+                raise self.blame(f"{self.path} is not the file whose header was read before: get it again.")
+            self._fd, here._fd = here._fd, -1
+        return self._fd
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
@@ -80,11 +107,12 @@ class Shard:
         """nbytes from `offset` of the file as a fresh uint8 tensor."""
         import torch
 
+        descriptor = self._descriptor()
         out = torch.empty(nbytes, dtype=torch.uint8)
         view = out.numpy().data
         done = 0
         while done < nbytes:
-            got = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
+            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
             if not got:
                 raise self.blame(
                     f"{self.path} ends {nbytes - done:,} bytes early: it was cut off while being read."
@@ -95,7 +123,8 @@ class Shard:
     def forget(self, offset: int, nbytes: int) -> None:
         """Tell the kernel that these bytes will not be read again: converting must not evict everything
         else."""
-        os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        if self._fd >= 0:
+            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _header_bytes(self) -> bytes:
         if self.n_bytes < 8:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,8 @@ from quant.errors import BadCheckpoint
 from quant.geometry import Geometry
 from quant.names import Names
 from quant.pieces import Matrix, Place
-from quant.shard import Shard
+from quant.published import published_tensors
+from quant.shard import Shard, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +68,18 @@ class Source:
         )  # before the shards: the clearest complaint first
         return cls(path, config_text, _open_shards(path))
 
+    @classmethod
+    def described(cls, config: bytes | Mapping[str, Any], name: str) -> Source:
+        """The published checkpoint with this config.json, of which nothing is here: it can be priced, not read."""
+        text = config if isinstance(config, bytes) else json.dumps(config).encode()
+        stored: dict[str, Stored] = {}
+        offset = 0
+        for tensor in published_tensors(_parse_json(text, Path(name) / "config.json")):
+            stored[tensor.name] = Stored(*tensor, offset, tensor.nbytes)
+            offset += tensor.nbytes
+        path = Path(name)
+        return cls(path, text, {SINGLE: Shard.absent(path / SINGLE, BadCheckpoint, stored, offset, "")})
+
     def close(self) -> None:
         for shard in self._shards.values():
             shard.close()
@@ -79,7 +93,7 @@ class Source:
     @property
     def name(self) -> str:
         """The model's name: the folder's, or the repository's when the folder is a hub cache snapshot."""
-        full = self.path.resolve()
+        full = self.path.resolve() if self.path.exists() else self.path
         if full.parent.name == "snapshots":
             return full.parent.parent.name.split("--")[-1]
         return full.name

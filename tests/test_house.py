@@ -21,13 +21,13 @@ matmul
 ffn
 shard
 pieces
-names
+names published
 source
 recipe listing
 pack
 manifest packing writer report
 conversion"""
-LOCALMIMO = """errors home toolcall messages
+LOCALMIMO = """errors home toolcall messages family
 config machine attend sample text
 chat
 kv plan

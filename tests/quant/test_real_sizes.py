@@ -16,6 +16,7 @@ import pytest
 
 from quant import Recipe, Source
 from quant.codec import ceil_div
+from quant.published import published_tensors
 from tests.tiny import make_config
 
 WIDTH = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
@@ -144,6 +145,13 @@ def write_headers(folder: Path, model: Model) -> int:
     index = {name: file for file, entries in files.items() for name in entries}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return elements
+
+
+@pytest.mark.parametrize("model", [FLASH, V25, PRO, V26], ids=["flash", "v2.5", "v2.5-pro", "v2.6"])
+def test_two_listings_agree(model: Model) -> None:
+    """What the package works out from config.json, and what this file spells out by hand."""
+    config = model.config() | {"num_nextn_predict_layers": 3, "moe_router_dtype": None}
+    assert sorted(published_tensors(config)) == sorted(model.tensors())
 
 
 @pytest.mark.parametrize(
