@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localmimo.engine import Completion, Engine, Message, load
-    from localmimo.errors import BadModel, BadRequest, Cancelled, ContextFull, DoesNotFit, LocalMimoError
+    from localmimo.errors import (
+        BadModel,
+        BadRequest,
+        BadSession,
+        Cancelled,
+        ContextFull,
+        DoesNotFit,
+        LocalMimoError,
+    )
     from localmimo.generate import Stats, Step
     from localmimo.sample import Sampling
     from localmimo.session import Session
@@ -29,6 +37,7 @@ _ROOMS = {
     "LocalMimoError": "errors",
     "BadModel": "errors",
     "BadRequest": "errors",
+    "BadSession": "errors",
     "Cancelled": "errors",
     "ContextFull": "errors",
     "DoesNotFit": "errors",
@@ -37,6 +46,7 @@ _ROOMS = {
 __all__ = [
     "BadModel",
     "BadRequest",
+    "BadSession",
     "Cancelled",
     "Completion",
     "ContextFull",

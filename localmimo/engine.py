@@ -3,6 +3,7 @@
 The Python API. Knows every room to its left; knows nothing of terminals or HTTP.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from localmimo.machine import Machine, format_bytes, parse_bytes
 from localmimo.model import Transformer, load_weights
 from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, make_plan
 from localmimo.sample import Sampling
+from localmimo.saved import Identity
 from localmimo.session import Progress, Session
 from localmimo.text import Tokenizer
 from quant import Pack
@@ -174,6 +176,17 @@ class Engine:
     def context(self) -> int:
         """Positions of a session."""
         return self.plan.context
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What a saved session must agree with."""
+        return Identity(
+            model=self.pack.name,
+            pack=self.pack.id,
+            config=hashlib.sha256(repr(self.config).encode()).hexdigest(),
+            kv=str(self._kv_dtype).removeprefix("torch."),
+            dtype=str(self._dtype).removeprefix("torch."),
+        )
 
     def effective(self) -> dict[str, Any]:
         """The configuration in force, for people and for JSON."""
@@ -347,7 +360,12 @@ class Engine:
 
     def _new_session(self) -> Session:
         return Session(
-            self._model, self._experts, self.context, self._kv_dtype, stretch=self.plan.stretch_tokens
+            self._model,
+            self._experts,
+            self.context,
+            self._kv_dtype,
+            stretch=self.plan.stretch_tokens,
+            identity=self.identity,
         )
 
     def close(self) -> None:

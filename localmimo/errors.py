@@ -24,5 +24,9 @@ class ContextFull(BadRequest):
     """A prompt needs more positions than the context has."""
 
 
+class BadSession(LocalMimoError):
+    """A saved session cannot be used: it is damaged, or belongs to another pack or other settings."""
+
+
 class Cancelled(LocalMimoError):
     """Somebody asked the running computation to stop."""

@@ -43,6 +43,15 @@ class GlobalKV:
         """Forget everything from position `length` on."""
         self.length = length
 
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every position, in position order; views."""
+        return self._keys[:, : self.length], self._values[:, : self.length]
+
+    def make_room(self, length: int) -> tuple[Tensor, Tensor]:
+        """Become `length` long; the views that the caller fills with what `held` gave."""
+        self.length = length
+        return self.held()
+
 
 class WindowKV:
     """Keys and values of a window layer: a ring of window + slack rows; position p lies in row p mod rows."""
@@ -109,7 +118,21 @@ class WindowKV:
 
     def copy(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the last `window` positions, in position order."""
-        rows = torch.arange(max(0, self.length - self.window), self.length) % self.rows
+        return self._rows_from(max(0, self.length - self.window))
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every position that is still there, in position order; copies."""
+        return self._rows_from(max(0, self._oldest, self._written - self.rows))
+
+    def empty(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Places for `rows` rows of keys and values, as `restore` takes them."""
+        keys, values = self._keys, self._values
+        return keys.new_empty(len(keys), rows, keys.shape[2]), values.new_empty(
+            len(values), rows, values.shape[2]
+        )
+
+    def _rows_from(self, position: int) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(position, self.length) % self.rows
         return self._keys[:, rows], self._values[:, rows]
 
     def restore(self, length: int, keys: Tensor, values: Tensor) -> None:

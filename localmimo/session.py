@@ -1,25 +1,28 @@
-"""Session: one timeline of tokens with its KV cache. Syncs to a prompt, steps, rewinds.
+"""Session: one timeline of tokens with its KV cache. Syncs to a prompt, steps, rewinds, is saved and loaded.
 
 Knows tokens, not text; holds no weights. The cache is only ever touched here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from localmimo.errors import BadRequest, ContextFull
-from localmimo.kv import KVCache, Snapshot
+from localmimo.errors import BadRequest, BadSession, ContextFull
+from localmimo.kv import SLACK, GlobalKV, KVCache, Snapshot, WindowKV
 from localmimo.model import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
+from localmimo.saved import Identity, SavedSession, write
+from localmimo.trail import Trail
 
 Progress = Callable[[int, int], None]  # tokens read, tokens to read
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place to come back to: the windows there, and the last hidden state [hidden], which gives the logits."""
+    """A place to come back to: the windows there, and the hidden states [n, hidden] of the tokens before it."""
 
     snapshot: Snapshot
     hidden: Tensor
@@ -35,15 +38,18 @@ class Session:
         context: int,
         kv_dtype: torch.dtype,
         stretch: int = PREFILL_CHUNK,
+        identity: Identity | None = None,
     ) -> None:
         self.context = context
         self.tokens: list[int] = []
         self.n_reused = 0  # tokens that the last sync did not have to read
         self._model = model
         self._experts = experts
+        self._identity = identity  # None: cannot be saved
         self._cache = KVCache(model.config.layers, context, kv_dtype)
         self._marks: list[Mark] = []
         self._stretch = stretch  # tokens of a prompt that are read layer by layer: a matter of memory alone
+        self._trail = Trail(SLACK + 1, model.config.hidden)
 
     @property
     def position(self) -> int:
@@ -64,12 +70,13 @@ class Session:
             raise BadRequest("The prompt is empty: give at least one token.")
         if len(tokens) > self.context:
             raise ContextFull(_too_long(len(tokens), self.context))
-        mark = self._come_back(tokens)
+        self._come_back(tokens)
         self.n_reused = self.position
-        if mark is not None and self.position == len(tokens):
-            return self._model.logits(mark.hidden[None])[0]
-        hidden = self._read(tokens[self.position :], progress, check)
-        self._keep_mark(hidden)
+        if self.position < len(tokens):
+            self._read(tokens[self.position :], progress, check)
+        self.mark()
+        hidden = self._trail.last(self.position)
+        assert hidden is not None
         return self._model.logits(hidden[None])[0]
 
     def step(self, token: int, check: Callable[[], None] = nothing_to_check) -> Tensor:
@@ -91,41 +98,157 @@ class Session:
         if self.position < len(kept):  # the window there is gone: read again from where it is not
             self._read(kept[self.position :], None, nothing_to_check)
 
-    def _come_back(self, tokens: Sequence[int], whole: bool = False) -> Mark | None:
-        """Go back to the longest prefix of `tokens` that can be had; the mark used, if it is all of them.
+    def mark(self) -> None:
+        """Remember this place: coming back to it reads nothing. The oldest of a few such places is forgotten."""
+        if self.position and all(mark.snapshot.length != self.position for mark in self._marks):
+            self._marks.append(Mark(self._cache.snapshot(), self._trail.tail(1)))
+            del self._marks[:-N_SNAPSHOTS]
 
-        At least one token is left to read, so that there are logits, unless `whole` or a mark has them.
+    # ---- files ----
+
+    def save(self, path: str | Path) -> int:
+        """Write the session to a file that `load` takes; its bytes. Raises BadSession where that fails."""
+        if self._identity is None or not self.tokens:
+            raise BadSession("There is nothing to save: the session holds no tokens.")
+        facts = {"tokens": str(self.position), "marks": str(len(self._marks))}
+        return write(Path(path).expanduser(), self._identity, facts, self._contents())
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that a file of the session would have, but for some thousands of its header."""
+        return sum(tensor.nbytes for tensor in self._contents().values())
+
+    def load(self, path: str | Path) -> None:
+        """Become the session that was saved at `path`, without reading its tokens through the model.
+
+        Raises BadSession where the file is damaged or of another pack, context or KV type; the session is then
+        empty if the damage was found late, else as it was.
+        """
+        if self._identity is None:
+            raise BadSession("This session belongs to no pack, so that no file can be of the same.")
+        with SavedSession(Path(path).expanduser(), self._identity) as saved:
+            n = saved.count("tokens")
+            if not 1 <= n <= self.context:
+                raise BadSession(
+                    f"{path} holds {n:,} tokens and the context has {self.context:,}: raise --context."
+                )
+            self._restore(None)
+            try:
+                self._fill(saved, n)
+            except BaseException:
+                self._restore(None)
+                raise
+
+    def _contents(self) -> dict[str, Tensor]:
+        """What a file holds, by name; the keys and values in position order."""
+        out = {
+            "tokens": torch.tensor(self.tokens, dtype=torch.int32),
+            "hidden": self._trail.tail(self._trail.rows),
+            "marks": torch.tensor([mark.snapshot.length for mark in self._marks], dtype=torch.int32),
+        }
+        for i, layer in enumerate(self._cache.layers):
+            out[f"layers.{i}.keys"], out[f"layers.{i}.values"] = layer.held()
+        for m, mark in enumerate(self._marks):
+            out[f"marks.{m}.hidden"] = mark.hidden
+            for (i, _), (keys, values) in zip(self._windows(), mark.snapshot.windows, strict=True):
+                out[f"marks.{m}.layers.{i}.keys"], out[f"marks.{m}.layers.{i}.values"] = keys, values
+        return out
+
+    def _fill(self, saved: SavedSession, n: int) -> None:
+        """Take in the contents of a file of n tokens: check every shape first, then read."""
+        targets = self._targets(saved, n)
+        saved.expect({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in targets.items()})
+        saved.read(targets)
+        tokens, lengths = targets["tokens"].tolist(), targets["marks"].tolist()
+        if not all(0 <= token < self._model.config.vocab_size for token in tokens):
+            raise BadSession(f"{saved.path} holds tokens that the model does not have.")
+        if lengths != sorted(set(lengths)) or not all(0 < length <= n for length in lengths):
+            raise BadSession(
+                f"{saved.path} holds marks at {lengths}, which are no places of its {n:,} tokens."
+            )
+        for i, window in self._windows():
+            window.restore(n, targets[f"layers.{i}.keys"], targets[f"layers.{i}.values"])
+        self._cache.length = n
+        self._trail.restart(n, targets["hidden"])
+        self.tokens = tokens
+        self._marks = [self._loaded_mark(m, length, targets) for m, length in enumerate(lengths)]
+
+    def _targets(self, saved: SavedSession, n: int) -> dict[str, Tensor]:
+        """A place for each tensor of the file: in the cache itself where it can be, else fresh and small."""
+        n_marks, hidden = saved.count("marks"), self._model.config.hidden
+        if n_marks > N_SNAPSHOTS:
+            raise BadSession(f"{saved.path} holds {n_marks} marks; a session has at most {N_SNAPSHOTS}.")
+        out = {
+            "tokens": torch.empty(n, dtype=torch.int32),
+            "marks": torch.empty(n_marks, dtype=torch.int32),
+            "hidden": torch.empty(_rows(saved, "hidden", 0, min(n, self._trail.rows)), hidden),
+        }
+        for i, layer in enumerate(self._cache.layers):
+            if isinstance(layer, GlobalKV):
+                out[f"layers.{i}.keys"], out[f"layers.{i}.values"] = layer.make_room(n)
+        for i, window in self._windows():
+            self._add_window(out, saved, f"layers.{i}", window, window.rows)
+        for m in range(n_marks):
+            name = f"marks.{m}.hidden"
+            out[name] = torch.empty(_rows(saved, name, 0, 1), hidden)
+            for i, window in self._windows():
+                self._add_window(out, saved, f"marks.{m}.layers.{i}", window, window.window)
+        return out
+
+    def _add_window(
+        self, out: dict[str, Tensor], saved: SavedSession, name: str, window: WindowKV, most: int
+    ) -> None:
+        rows = _rows(saved, f"{name}.keys", 1, most)
+        out[f"{name}.keys"], out[f"{name}.values"] = window.empty(rows)
+
+    def _loaded_mark(self, m: int, length: int, found: dict[str, Tensor]) -> Mark:
+        windows = tuple(
+            (found[f"marks.{m}.layers.{i}.keys"], found[f"marks.{m}.layers.{i}.values"])
+            for i, _ in self._windows()
+        )
+        return Mark(Snapshot(length, windows), found[f"marks.{m}.hidden"])
+
+    # ---- inside ----
+
+    def _windows(self) -> list[tuple[int, WindowKV]]:
+        """The window layers with their places."""
+        return [(i, layer) for i, layer in enumerate(self._cache.layers) if isinstance(layer, WindowKV)]
+
+    def _come_back(self, tokens: Sequence[int], whole: bool = False) -> int:
+        """Go back to the longest prefix of `tokens` that can be had; how many tokens are common.
+
+        Where that is all of them, the logits behind it are known, unless `whole` says that they need not be.
         """
         common = _common_prefix(self.tokens, tokens)
         mark = next((mark for mark in reversed(self._marks) if mark.snapshot.length <= common), None)
-        if mark is not None and mark.snapshot.length == len(tokens):
+        known = common < len(tokens) or whole or self._trail.last(common) is not None
+        if mark is not None and mark.snapshot.length == len(tokens) and not known:
             self._restore(mark)
-            return mark
-        reach = common if whole else min(common, len(tokens) - 1)
-        if not self._cache.rewind(reach):
+        elif self._cache.rewind(common if known else common - 1):
+            self._truncate(self._cache.length)
+        else:
             self._restore(mark)
-        self._truncate(self._cache.length)
-        return None
+        return common
 
     def _restore(self, mark: Mark | None) -> None:
         if mark is None:
             self._cache.clear()
         else:
             self._cache.restore(mark.snapshot)
+        self._trail.restart(self._cache.length, None if mark is None else mark.hidden)
         self._truncate(self._cache.length)
 
     def _truncate(self, length: int) -> None:
         del self.tokens[length:]
+        self._trail.truncate(length)
         self._marks = [mark for mark in self._marks if mark.snapshot.length <= length]
 
-    def _read(self, tokens: Sequence[int], progress: Progress | None, check: Callable[[], None]) -> Tensor:
-        """Prefill in stretches; the hidden state [hidden] after the last token."""
-        hidden = torch.empty(0)
+    def _read(self, tokens: Sequence[int], progress: Progress | None, check: Callable[[], None]) -> None:
+        """Prefill in stretches."""
         for start in range(0, len(tokens), self._stretch):
             stretch = tokens[start : start + self._stretch]
             share = None if progress is None else _share(progress, start, len(stretch), len(tokens))
-            hidden = self._forward(stretch, check, share)[-1].clone()
-        return hidden
+            self._forward(stretch, check, share)
 
     def _forward(
         self,
@@ -134,7 +257,7 @@ class Session:
         report: Callable[[float], None] | None = None,
     ) -> Tensor:
         """Run tokens through the model; a stop or an error leaves the session as it was before them."""
-        before = self._cache.snapshot() if len(tokens) > 1 else None
+        before = self._cache.snapshot() if len(tokens) > SLACK else None  # fewer: the rings reach back
         try:
             hidden = self._model.forward(
                 torch.tensor(tokens), self._cache, self._experts, check, report or nothing_to_report
@@ -144,12 +267,9 @@ class Session:
                 assert before is not None
                 self._cache.restore(before)
             raise
+        self._trail.append(hidden)
         self.tokens.extend(tokens)
         return hidden
-
-    def _keep_mark(self, hidden: Tensor) -> None:
-        self._marks.append(Mark(self._cache.snapshot(), hidden.clone()))
-        del self._marks[:-N_SNAPSHOTS]
 
 
 def _share(progress: Progress, start: int, n: int, total: int) -> Callable[[float], None]:
@@ -160,6 +280,15 @@ def _share(progress: Progress, start: int, n: int, total: int) -> Callable[[floa
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     limit = min(len(a), len(b))
     return next((i for i in range(limit) if a[i] != b[i]), limit)
+
+
+def _rows(saved: SavedSession, name: str, axis: int, most: int) -> int:
+    """How many rows a tensor of the file has, at most `most`."""
+    shape = saved.shape(name)
+    rows = shape[axis] if axis < len(shape) else 0
+    if not 1 <= rows <= most:
+        raise BadSession(f"{saved.path}: {name} has {rows:,} rows, and there is room for {most:,}.")
+    return rows
 
 
 def _too_long(needed: int, context: int) -> str:

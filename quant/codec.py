@@ -24,7 +24,7 @@ from quant.errors import BadRecipe
 Shape = tuple[int, int]  # rows, cols of a weight matrix
 
 ROW_GROUP = 16
-ITEM_BYTES = {"u8": 1, "i8": 1, "fp8": 1, "f16": 2, "bf16": 2, "f32": 4}
+ITEM_BYTES = {"u8": 1, "i8": 1, "fp8": 1, "f16": 2, "bf16": 2, "i32": 4, "f32": 4}
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.codec import PartSpec
-from quant.errors import QuantError
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +31,9 @@ DTYPE_BITS = {
     "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
-DTYPE_NAMES = {"u8": "U8", "i8": "I8", "fp8": "F8_E4M3", "f16": "F16", "bf16": "BF16", "f32": "F32"}
+DTYPE_NAMES = {
+    "u8": "U8", "i8": "I8", "fp8": "F8_E4M3", "f16": "F16", "bf16": "BF16", "i32": "I32", "f32": "F32",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,11 @@ class Stored:
 class Shard:
     """One safetensors file, open for reading."""
 
-    def __init__(self, path: Path, blame: type[QuantError]) -> None:
+    def __init__(self, path: Path, blame: type[Exception], *, max_header: int = MAX_HEADER) -> None:
         """Read and check the header; what is wrong is raised as `blame`, a sentence that names the file."""
         self.path = path
         self.blame = blame
+        self.max_header = max_header
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -109,8 +111,12 @@ class Shard:
 
         descriptor = self._descriptor()
         out = torch.empty(nbytes, dtype=torch.uint8)
-        view = out.numpy().data
-        done = 0
+        self.read_into(offset, out.numpy().data)
+        return out
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view`, a flat view of bytes, from `offset` of the file."""
+        nbytes, done = len(view), 0
         while done < nbytes:
             got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
             if not got:
@@ -118,7 +124,6 @@ class Shard:
                     f"{self.path} ends {nbytes - done:,} bytes early: it was cut off while being read."
                 )
             done += got
-        return out
 
     def forget(self, offset: int, nbytes: int) -> None:
         """Tell the kernel that these bytes will not be read again: converting must not evict everything
@@ -130,9 +135,9 @@ class Shard:
         if self.n_bytes < 8:
             raise self.blame(f"{self.path} has {self.n_bytes} bytes and can not be a safetensors file.")
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-        if length > MAX_HEADER:
+        if length > self.max_header:
             raise self.blame(
-                f"{self.path} claims a header of {length:,} bytes; at most {MAX_HEADER:,} are allowed."
+                f"{self.path} claims a header of {length:,} bytes; at most {self.max_header:,} are allowed."
             )
         if 8 + length > self.n_bytes:
             raise self.blame(
@@ -147,9 +152,14 @@ class Shard:
             raise self.blame(f"The header of {self.path} is not JSON: {error}.") from error
         if not isinstance(entries, dict):
             raise self.blame(f"The header of {self.path} is not a JSON object.")
-        entries.pop("__metadata__", None)
+        self.metadata = self._metadata(entries.pop("__metadata__", {}))
         found = {name: self._entry(name, entry) for name, entry in entries.items()}
         self._check_contiguous(found)
+        return found
+
+    def _metadata(self, found: object) -> dict[str, str]:
+        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+            raise self.blame(f"{self.path}: the header's __metadata__ is no object of strings.")
         return found
 
     def _entry(self, name: str, entry: object) -> Stored:
@@ -203,10 +213,12 @@ class ShardPlan:
         return len(self.header)
 
 
-def plan_shard(file: str, tensors: Mapping[str, PartSpec], *, align: int = 8) -> ShardPlan:
+def plan_shard(
+    file: str, tensors: Mapping[str, PartSpec], *, align: int = 8, metadata: Mapping[str, str] | None = None
+) -> ShardPlan:
     """Lay a file out. Wide elements come first, so that each tensor is aligned to its element size."""
     order = sorted(tensors, key=lambda name: -_width(tensors[name]))
-    entries: dict[str, object] = {}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     starts: dict[str, int] = {}
     offset = 0
     for name in order:

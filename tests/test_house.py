@@ -30,7 +30,7 @@ conversion"""
 LOCALMIMO = """errors home toolcall messages family
 config machine attend sample text
 chat
-kv plan
+kv plan saved trail
 model experts.profile
 experts.stats
 experts.policy

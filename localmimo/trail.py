@@ -1,0 +1,57 @@
+"""Trail: the hidden states of a timeline's last tokens. They give logits again, and feed the draft heads.
+
+Knows rows and lengths; nothing of tokens, weights or what a hidden state means.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Trail:
+    """Rows [hidden] of the last tokens of a sequence `length` long: at least `rows` of them where there were so many.
+
+    Rows are appended to a buffer of twice the size, so that the rows before them move seldom.
+    """
+
+    def __init__(self, rows: int, hidden: int) -> None:
+        self.rows = rows
+        self.length = 0
+        self._buffer = torch.zeros(2 * rows, hidden)
+        self._end = 0  # rows of the buffer in use
+        self._held = 0  # the last so many of them belong to the sequence
+
+    def append(self, hidden: Tensor) -> None:
+        """The hidden states [n, hidden] of the next n tokens."""
+        self.length += len(hidden)
+        new = hidden[-self.rows :]
+        if self._end + len(new) > len(self._buffer):
+            kept = self.tail(self.rows - len(new))
+            self._buffer[: len(kept)] = kept
+            self._end = self._held = len(kept)
+        self._buffer[self._end : self._end + len(new)] = new
+        self._end += len(new)
+        self._held += len(new)
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        dropped = min(self._held, self.length - length)
+        self._end -= dropped
+        self._held -= dropped
+        self.length = length
+
+    def restart(self, length: int, hidden: Tensor | None = None) -> None:
+        """Become a sequence `length` long of which only the last rows, `hidden`, are known."""
+        self._end = self._held = 0
+        self.length = length
+        if hidden is not None:
+            self.append(hidden)
+            self.length = length
+
+    def tail(self, n: int) -> Tensor:
+        """A copy of the last n rows [at most n, hidden], those that are known."""
+        return self._buffer[self._end - min(n, self._held) : self._end].clone()
+
+    def last(self, length: int) -> Tensor | None:
+        """The row [hidden] of the last token when the sequence was `length` long; None where it is not known."""
+        back = self.length - length
+        return self._buffer[self._end - 1 - back] if 0 <= back < self._held else None
