@@ -71,7 +71,7 @@ class Shard:
 
     @classmethod
     def absent(
-        cls, path: Path, blame: type[QuantError], tensors: dict[str, Stored], n_bytes: int, digest: str
+        cls, path: Path, blame: type[Exception], tensors: dict[str, Stored], n_bytes: int, digest: str
     ) -> Shard:
         """A file that is described but not here, or not yet: it is opened when something is read from it."""
         shard = cls.__new__(cls)
@@ -80,7 +80,7 @@ class Shard:
         return shard
 
     @classmethod
-    def of_header(cls, path: Path, blame: type[QuantError], header: bytes, n_bytes: int) -> Shard:
+    def of_header(cls, path: Path, blame: type[Exception], header: bytes, n_bytes: int) -> Shard:
         """The same from the header's text (without its length), checked like a file's."""
         shard = cls.absent(path, blame, {}, n_bytes, hashlib.sha256(header).hexdigest())
         shard.data_offset = 8 + len(header)
@@ -109,14 +109,13 @@ class Shard:
         """nbytes from `offset` of the file as a fresh uint8 tensor."""
         import torch
 
-        descriptor = self._descriptor()
         out = torch.empty(nbytes, dtype=torch.uint8)
         self.read_into(offset, out.numpy().data)
         return out
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view`, a flat view of bytes, from `offset` of the file."""
-        nbytes, done = len(view), 0
+        descriptor, nbytes, done = self._descriptor(), len(view), 0
         while done < nbytes:
             got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
             if not got:
