@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from localmimo import load
 from localmimo.engine import Engine
-from localmimo.experts.run import group_by_expert
+from localmimo.experts.run import grouped
 from localmimo.mini import CHECKPOINT, HELD_OUT
 from quant import Pack, Recipe, convert, fourbit
 from quant.codec import codec
@@ -51,7 +51,9 @@ class Watcher:
         self.uses: dict[Key, Use] = {}
 
     def run(self, layer: int, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        for expert, rows in group_by_expert(chosen).items():
+        places, spans = grouped(chosen)
+        for expert, (start, stop) in spans.items():
+            rows = places[start:stop]
             gate, up, _ = matrices(self._pack, (layer, expert))
             given = x[rows // chosen.shape[1]]
             inner = F.silu(given @ gate.T) * (given @ up.T) * weights.reshape(-1)[rows, None]

@@ -21,35 +21,38 @@ def experts(
     x: Tensor,
     layout: PageLayout,
     pages: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    places: Tensor,
+    spans: Sequence[int],
+    weights: Tensor,
     out: Tensor,
-    rows: Sequence[Tensor],
 ) -> None:
     """Run experts and store each weighted output in its own row of `out`.
 
-    x [n, hidden] float32 or bfloat16; expert e has the page pages[e] (uint8 [>= layout.bytes]) and works on the rows
-    tokens[e] of x; its output, times weights[e] (float32, one per token), goes to the rows rows[e] of out (float32
-    [m, hidden]). An output depends on its token, page and weight alone.
+    x [n, hidden] float32 or bfloat16, contiguous. A place is token * k + i: the i-th of the k experts of a token, with
+    the weight weights[token, i] (float32 [n, k]) and the row of that number in out (float32 [n * k, hidden]). Page e
+    (uint8 [>= layout.bytes]) runs the places places[spans[2 e]:spans[2 e + 1]] (int64). An output depends on its
+    token, page and weight alone.
     """
     if kernels.available() and layout.codec in kernels.FORMATS:
-        kernels.experts(x, layout, pages, tokens, weights, out, rows)
+        kernels.routed(x, layout, pages, places, spans, weights, out)
     else:
-        reference(x, layout, pages, tokens, weights, out, rows)
+        reference(x, layout, pages, places, spans, weights, out)
 
 
 def reference(
     x: Tensor,
     layout: PageLayout,
     pages: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    places: Tensor,
+    spans: Sequence[int],
+    weights: Tensor,
     out: Tensor,
-    rows: Sequence[Tensor],
 ) -> None:
     """`experts`, one by one in torch."""
-    for page, token, weight, row in zip(pages, tokens, weights, rows, strict=True):
-        out[row] = run_expert(layout.expert(page), x[token]).float() * weight[:, None]
+    k, shares = weights.shape[1], weights.reshape(-1, 1)
+    for page, start, stop in zip(pages, spans[::2], spans[1::2], strict=True):
+        here = places[start:stop]
+        out[here] = run_expert(layout.expert(page), x[here // k]).float() * shares[here]
 
 
 def run_expert(expert: Expert, x: Tensor) -> Tensor:

@@ -22,20 +22,26 @@ class ExpertRunner:
         self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
     ) -> Tensor:
         """x [n, hidden], chosen experts int64 [n, k] ascending, weights float32 [n, k] -> float32 [n, hidden]."""
-        rows = group_by_expert(chosen)  # row = token * k + place
+        places, spans = grouped(chosen)
         outputs = torch.empty(chosen.numel(), x.shape[1])
-        x, flat, k = x.contiguous(), weights.reshape(-1), chosen.shape[1]
-        for arrivals in self._store.fetch(layer, list(rows)):
+        x, weights = x.contiguous(), weights.contiguous()
+        for arrivals in self._store.fetch(layer, list(spans)):
             for layout in {arrival.layout for arrival in arrivals}:
-                pages = [arrival.page for arrival in arrivals if arrival.layout == layout]
-                here = [rows[arrival.expert] for arrival in arrivals if arrival.layout == layout]
-                tokens, shares = [row // k for row in here], [flat[row] for row in here]
-                run_pages(x, layout, pages, tokens, shares, outputs, here)
+                here = [arrival for arrival in arrivals if arrival.layout == layout]
+                edges = [edge for arrival in here for edge in spans[arrival.expert]]
+                run_pages(x, layout, [arrival.page for arrival in here], places, edges, weights, outputs)
         return outputs.view(*chosen.shape, -1).sum(1)
 
 
-def group_by_expert(chosen: Tensor) -> dict[int, Tensor]:
-    """Expert -> the flat places in chosen [n, k] where it stands, experts ascending."""
-    order = chosen.reshape(-1).argsort(stable=True)
+def grouped(chosen: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:
+    """Places in chosen [n, k], ascending in every row, sorted by expert, and expert -> its start and stop in them.
+
+    Experts ascend. A place is the number of an entry: token * k + its number in the row.
+    """
+    if len(chosen) == 1:
+        return torch.arange(chosen.numel()), {e: (i, i + 1) for i, e in enumerate(chosen[0].tolist())}
     experts, counts = chosen.unique(return_counts=True)
-    return dict(zip(experts.tolist(), order.split(counts.tolist()), strict=True))
+    stops = counts.cumsum(0).tolist()
+    return chosen.reshape(-1).argsort(stable=True), dict(
+        zip(experts.tolist(), zip([0, *stops], stops, strict=False), strict=True)
+    )

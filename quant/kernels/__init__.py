@@ -10,7 +10,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -40,6 +41,7 @@ DTYPES = {
     "scale": (torch.float32,),
 }
 N_CELLS = 1024  # of a book's tables
+_ready: WeakKeyDictionary[QTensor, tuple[Any, list[Tensor]]] = WeakKeyDictionary()  # see `_prepared`
 NO_MODULE = "This build has no native kernels. Install a C++17 compiler, then reinstall the package."
 
 
@@ -82,22 +84,25 @@ def pin(cpus: Sequence[int]) -> bool:
 
 
 def linear(x: Tensor, q: QTensor) -> Tensor | None:
-    """x [..., cols] float32 or bfloat16 -> [..., rows] in x.dtype; None where no kernel serves it."""
-    if _native is None or q.codec not in FORMATS or x.dtype not in INPUTS or x.requires_grad:
+    """x [..., cols] float32 or bfloat16 -> [..., rows] in x.dtype; None where no kernel serves it.
+
+    The parts of `q` are checked at its first use; they must not be exchanged afterwards.
+    """
+    half = x.dtype is torch.bfloat16
+    if not (half or x.dtype is torch.float32) or not x.is_cpu or x.requires_grad:
         return None
-    if x.device.type != "cpu" or q.device.type != "cpu":
+    ready = _ready.get(q) or _prepared(q)
+    if ready is None:
         return None
+    *lead, found = x.shape
     rows, cols = q.shape
-    if x.shape[-1] != cols:
-        raise ValueError(f"The input has {x.shape[-1]} columns, the {q.codec} matrix {cols}.")
-    codes, scales, scale = _checked_parts(q)
-    flat = x.reshape(-1, cols).contiguous()
-    y = torch.empty(flat.shape[0], rows, dtype=torch.float32)
-    half = x.dtype == torch.bfloat16
-    _native.linear(
-        FORMATS[q.codec], rows, cols, codes, scales, scale, flat.data_ptr(), half, flat.shape[0], y.data_ptr()
-    )
-    return (y.bfloat16() if half else y).view(*x.shape[:-1], rows)
+    if found != cols:
+        raise ValueError(f"The input has {found} columns, the {q.codec} matrix {cols}.")
+    if not x.is_contiguous():
+        x = x.contiguous()
+    y = torch.empty((*lead, rows), dtype=x.dtype)
+    ready[0](x.data_ptr(), half, x.numel() // cols, y.data_ptr())
+    return y
 
 
 def experts(
@@ -118,9 +123,7 @@ def experts(
     instead (no row twice), so that parts of a layer computed elsewhere can be summed in a fixed order later.
     An output depends on its token, page and weight alone, to the last bit. Returns `out`.
     """
-    module = _module()
-    if layout.codec not in FORMATS:
-        raise ValueError(f"No native kernel computes {layout.codec} experts, only {', '.join(FORMATS)}.")
+    kernel = _experts_kernel(layout)
     _check_matrix("x", x, INPUTS, layout.hidden)
     _check_matrix("out", out, (torch.float32,), layout.hidden)
     if not len(pages) == len(tokens) == len(weights) == len(rows if rows is not None else pages):
@@ -135,13 +138,42 @@ def experts(
     token = _joined("tokens", tokens, counts)
     weight = _joined("weights", weights, counts)
     to = token if rows is None else _joined("rows", rows, counts)
-    module.experts(
-        FORMATS[layout.codec], layout.hidden, layout.inner, _offsets(layout),
-        [_page_address(page, layout.bytes) for page in pages], counts,
-        token.data_ptr(), weight.data_ptr(), to.data_ptr(), rows is not None,
-        x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], out.data_ptr(), out.shape[0],
+    kernel.run(
+        _page_addresses(pages, layout.bytes), counts, token.data_ptr(), weight.data_ptr(), to.data_ptr(),
+        rows is not None, x.data_ptr(), x.dtype is torch.bfloat16, x.shape[0], out.data_ptr(), out.shape[0],
     )  # fmt: skip
     return out
+
+
+def routed(
+    x: Tensor,
+    layout: PageLayout,
+    pages: Sequence[Tensor],
+    places: Tensor,
+    spans: Sequence[int],
+    weights: Tensor,
+    out: Tensor,
+) -> None:
+    """`experts` as a router leaves them, with no tensor made per expert.
+
+    weights float32 [n, k]: token t gave its choice number i the weight [t, i]; that is place t * k + i, and the
+    output goes to the row of that number in out (float32 [n * k, hidden]). Page e runs the places
+    places[spans[2 e]:spans[2 e + 1]] (int64).
+    """
+    kernel = _experts_kernel(layout)
+    _check_matrix("x", x, INPUTS, layout.hidden)
+    _check_matrix("out", out, (torch.float32,), layout.hidden)
+    n, k = weights.shape
+    _check_matrix("weights", weights, (torch.float32,), k)
+    if n != x.shape[0] or n * k != out.shape[0] or places.dtype is not torch.int64 or places.dim() != 1:
+        raise ValueError(
+            f"x has {x.shape[0]} rows, weights are {n} x {k}, out has {out.shape[0]} rows and places are "
+            f"{places.dtype} {list(places.shape)}; n, n x k, n * k and a flat torch.int64 list were expected."
+        )
+    kernel.run_places(
+        _page_addresses(pages, layout.bytes), spans, places.contiguous().data_ptr(), places.numel(), k,
+        weights.data_ptr(), x.data_ptr(), x.dtype is torch.bfloat16, n, out.data_ptr(),
+    )  # fmt: skip
 
 
 def crc32(data: Tensor, value: int = 0) -> int:
@@ -202,19 +234,30 @@ def _table(table: Tensor, dtype: torch.dtype, at_least: int) -> Tensor:
     return table
 
 
-def _module():  # type: ignore[no-untyped-def]
+def _module() -> Any:
     if _native is None:
         raise RuntimeError(NO_MODULE)
     return _native
 
 
-def _checked_parts(q: QTensor) -> tuple[int, int, int]:
-    """Addresses of codes, scales and scale (0: none), after comparing them with the codec's layout."""
+def _prepared(q: QTensor) -> tuple[Any, list[Tensor]] | None:
+    """The bound product of a matrix whose parts have been checked, and the parts, to keep them where they are."""
+    if _native is None or q.codec not in FORMATS or q.device.type != "cpu":
+        return None
+    rows, cols = q.shape
+    parts = _checked_parts(q)
+    addresses = [part.data_ptr() for part in parts] + [0] * (3 - len(parts))
+    _ready[q] = ready = (_native.Matrix(FORMATS[q.codec], rows, cols, *addresses).multiply, parts)
+    return ready
+
+
+def _checked_parts(q: QTensor) -> list[Tensor]:
+    """codes, scales and, where there is one, scale, after comparing them with the codec's layout."""
     rows, cols = q.shape
     if rows < 1 or cols < 1:
         raise ValueError(f"A matrix of {rows} x {cols} has nothing to multiply.")
-    found = [0, 0, 0]
-    for i, (name, expected) in enumerate(_part_bytes(q.codec, rows, cols)):
+    found = []
+    for name, expected in _part_bytes(q.codec, rows, cols):
         part = q.parts.get(name)
         if part is None:
             raise ValueError(f"The {q.codec} matrix has no part {name!r}.")
@@ -224,8 +267,8 @@ def _checked_parts(q: QTensor) -> tuple[int, int, int]:
                 f"Part {name!r} of a {rows} x {cols} {q.codec} matrix is {part.dtype} with {nbytes} bytes; "
                 f"contiguous {DTYPES[name][0]} with {expected} bytes was expected."
             )
-        found[i] = part.data_ptr()
-    return found[0], found[1], found[2]
+        found.append(part)
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -238,17 +281,21 @@ def _part_bytes(codec: str, rows: int, cols: int) -> tuple[tuple[str, int], ...]
 
 
 @lru_cache(maxsize=16)
-def _offsets(layout: PageLayout) -> list[int]:
-    """codes, scales, scale (-1: none) of gate, up and down in a page."""
+def _experts_kernel(layout: PageLayout) -> Any:
+    """The native side of a layout: codes, scales and scale (-1: none) of gate, up and down in a page."""
+    module = _module()
+    if layout.codec not in FORMATS:
+        raise ValueError(f"No native kernel computes {layout.codec} experts, only {', '.join(FORMATS)}.")
     at = {(s.matrix, s.part): s.offset for s in layout.slices}
     for matrix in ("gate", "up", "down"):
         _part_bytes(layout.codec, *layout.shape(matrix))
-    return [at.get((m, p), -1) for m in ("gate", "up", "down") for p in ("codes", "scales", "scale")]
+    offsets = [at.get((m, p), -1) for m in ("gate", "up", "down") for p in ("codes", "scales", "scale")]
+    return module.Experts(FORMATS[layout.codec], layout.hidden, layout.inner, offsets)
 
 
 def _check_matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], cols: int) -> None:
     fits = x.dim() == 2 and x.dtype in dtypes and x.shape[1] == cols
-    if not (fits and x.device.type == "cpu" and x.is_contiguous()):
+    if not (fits and x.is_cpu and x.is_contiguous()):
         raise ValueError(
             f"{name} is {x.dtype} {list(x.shape)} on {x.device}; contiguous {dtypes[0]} [n, {cols}] in main "
             "memory was expected."
@@ -266,11 +313,17 @@ def _joined(name: str, lists: Sequence[Tensor], counts: list[int]) -> Tensor:
     return flat.to(torch.float32 if name == "weights" else torch.int64)
 
 
-def _page_address(page: Tensor, n_bytes: int) -> int:
-    fits = page.dtype == torch.uint8 and page.numel() >= n_bytes
-    if not (fits and page.is_contiguous() and page.device.type == "cpu"):
-        raise ValueError(
-            f"A page is {page.dtype} with {page.numel()} bytes on {page.device}; contiguous torch.uint8 with "
-            f"{n_bytes} bytes in main memory was expected."
-        )
-    return page.data_ptr()
+def _page_addresses(pages: Sequence[Tensor], n_bytes: int) -> list[int]:
+    return [
+        page.data_ptr()
+        if page.dtype is torch.uint8 and page.numel() >= n_bytes and page.is_cpu and page.is_contiguous()
+        else _no_page(page, n_bytes)
+        for page in pages
+    ]
+
+
+def _no_page(page: Tensor, n_bytes: int) -> int:
+    raise ValueError(
+        f"A page is {page.dtype} with {page.numel()} bytes on {page.device}; contiguous torch.uint8 with "
+        f"{n_bytes} bytes in main memory was expected."
+    )

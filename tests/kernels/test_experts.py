@@ -121,6 +121,44 @@ def test_rows_hold_the_terms_of_the_sum() -> None:
     assert torch.equal(total, case.run())
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 3), (30, 2)])
+def test_places_of_a_router(n: int, k: int) -> None:
+    """The call without a tensor per expert does what the one with them does."""
+    case = layer("nf4", 96, 64, n, n_experts=5)
+    chosen = torch.stack([torch.randperm(5)[:k].sort().values for _ in range(n)])
+    weights, places = torch.rand(n, k), chosen.reshape(-1).argsort(stable=True)
+    stops = torch.bincount(chosen.reshape(-1), minlength=5).cumsum(0).tolist()
+    edges = [edge for span in zip([0, *stops], stops, strict=False) for edge in span]
+    out, expected = torch.full((n * k, 96), torch.nan), torch.full((n * k, 96), torch.nan)
+    kernels.routed(case.x, case.layout, case.pages[:2], places, edges[:4], weights, out)
+    kernels.routed(case.x, case.layout, case.pages[2:], places, edges[4:], weights, out)
+    rows = [places[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    shares = [weights.reshape(-1)[row] for row in rows]
+    kernels.experts(case.x, case.layout, case.pages, [row // k for row in rows], shares, expected, rows)
+    assert torch.equal(out, expected)
+
+    def refused(message: str, **change: object) -> None:
+        call: dict[str, object] = {
+            "x": case.x,
+            "layout": case.layout,
+            "pages": case.pages[:1],
+            "places": places,
+        }
+        call |= {"spans": [0, 1], "weights": weights, "out": out}
+        with pytest.raises(ValueError, match=message):
+            kernels.routed(**{**call, **change})  # type: ignore[arg-type]
+
+    refused("outside", spans=[0, n * k + 1])
+    refused("outside", spans=[-1, 1])
+    refused("outside", spans=[1, 0])
+    refused("needs its span", spans=[0])
+    refused("exist", places=torch.full((n * k,), n * k))
+    refused("same row", places=places[:1].repeat(2), spans=[0, 2])
+    refused("were expected", places=places.int())
+    refused("were expected", out=out[1:])
+    refused("weights is", weights=weights.double())
+
+
 def test_bfloat16_input_and_many_tokens() -> None:
     case = layer("nf4", 64, 32, 300, n_experts=2)
     case.x = case.x.bfloat16()

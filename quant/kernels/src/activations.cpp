@@ -5,6 +5,7 @@
 namespace localmimo {
 namespace {
 
+constexpr int64_t kAlone = 1 << 14;  // values that one thread quantises in a microsecond or two
 constexpr int kPiece = 1024;  // columns widened from bf16 at a time; a multiple of 64
 
 void quantise_bf16(const Kernels& k, const uint16_t* x, int64_t cols, int top, int16_t* codes, float* scales) {
@@ -37,11 +38,7 @@ void Activations::fill(Pool& pool, const Kernels& k, const void* x, bool half, i
     if (half) quantise_bf16(k, static_cast<const uint16_t*>(x) + i * cols, cols, top, codes(i), scales(i));
     else k.quantise(static_cast<const float*>(x) + i * cols, cols, top, codes(i), scales(i));
   };
-  if (n <= 2) {
-    for (int64_t i = 0; i < n; ++i) one(i, -1, 0);  // a few microseconds: not worth a hand-over
-  } else {
-    pool.run(n, one);
-  }
+  pool.run(n, one, n * cols <= kAlone);
 }
 
 }  // namespace localmimo

@@ -14,6 +14,7 @@ namespace {
 constexpr int kTokens = 192;  // tokens of one product call: a multiple of every register tile
 constexpr int64_t kUnitsPerThread = 32;
 constexpr int64_t kLongest = 4;  // strips of a unit
+constexpr int64_t kAlone = 96 << 10;  // multiplications of some microseconds: one thread is done before two have met
 // Per thread: what product() uses, then two [kTokens][kStrip] tiles of floats.
 constexpr size_t kThreadBytes = kScratchBytes + 2 * sizeof(float) * kTokens * kStrip;
 
@@ -74,6 +75,23 @@ int64_t strip_product(const Kernels& k, const Matrix& w, int64_t strip, const Ro
   return std::min<int64_t>(kStrip, w.rows - strip * kStrip);
 }
 
+uint16_t to_bf16(float x) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+
+// Puts n outputs at place `at` of y.
+void put(const float* from, int64_t n, void* y, bool half, int64_t at) {
+  if (half) {
+    uint16_t* to = static_cast<uint16_t*>(y) + at;
+    for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(from[i]);
+  } else {
+    std::memcpy(static_cast<float*>(y) + at, from, sizeof(float) * static_cast<size_t>(n));
+  }
+}
+
 Matrix part(const uint8_t* page, const PageShape& shape, const PageShape::Part& at, int64_t rows, int64_t cols) {
   const float* scale = at.scale < 0 ? nullptr : reinterpret_cast<const float*>(page + at.scale);
   return {shape.format, rows, cols, page + at.codes, page + at.scales, scale};
@@ -109,7 +127,7 @@ class LayerCall {
       const int64_t first = unit % per_expert * wide, last = std::min(first + wide, inner);
       const uint8_t* on = next < 0 ? nullptr : codes_at(gate(next / per_expert), next % per_expert * wide);
       inner_strips(unit / per_expert, first, last, on, Scratch(pool_.scratch(thread)));
-    });
+    }, 2 * matrix_work() <= kAlone);
   }
 
   void outer_phase() {
@@ -122,12 +140,14 @@ class LayerCall {
                                                        : codes_at(down(0), next * high);
         outer_strips(e, first, last, on, Scratch(pool_.scratch(thread)));
       }
-    });
+    }, matrix_work() <= kAlone);
   }
 
   Matrix gate(int64_t e) const { return part(routing_.pages[e], shape_, shape_.gate, shape_.inner, shape_.hidden); }
   Matrix up(int64_t e) const { return part(routing_.pages[e], shape_, shape_.up, shape_.inner, shape_.hidden); }
   Matrix down(int64_t e) const { return part(routing_.pages[e], shape_, shape_.down, shape_.hidden, shape_.inner); }
+
+  int64_t matrix_work() const { return routing_.first[routing_.n_experts] * shape_.hidden * shape_.inner; }
 
   int64_t most_tokens() const {
     int64_t most = 0;
@@ -204,7 +224,7 @@ class LayerCall {
 
 }  // namespace
 
-void linear(const Matrix& w, const void* x, bool half, int64_t n, float* y) {
+void linear(const Matrix& w, const void* x, bool half, int64_t n, void* y) {
   Pool& pool = Pool::instance();
   std::lock_guard<std::mutex> turn(pool.turn());
   const Kernels& k = kernels();
@@ -213,7 +233,8 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, float* y) {
   s.x.fill(pool, k, x, half, n, w.cols, w.format);
   s.rows.clear();
   for (int64_t i = 0; i < n; ++i) s.rows.add(s.x, i);
-  const int64_t n_strips = strips(w.rows), high = unit_strips(n_strips, pool.threads());
+  const int64_t n_strips = strips(w.rows);
+  const int64_t high = unit_strips(n_strips, pool.threads());
   pool.run(ceil_div(n_strips, high), [&](int64_t unit, int64_t next, int thread) {
     const Scratch scratch(pool.scratch(thread));
     const int64_t last = std::min((unit + 1) * high, n_strips);
@@ -224,10 +245,9 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, float* y) {
         const int64_t rows =
             strip_product(k, w, strip, s.rows.at(i), count, scratch.first, scratch.panel, stretch);
         for (int t = 0; t < count; ++t)
-          std::memcpy(y + (i + t) * w.rows + strip * kStrip, scratch.first + t * kStrip,
-                      sizeof(float) * static_cast<size_t>(rows));
+          put(scratch.first + t * kStrip, rows, y, half, (i + t) * w.rows + strip * kStrip);
       }
-  });
+  }, w.rows * w.cols * n <= kAlone);
 }
 
 double encode(const Book& book, Format f, const float* w, int64_t rows, int64_t cols, float scale, uint8_t* codes,

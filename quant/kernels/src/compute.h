@@ -6,8 +6,8 @@
 
 namespace localmimo {
 
-// y [n, rows] float32 = x [n, cols] W^T; x is float32, or bf16 when `half`.
-void linear(const Matrix& w, const void* x, bool half, int64_t n, float* y);
+// y [n, rows] = x [n, cols] W^T; x and y are float32, or bf16 when `half`.
+void linear(const Matrix& w, const void* x, bool half, int64_t n, void* y);
 
 // Where the nine parts of an expert lie in its page.
 struct PageShape {

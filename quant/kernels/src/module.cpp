@@ -35,13 +35,6 @@ Matrix matrix(int format, int64_t rows, int64_t cols, Address codes, Address sca
   return {format_of(format), rows, cols, at<uint8_t>(codes), at<uint8_t>(scales), at<float>(scale)};
 }
 
-void py_linear(int format, int64_t rows, int64_t cols, Address codes, Address scales, Address scale, Address x,
-               bool half, int64_t n, Address y) {
-  const Matrix w = matrix(format, rows, cols, codes, scales, scale);
-  nb::gil_scoped_release release;
-  linear(w, at<void>(x), half, n, at<float>(y));
-}
-
 void check_range(const char* name, const int64_t* at, int64_t n, int64_t limit) {
   if (n == 0) return;
   const auto [low, high] = std::minmax_element(at, at + n);
@@ -60,29 +53,71 @@ void check_apart(const int64_t* at, int64_t n, int64_t limit) {
   }
 }
 
-// offsets: codes, scales, scale (-1: none) of gate, up and down.
-void py_experts(int format, int64_t hidden, int64_t inner, const std::vector<int64_t>& offsets,
-                const std::vector<Address>& pages, const std::vector<int64_t>& counts, Address token, Address weight,
-                Address to, bool store, Address x, bool half, int64_t n, Address out, int64_t n_out) {
-  if (offsets.size() != 9) throw nb::value_error("an expert page has nine part offsets");
-  if (counts.size() != pages.size()) throw nb::value_error("every page needs its number of tokens");
-  std::vector<int64_t> first(1, 0);
-  for (int64_t count : counts) first.push_back(first.back() + count);
-  check_range("tokens", at<int64_t>(token), first.back(), n);
-  if (store) {
-    check_range("rows", at<int64_t>(to), first.back(), n_out);
-    check_apart(at<int64_t>(to), first.back(), n_out);
+// A matrix whose parts Python has checked once; it keeps them alive for as long as this lives.
+struct PackedMatrix {
+  Matrix w;
+  PackedMatrix(int format, int64_t rows, int64_t cols, Address codes, Address scales, Address scale)
+      : w(matrix(format, rows, cols, codes, scales, scale)) {}
+
+  void multiply(Address x, bool half, int64_t n, Address y) const {
+    nb::gil_scoped_release release;
+    linear(w, at<void>(x), half, n, at<void>(y));
   }
-  const int64_t* o = offsets.data();
-  const PageShape shape{format_of(format), hidden,           inner,
-                        {o[0], o[1], o[2]}, {o[3], o[4], o[5]}, {o[6], o[7], o[8]}};
-  std::vector<const uint8_t*> bytes;
-  for (Address page : pages) bytes.push_back(at<uint8_t>(page));
-  const Routing routing{static_cast<int64_t>(bytes.size()), bytes.data(), first.data(), at<int64_t>(token),
-                        at<float>(weight), at<int64_t>(to), store};
-  nb::gil_scoped_release release;
-  experts(shape, routing, at<void>(x), half, n, at<float>(out));
-}
+};
+
+// What the experts of one page layout need of it. offsets: codes, scales, scale (-1: none) of gate, up and down.
+struct PackedExperts {
+  PageShape shape;
+  PackedExperts(int format, int64_t hidden, int64_t inner, const std::vector<int64_t>& o) {
+    if (o.size() != 9) throw nb::value_error("an expert page has nine part offsets");
+    shape = {format_of(format), hidden, inner, {o[0], o[1], o[2]}, {o[3], o[4], o[5]}, {o[6], o[7], o[8]}};
+  }
+
+  // counts: pairs of each page; token, weight and to of every pair.
+  void run(const std::vector<Address>& pages, const std::vector<int64_t>& counts, Address token, Address weight,
+           Address to, bool store, Address x, bool half, int64_t n, Address out, int64_t n_out) const {
+    if (counts.size() != pages.size()) throw nb::value_error("every page needs its number of tokens");
+    std::vector<int64_t> first(1, 0);
+    for (int64_t count : counts) first.push_back(first.back() + count);
+    compute(pages, first, at<int64_t>(token), at<float>(weight), at<int64_t>(to), store, x, half, n, out, n_out);
+  }
+
+  // Page i runs the pairs places[spans[2 i]] to places[spans[2 i + 1] - 1]: a place is token * k + its number.
+  void run_places(const std::vector<Address>& pages, const std::vector<int64_t>& spans, Address places,
+                  int64_t n_places, int64_t k, Address weight, Address x, bool half, int64_t n, Address out) const {
+    if (spans.size() != 2 * pages.size()) throw nb::value_error("every page needs its span of places");
+    std::vector<int64_t> first(1, 0), token, to;
+    std::vector<float> weights;
+    for (size_t i = 0; i < pages.size(); ++i) {
+      if (spans[2 * i] < 0 || spans[2 * i] > spans[2 * i + 1] || spans[2 * i + 1] > n_places)
+        throw nb::value_error("A span lies outside of the places.");
+      to.insert(to.end(), at<int64_t>(places) + spans[2 * i], at<int64_t>(places) + spans[2 * i + 1]);
+      first.push_back(static_cast<int64_t>(to.size()));
+    }
+    check_range("places", to.data(), first.back(), n * k);
+    for (int64_t place : to) {
+      token.push_back(place / k);
+      weights.push_back(at<float>(weight)[place]);
+    }
+    compute(pages, first, token.data(), weights.data(), to.data(), true, x, half, n, out, n * k);
+  }
+
+ private:
+  void compute(const std::vector<Address>& pages, const std::vector<int64_t>& first, const int64_t* token,
+               const float* weight, const int64_t* to, bool store, Address x, bool half, int64_t n, Address out,
+               int64_t n_out) const {
+    check_range("tokens", token, first.back(), n);
+    if (store) {
+      check_range("rows", to, first.back(), n_out);
+      check_apart(to, first.back(), n_out);
+    }
+    std::vector<const uint8_t*> bytes;
+    for (Address page : pages) bytes.push_back(at<uint8_t>(page));
+    const Routing routing{static_cast<int64_t>(bytes.size()), bytes.data(), first.data(), token, weight, to, store};
+    nb::gil_scoped_release release;
+    experts(shape, routing, at<void>(x), half, n, at<float>(out));
+  }
+};
 
 // tables: values, code_of_rank, position, midpoint, rough, scale_of_byte, covers.
 double py_encode(int format, const std::vector<Address>& tables, int n_covers, float per_unit, float centre,
@@ -122,8 +157,13 @@ bool pin(const std::vector<int>& cpus) {
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels over packed bytes; use quant.kernels, which checks sizes.";
-  m.def("linear", &py_linear);
-  m.def("experts", &py_experts);
+  nb::class_<PackedMatrix>(m, "Matrix")
+      .def(nb::init<int, int64_t, int64_t, Address, Address, Address>())
+      .def("multiply", &PackedMatrix::multiply);
+  nb::class_<PackedExperts>(m, "Experts")
+      .def(nb::init<int, int64_t, int64_t, const std::vector<int64_t>&>())
+      .def("run", &PackedExperts::run)
+      .def("run_places", &PackedExperts::run_places);
   m.def("encode", &py_encode);
   m.def("read_all", [](Address data, size_t n) {
     nb::gil_scoped_release release;

@@ -156,8 +156,8 @@ void Pool::work(int thread) {
   }
 }
 
-void Pool::run(int64_t n, const Unit& unit) {
-  if (n_threads_ == 1 || n <= 1) {
+void Pool::run(int64_t n, const Unit& unit, bool alone) {
+  if (alone || n_threads_ == 1 || n <= 1) {
     for (int64_t i = 0; i < n; ++i) unit(i, i + 1 < n ? i + 1 : -1, 0);
     return;
   }

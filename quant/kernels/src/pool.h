@@ -27,8 +27,8 @@ class Pool {
   // Binds worker i to cpus[i % size]; empty: the system decides. Returns false where not supported.
   bool pin(const std::vector<int>& cpus);
 
-  // Runs units 0 .. n - 1 and returns when all are done. Calls from several threads take turns.
-  void run(int64_t n, const Unit& unit);
+  // Runs units 0 .. n - 1 and returns when all are done; `alone`: on the calling thread. One call at a time.
+  void run(int64_t n, const Unit& unit, bool alone = false);
   // Scratch of a thread, 64-byte aligned, at least `bytes` long; call outside of run().
   void reserve(size_t bytes);
   void* scratch(int thread) const { return scratch_[static_cast<size_t>(thread)]; }
