@@ -206,13 +206,13 @@ class Piece:
         return len(self.positions)
 
 
-def pieces_of(timelines: Sequence[tuple[Tensor, Cache]], ropes: set[tuple[int, float]]) -> list[list[Piece]]:
-    """Cut timelines into pieces of at most PREFILL_CHUNK tokens; groups of pieces of at most as many rows."""
+def pieces_of(timelines: Sequence[tuple[int, Cache]], ropes: set[tuple[int, float]]) -> list[list[Piece]]:
+    """Cut timelines of n tokens into pieces of at most PREFILL_CHUNK; groups of pieces of at most as many rows."""
     groups: list[list[Piece]] = []
     first = room = 0
-    for tokens, cache in timelines:
-        for at in range(0, len(tokens), PREFILL_CHUNK):
-            n = min(PREFILL_CHUNK, len(tokens) - at)
+    for n_tokens, cache in timelines:
+        for at in range(0, n_tokens, PREFILL_CHUNK):
+            n = min(PREFILL_CHUNK, n_tokens - at)
             if n > room:
                 groups.append([])
                 room = PREFILL_CHUNK
@@ -248,7 +248,6 @@ class Transformer:
         """
         return self.forward_many([(tokens, cache)], experts, check, report)[0]
 
-    @torch.inference_mode()
     def forward_many(
         self,
         timelines: Sequence[tuple[Tensor, Cache]],
@@ -257,14 +256,30 @@ class Transformer:
         report: Callable[[float], None] = nothing_to_report,
     ) -> list[Tensor]:
         """`forward` of several timelines at once, each with a cache of its own: they share projections and experts."""
+        x = self.embed(torch.cat([tokens for tokens, _ in timelines]))
+        return self.through(x, [(len(tokens), cache) for tokens, cache in timelines], experts, check, report)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings float32 [n, hidden] of tokens [n]."""
+        return F.embedding(tokens, self.weights.embed).float()
+
+    @torch.inference_mode()
+    def through(
+        self,
+        x: Tensor,
+        timelines: Sequence[tuple[int, Cache]],
+        experts: Experts,
+        check: Callable[[], None] = nothing_to_check,
+        report: Callable[[float], None] = nothing_to_report,
+    ) -> list[Tensor]:
+        """Take rows x [n, hidden] of timelines through the layers, so many rows of each; x is overwritten."""
         groups = pieces_of(timelines, {spec.rope for spec in self.config.layers})
-        x = F.embedding(torch.cat([tokens for tokens, _ in timelines]), self.weights.embed).float()
         for layer in range(len(self.config.layers)):
             self._layer(layer, x, groups, experts, check)
             report((layer + 1) / len(self.config.layers))
-        for tokens, cache in timelines:
-            cache.advance(len(tokens))
-        return list(x.split([len(tokens) for tokens, _ in timelines]))
+        for n, cache in timelines:
+            cache.advance(n)
+        return list(x.split([n for n, _ in timelines]))
 
     def _layer(
         self, layer: int, x: Tensor, groups: list[list[Piece]], experts: Experts, check: Callable[[], None]

@@ -105,9 +105,7 @@ def test_timelines_in_step_equal_one_by_one(engine: Engine, lengths: tuple[int, 
 
 def test_pieces_never_exceed_a_chunk() -> None:
     caches = [KVCache([], 10, torch.float32) for _ in range(3)]
-    groups = pieces_of(
-        [(torch.zeros(n), cache) for n, cache in zip((70, 20, 12), caches, strict=True)], set()
-    )
+    groups = pieces_of(list(zip((70, 20, 12), caches, strict=True)), set())
     assert [[(piece.first, piece.n) for piece in group] for group in groups] == [
         [(0, 32)],
         [(32, 32)],
