@@ -232,6 +232,7 @@ class Engine:
         self,
         prompt: str | Messages,
         *,
+        tokens: Sequence[int] | None = None,
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
@@ -245,12 +246,15 @@ class Engine:
     ) -> Iterator[Step]:
         """Answer a prompt (continued as it is) or messages (through the chat template), step by step.
 
+        tokens: the same prompt where the caller has it as tokens already; nothing is rendered or encoded then.
         Closing the iterator stops the generation; setting `cancel` from any thread does so within a layer.
         Raises BadRequest, ContextFull.
         """
-        text = prompt if isinstance(prompt, str) else self.render(prompt, tools=tools, think=think)
-        tokens = self._prompt_tokens(text)
-        thinking = not isinstance(prompt, str) and text.rstrip().endswith("<think>")
+        if tokens is None:
+            text = prompt if isinstance(prompt, str) else self.render(prompt, tools=tools, think=think)
+            tokens = self._prompt_tokens(text)
+        tokens = self._check_tokens(list(tokens))
+        thinking = not isinstance(prompt, str) and self._opens_thinking(tokens)
         rules = Rules(max_tokens, tuple(stop), think_budget, logprobs)
         with self._borrow(session) as timeline:
             yield from Generation(
@@ -322,6 +326,9 @@ class Engine:
         if not text.strip():
             raise BadRequest("The prompt is empty: say something.")
         return self._check_tokens(self.encode(text))
+
+    def _opens_thinking(self, tokens: Sequence[int]) -> bool:
+        return self.decode(tokens[-8:]).rstrip().endswith("<think>")
 
     def _check_tokens(self, tokens: list[int]) -> list[int]:
         if not tokens:

@@ -41,6 +41,7 @@ generate
 mini
 embedded
 engine
+serve
 cli"""
 
 

@@ -275,6 +275,54 @@ def chat(
     return _carry_out(lambda: run_chat(options, _ui(verbose, quiet)))
 
 
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A pack's folder, or mimo-mini.  [default: mimo-mini]", show_default=False
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; beyond this machine only with a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", metavar="KEY", help="What clients must send.  [default: LOCALMIMO_API_KEY]"
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", metavar="ORIGIN", help="A web page's origin that may call; repeat for more."),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option("--queue", metavar="N", min=0, help="Requests that may wait; more get a 429.")
+    ] = 8,
+    context: Annotated[
+        str | None,
+        typer.Option("-c", "--context", metavar="N", help="Positions of the context, such as 32k."),
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Of activations: auto, float32, bfloat16.")
+    ] = "auto",
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page to talk with it.
+
+    Requests are answered one at a time, first come, first served. SIGTERM or Ctrl-C finishes what came in.
+    """
+    from localmimo.cli.serve import Serving, model_name, run_serve
+
+    job = Serving(model_name(model), host, port, api_key, tuple(cors or ()), queue, context, ram, dtype)
+    return _carry_out(lambda: run_serve(job, _ui(verbose, quiet)))
+
+
 def _ui(verbose: int, quiet: bool) -> Any:
     from localmimo.cli.ui import Ui
 

@@ -1,0 +1,1 @@
+"""HTTP over one engine: four dialects, one line of requests, one page. Extra: serve (starlette, uvicorn)."""

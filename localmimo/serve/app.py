@@ -1,0 +1,167 @@
+"""App: the routes, and what every request goes through on its way to one.
+
+Knows HTTP and which dialect has which path; the dialects know the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from localmimo.serve.chat import Chat, openai_failure
+from localmimo.serve.delivery import KEEP_ALIVE_S, Delivery, reported, respond, to_json
+from localmimo.serve.failures import Failure
+from localmimo.serve.fields import Fields
+from localmimo.serve.guard import Guard, body_limit, read_body
+from localmimo.serve.service import Service
+
+DIALECTS = (Chat,)
+
+
+class Talk:
+    """The ASGI endpoint of one dialect: body in, answer out."""
+
+    def __init__(self, service: Service, dialect: type[Any], keep_alive_s: float) -> None:
+        self._service = service
+        self._dialect = dialect
+        self._keep_alive_s = keep_alive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            delivery = await self._accept(scope, receive)
+        except Exception as error:
+            failure = reported(error)
+            await respond(send, failure.status, self._dialect.failure(failure), failure.headers)
+            return
+        await delivery(scope, receive, send)
+
+    async def _accept(self, scope: Scope, receive: Receive) -> Delivery:
+        service = self._service
+        body = await read_body(scope, receive, body_limit(service.engine.context))
+        fields = Fields.of_body(body)
+        fields.text("model")
+        dialect = self._dialect(fields, service.model, service.engine.tokenizer)
+        job, place = await service.begin(dialect.ask)
+        return Delivery(dialect, job, place, service.drop, self._keep_alive_s)
+
+
+class Gate:
+    """Middleware: asks the guard, and counts how each request ended."""
+
+    def __init__(self, app: ASGIApp, guard: Guard, service: Service) -> None:
+        self._app = app
+        self._guard = guard
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                known = path if path in PATHS else "other"
+                self._service.metrics.answered(known, message["status"])
+            await send(message)
+
+        try:
+            self._guard.check(path, Headers(scope=scope))
+        except Failure as failure:
+            await respond(counted, failure.status, shape(path, failure), failure.headers)
+            return
+        await self._app(scope, receive, counted)
+
+
+PATHS = frozenset({*(dialect.path for dialect in DIALECTS), "/", "/health", "/metrics", "/v1/models"})
+
+
+def shape(path: str, failure: Failure) -> dict[str, Any]:
+    """The failure as the clients of this path expect it."""
+    found = next((dialect for dialect in DIALECTS if dialect.path == path), None)
+    return found.failure(failure) if found else openai_failure(failure)
+
+
+def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S) -> Starlette:
+    """The application over one service."""
+
+    async def health(request: Request) -> Response:
+        state = service.state
+        return _json({"status": state}, 200 if state in ("ok", "busy") else 503)
+
+    async def metrics(request: Request) -> Response:
+        return PlainTextResponse(service.exposition(), media_type="text/plain; version=0.0.4")
+
+    async def models(request: Request) -> Response:
+        return _json(_models(service))
+
+    async def refused(request: Request, error: Exception) -> Response:
+        failure = _refusal(error, request)
+        return _json(shape(request.url.path, failure), failure.status, failure.headers)
+
+    routes = [
+        Route(dialect.path, Talk(service, dialect, keep_alive_s), methods=["POST"]) for dialect in DIALECTS
+    ]
+    routes += [
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/v1/models", models),
+    ]
+    middleware = [Middleware(Gate, guard=guard, service=service)]
+    if guard.cors:
+        middleware.insert(0, _cors(guard))
+    handlers: Mapping[Any, Any] = {HTTPException: refused, Failure: refused}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+def _cors(guard: Guard) -> Middleware:
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=list(guard.cors),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["retry-after"],
+    )
+
+
+def _refusal(error: Exception, request: Request) -> Failure:
+    if isinstance(error, Failure):
+        return error
+    path, method = request.url.path[:200], request.method
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return Failure("method", f"{path} is not to be had with {method}.")
+    return Failure("missing", f"There is no {path} here; see /openapi.json.")
+
+
+def _models(service: Service) -> dict[str, Any]:
+    """The one model, in a shape that the clients of both OpenAI and Anthropic read."""
+    name = service.model
+    model = {
+        "id": name,
+        "object": "model",
+        "type": "model",
+        "display_name": name,
+        "created": service.began,
+        "created_at": _date(service.began),
+        "owned_by": "localmimo",
+        "context_length": service.engine.context,
+    }
+    return {"object": "list", "data": [model], "has_more": False, "first_id": name, "last_id": name}
+
+
+def _date(seconds: int) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _json(value: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    body = to_json(value).encode("utf-8", "replace")
+    return Response(body, status, headers, media_type="application/json")

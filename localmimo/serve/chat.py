@@ -1,0 +1,209 @@
+"""Chat: POST /v1/chat/completions, OpenAI's way of talking, with MiMo's reasoning_content beside it.
+
+Knows the dialect's fields and chunks; nothing of HTTP, of threads or of the other dialects.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from localmimo.chat import ToolCall
+from localmimo.generate import FinishReason, Stats, Step
+from localmimo.serve.ask import (
+    MOST_LOGPROBS,
+    Ask,
+    read_sampling,
+    read_thinking,
+    refuse_forced_tool,
+    refuse_several,
+)
+from localmimo.serve.delivery import Event
+from localmimo.serve.failures import Failure
+from localmimo.serve.fields import Fields
+from localmimo.serve.worker import Job
+from localmimo.text import Tokenizer
+
+REASONS: dict[FinishReason, str] = {"context": "length", "cancelled": "stop"}
+ERROR_TYPES = {"key": "authentication_error", "forbidden": "permission_error", "full": "rate_limit_error"}
+CODES = {"context": "context_length_exceeded", "key": "invalid_api_key", "full": "queue_full"}
+
+
+class Chat:
+    """One chat request, and the answer's chunks or object."""
+
+    path = "/v1/chat/completions"
+
+    def __init__(self, fields: Fields, model: str, tokenizer: Tokenizer) -> None:
+        self.ask = read_chat(fields)
+        options = fields.object("stream_options")
+        self._usage_wanted = bool(options and options.flag("include_usage"))
+        self._tokenizer = tokenizer
+        self._n_calls = 0
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": "localmimo",
+        }
+
+    # ---- stream ----
+
+    def opening(self) -> Iterable[Event]:
+        yield self._chunk({"role": "assistant", "content": ""})
+
+    def push(self, step: Step) -> Iterable[Event]:
+        if step.tool_call is not None:
+            yield from self._call_chunks(step.tool_call)
+        logprobs = self._logprobs([step]) if self.ask.logprobs is not None else None
+        if step.tool_call is None and (step.text or logprobs):
+            name = "reasoning_content" if step.kind == "thinking" else "content"
+            yield self._chunk({name: step.text}, logprobs=logprobs)
+
+    def closing(self, job: Job) -> Iterable[Event]:
+        yield self._chunk({}, reason=_reason(job), timings=job.reply.stats.as_dict())
+        if self._usage_wanted:
+            yield Event(self._object("chat.completion.chunk", []) | {"usage": usage(job)})
+        yield Event("[DONE]")
+
+    def broken(self, failure: Failure) -> Iterable[Event]:
+        yield Event(self.failure(failure))
+
+    def pause(self, note: str) -> Event | None:
+        return None
+
+    def _call_chunks(self, call: ToolCall) -> Iterator[Event]:
+        """The header of a call, then its arguments piece by piece."""
+        index, self._n_calls = self._n_calls, self._n_calls + 1
+        header = {"index": index, "id": call.id, "type": "function"}
+        yield self._chunk({"tool_calls": [header | {"function": {"name": call.name, "arguments": ""}}]})
+        for piece in argument_pieces(call):
+            yield self._chunk({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
+
+    def _chunk(
+        self,
+        delta: dict[str, Any],
+        *,
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+        timings: dict[str, Any] | None = None,
+    ) -> Event:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        extra = {} if timings is None else {"timings": timings}
+        return Event(self._object("chat.completion.chunk", [choice]) | extra)
+
+    # ---- whole ----
+
+    def whole(self, job: Job) -> dict[str, Any]:
+        reply = job.reply
+        message: dict[str, Any] = {"role": "assistant", "content": reply.content or None, "refusal": None}
+        if not reply.calls:
+            message["content"] = reply.content
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
+        if reply.calls:
+            message["tool_calls"] = [call.as_dict() for call in reply.calls]
+        logprobs = self._logprobs(job.steps_said) if self.ask.logprobs is not None else None
+        choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": _reason(job)}
+        return self._object("chat.completion", [choice]) | {
+            "usage": usage(job),
+            "timings": reply.stats.as_dict(),
+        }
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head | {"object": kind, "choices": choices}
+
+    def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any] | None:
+        drawn = [step for step in steps if step.token is not None and step.logprob is not None]
+        return {"content": [self._logprob(step) for step in drawn], "refusal": None} if drawn else None
+
+    def _logprob(self, step: Step) -> dict[str, Any]:
+        assert step.token is not None and step.logprob is not None
+        top = [token_logprob(self._tokenizer, token, value) for token, value in step.top_logprobs]
+        return token_logprob(self._tokenizer, step.token, step.logprob) | {"top_logprobs": top}
+
+    @staticmethod
+    def failure(failure: Failure) -> dict[str, Any]:
+        return openai_failure(failure)
+
+
+def read_chat(fields: Fields) -> Ask:
+    """What the body of a chat request asks for."""
+    fields.needed("messages")
+    refuse_several(fields, "n")
+    think, budget = read_thinking(fields)
+    most = fields.count("max_completion_tokens", 1)
+    return Ask(
+        messages=fields.items("messages"),
+        tools=read_tools(fields),
+        sampling=read_sampling(fields),
+        max_tokens=fields.count("max_tokens", 1) if most is None else most,
+        stop=fields.texts("stop"),
+        think=think,
+        think_budget=budget,
+        logprobs=_read_logprobs(fields),
+        stream=bool(fields.flag("stream")),
+    )
+
+
+def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
+    """The tools in force: none where the choice is "none"."""
+    for tool in fields.objects("tools"):
+        if tool.values.get("type") != "function":
+            tool.wrong("type", '"function", the only kind of tool that this server knows')
+    choice = fields.values.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        refuse_forced_tool(choice)
+    return None if choice == "none" else fields.items("tools")
+
+
+def _read_logprobs(fields: Fields) -> int | None:
+    top = fields.count("top_logprobs", 0, MOST_LOGPROBS)
+    return top or 0 if fields.flag("logprobs") else None
+
+
+def argument_pieces(call: ToolCall) -> Iterator[str]:
+    """The arguments as JSON text, one piece per argument."""
+    if not call.arguments:
+        yield "{}"
+    for number, (name, value) in enumerate(call.arguments.items(), 1):
+        start = "{" if number == 1 else ", "
+        end = "}" if number == len(call.arguments) else ""
+        yield f"{start}{_json(name)}: {_json(value)}{end}"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """A token as text and bytes, with its log-probability."""
+    data = tokenizer.token_bytes(token)
+    return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
+
+
+def usage(job: Job) -> dict[str, Any]:
+    """Tokens read, of these found in the KV cache, and tokens written, of these thought."""
+    stats: Stats = job.reply.stats
+    return {
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": stats.generated_tokens,
+        "total_tokens": stats.prompt_tokens + stats.generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
+        "completion_tokens_details": {"reasoning_tokens": job.reply.n_thought},
+    }
+
+
+def _reason(job: Job) -> str:
+    reason = job.reply.finish_reason or "stop"
+    return REASONS.get(reason, reason)
+
+
+def openai_failure(failure: Failure) -> dict[str, Any]:
+    """A failure in OpenAI's shape."""
+    kind = ERROR_TYPES.get(failure.kind, "invalid_request_error" if failure.status < 500 else "server_error")
+    code = CODES.get(failure.kind)
+    return {"error": {"message": failure.sentence, "type": kind, "param": failure.param, "code": code}}

@@ -1,0 +1,206 @@
+"""Delivery: the response to one request that is being answered: events while they come, or one object at the end.
+
+Watches for the client going away, and says something every few seconds so that nothing on the way gives up.
+Knows HTTP's messages and jobs; nothing of what the dialect writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.types import Receive, Scope, Send
+
+from localmimo.generate import Step
+from localmimo.serve.ask import Ask
+from localmimo.serve.failures import Failure, failure_of
+from localmimo.serve.line import Place
+from localmimo.serve.worker import Job
+
+KEEP_ALIVE_S = 5.0
+log = logging.getLogger("localmimo.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One server-sent event; `data` as text is sent as it is."""
+
+    data: Mapping[str, Any] | str
+    name: str | None = None
+
+    def encode(self) -> bytes:
+        data = self.data if isinstance(self.data, str) else to_json(self.data)
+        head = f"event: {self.name}\n" if self.name else ""
+        return f"{head}data: {data}\n\n".encode("utf-8", "replace")
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+class Dialect(Protocol):
+    """One request in one way of talking: what it asks, and how the answer to it is written."""
+
+    ask: Ask
+
+    def opening(self) -> Iterable[Event]: ...
+
+    def push(self, step: Step) -> Iterable[Event]: ...
+
+    def closing(self, job: Job) -> Iterable[Event]: ...
+
+    def whole(self, job: Job) -> dict[str, Any]: ...
+
+    def broken(self, failure: Failure) -> Iterable[Event]: ...
+
+    def pause(self, note: str) -> Event | None:
+        """What keeps the connection alive; None: a comment with the note."""
+        ...
+
+    @staticmethod
+    def failure(failure: Failure) -> dict[str, Any]: ...
+
+
+class Delivery:
+    """An ASGI response. The job is cancelled where the client leaves before its end."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        job: Job,
+        place: Place,
+        drop: Callable[[Job], None],
+        keep_alive_s: float = KEEP_ALIVE_S,
+    ) -> None:
+        self._dialect = dialect
+        self._job = job
+        self._place = place
+        self._drop = drop
+        self._keep_alive_s = keep_alive_s
+        self._ended = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            if self._dialect.ask.stream:
+                await self._events(send, gone)
+            else:
+                await self._whole(send, gone)
+        finally:
+            gone.cancel()
+            self._drop(self._job)
+
+    async def _whole(self, send: Send, gone: asyncio.Future[None]) -> None:
+        while (item := await self._next(gone, None)) is not None:
+            if isinstance(item, BaseException):
+                await self._refuse(send, item)
+                return
+        if self._job.reply.finish_reason is None:  # nobody is there any more, or the server stops
+            await self._refuse(send, Failure("loading", "The request was dropped.", retry_s=30))
+        else:
+            await respond(send, 200, self._dialect.whole(self._job))
+
+    async def _events(self, send: Send, gone: asyncio.Future[None]) -> None:
+        item = await self._next(gone, self._keep_alive_s)
+        if isinstance(item, BaseException):
+            await self._refuse(send, item)
+            return
+        await _start(send, 200, "text/event-stream; charset=utf-8", {"cache-control": "no-store"})
+        await _send(send, self._dialect.opening())
+        while item is not None:
+            events: list[bytes] = []
+            for piece in (item, *self._at_hand()):
+                events += self._encode(piece)
+            await _body(send, b"".join(events))
+            item = None if self._ended else await self._next(gone, self._keep_alive_s)
+        await _body(send, b"", more=False)
+
+    def _encode(self, item: Step | BaseException | float) -> list[bytes]:
+        """What one item becomes on the wire."""
+        match item:
+            case float():
+                event = self._dialect.pause(self._note())
+                return [event.encode() if event else f": {self._note()}\n\n".encode()]
+            case Step():
+                events = [*self._dialect.push(item)]
+                if item.finish_reason is not None:
+                    self._ended = True
+                    events += self._dialect.closing(self._job)
+            case _:
+                self._ended = True
+                events = [*self._dialect.broken(reported(item))]
+        return [event.encode() for event in events]
+
+    def _at_hand(self) -> Iterable[Step | BaseException]:
+        while not self._job.steps.empty():
+            item = self._job.steps.get_nowait()
+            if item is None:
+                self._job.steps.put_nowait(None)
+                return
+            yield item
+
+    async def _next(
+        self, gone: asyncio.Future[None], wait_s: float | None
+    ) -> Step | BaseException | float | None:
+        """The next item; a number where none came in time; None at the end or where the client is gone."""
+        get: asyncio.Future[Any] = asyncio.ensure_future(self._job.steps.get())
+        done, _ = await asyncio.wait({get, gone}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        if get in done:
+            item: Step | BaseException | None = get.result()
+            return item
+        get.cancel()
+        return None if gone in done else 0.0
+
+    def _note(self) -> str:
+        if before := self._place.n_before:
+            return f"waiting, {before} before this one"
+        done, total = self._job.reading
+        if self._job.reply.tokens:
+            return f"writing, {len(self._job.reply.tokens)} tokens"
+        return f"reading {done}/{total}"
+
+    async def _refuse(self, send: Send, error: BaseException) -> None:
+        failure = reported(error)
+        await respond(send, failure.status, self._dialect.failure(failure), failure.headers)
+
+
+def reported(error: BaseException) -> Failure:
+    """The failure for the client; what is our own fault goes to the log with its traceback."""
+    failure = failure_of(error)
+    if failure.kind == "broken":
+        log.error("%s", failure.sentence, exc_info=error)
+    return failure
+
+
+async def respond(
+    send: Send, status: int, value: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> None:
+    """One JSON object as the whole response."""
+    body = to_json(value).encode("utf-8", "replace")
+    await _start(send, status, "application/json", {**(headers or {}), "content-length": str(len(body))})
+    await _body(send, body, more=False)
+
+
+async def _start(send: Send, status: int, kind: str, headers: Mapping[str, str]) -> None:
+    lines = {"content-type": kind, **headers}
+    encoded = [(name.encode(), value.encode()) for name, value in lines.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+
+
+async def _send(send: Send, events: Iterable[Event]) -> None:
+    await _body(send, b"".join(event.encode() for event in events))
+
+
+async def _body(send: Send, body: bytes, more: bool = True) -> None:
+    if body or not more:
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

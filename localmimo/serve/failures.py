@@ -1,0 +1,81 @@
+"""Failure: what a request gets in place of an answer, whatever its dialect; each dialect gives it its own shape.
+
+Knows the errors of the engine and HTTP's numbers; nothing of bodies or streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from localmimo.errors import BadRequest, Cancelled, ContextFull, LocalMimoError
+
+Kind = Literal[
+    "invalid",
+    "context",
+    "key",
+    "forbidden",
+    "missing",
+    "method",
+    "late",
+    "large",
+    "full",
+    "loading",
+    "broken",
+]
+
+STATUS: dict[Kind, int] = {
+    "invalid": 400,
+    "context": 400,
+    "key": 401,
+    "forbidden": 403,
+    "missing": 404,
+    "method": 405,
+    "late": 408,
+    "large": 413,
+    "full": 429,
+    "loading": 503,
+    "broken": 500,
+}
+
+
+class Failure(Exception):
+    """One sentence for the client. `param` names the field that is wrong, `retry_s` says when to come back."""
+
+    def __init__(
+        self, kind: Kind, sentence: str, *, param: str | None = None, retry_s: int | None = None
+    ) -> None:
+        super().__init__(sentence)
+        self.kind: Kind = kind
+        self.sentence = sentence
+        self.param = param
+        self.retry_s = retry_s
+
+    @property
+    def status(self) -> int:
+        return STATUS[self.kind]
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        found = {} if self.retry_s is None else {"retry-after": str(self.retry_s)}
+        if self.kind == "key":
+            found["www-authenticate"] = "Bearer"
+        return found
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The failure that an error of ours means; anything unforeseen is broken, without its details."""
+    match error:
+        case Failure():
+            return error
+        case ContextFull():
+            return Failure("context", str(error))
+        case BadRequest():
+            return Failure("invalid", str(error))
+        case Cancelled():
+            return Failure("loading", "The server is stopping; ask again when it is back.", retry_s=30)
+        case LocalMimoError():
+            return Failure("broken", str(error))
+    return Failure(
+        "broken", f"The server failed over this request ({type(error).__name__}); its log has the details."
+    )

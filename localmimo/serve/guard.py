@@ -1,0 +1,97 @@
+"""Guard: who may come in (key, host, origin), and how much may be sent.
+
+Knows headers and bytes; nothing of bodies' meaning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.types import Receive, Scope
+
+from localmimo.serve.address import is_loopback
+from localmimo.serve.failures import Failure
+
+BODY_BYTES_PER_TOKEN = 64  # of the context: text, its escapes and the JSON around it
+LEAST_BODY_BYTES = 4 << 20
+BODY_TIMEOUT_S = 30.0  # between two pieces of a body
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+PROTECTED = ("/v1/", "/metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What is asked of every request. Without a key only this machine's own programs are answered."""
+
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()  # origins of web pages that may call
+
+    def check(self, path: str, headers: Mapping[str, str]) -> None:
+        """Raises Failure where the request may not come in."""
+        self._check_origin(headers)
+        if self.api_key is None:
+            self._check_host(headers)
+        elif path.startswith(PROTECTED) and not self._knows_key(headers):
+            raise Failure(
+                "key", "The API key is missing or wrong: send it as Authorization: Bearer KEY or x-api-key."
+            )
+
+    def _knows_key(self, headers: Mapping[str, str]) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = (token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
+        # Digests have one length, so that not even the key's length shows in the time this takes.
+        wanted = _digest(self.api_key or "")
+        return sum(hmac.compare_digest(_digest(key), wanted) for key in given) > 0  # both are compared
+
+    def _check_origin(self, headers: Mapping[str, str]) -> None:
+        """A web page of somebody else may not use a visitor's browser to talk to this server."""
+        origin = headers.get("origin")
+        if origin is None or "*" in self.cors or origin in self.cors:
+            return
+        if urlsplit(origin).netloc != headers.get("host"):
+            raise Failure("forbidden", f"The origin {origin[:100]} is not allowed; start with --cors ORIGIN.")
+
+    def _check_host(self, headers: Mapping[str, str]) -> None:
+        """Without a key a name that only claims to be this machine (DNS rebinding) is not served."""
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        if host not in LOCAL_NAMES and not is_loopback(host):
+            raise Failure("forbidden", f"The host name {host[:100]!r} is not this machine's own.")
+
+
+def body_limit(context: int) -> int:
+    """Bytes of a body at most: more could not fit in the context."""
+    return max(LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN * context)
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+    """The whole body. Raises Failure where it is too large, too slow or breaks off."""
+    declared = dict(scope["headers"]).get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(int(declared), limit)
+    body = bytearray()
+    more = True
+    while more:
+        try:
+            message = await asyncio.wait_for(receive(), timeout_s)
+        except TimeoutError:
+            raise Failure("late", f"The body did not come within {timeout_s:g} seconds.") from None
+        if message["type"] == "http.disconnect":
+            raise Failure("late", "The client left before the end of its body.")
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > limit:
+            raise _too_large(len(body), limit)
+    return bytes(body)
+
+
+def _too_large(n_bytes: int, limit: int) -> Failure:
+    return Failure("large", f"The body has {n_bytes:,} bytes; this server reads at most {limit:,}.")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

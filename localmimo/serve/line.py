@@ -1,0 +1,91 @@
+"""Line: who waits for the engine, first come, first served, and who is turned away.
+
+Knows no engine and no HTTP. Lives on one event loop; none of it is for other threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+
+
+class LineFull(Exception):
+    """No place is free; `retry_s` is when one should be."""
+
+    def __init__(self, n_waiting: int, retry_s: int) -> None:
+        super().__init__(f"{n_waiting} requests are waiting already")
+        self.n_waiting = n_waiting
+        self.retry_s = retry_s
+
+
+class Place:
+    """One request's place in the line, to be left whatever happens."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._turn = asyncio.Event()
+        self._began: float | None = None
+
+    @property
+    def n_before(self) -> int:
+        """How many are served before this one."""
+        return self._line.index(self)
+
+    async def turn(self) -> None:
+        """Wait until it is this request's turn."""
+        await self._turn.wait()
+
+    def called(self) -> None:
+        self._began = time.monotonic()
+        self._turn.set()
+
+    def leave(self) -> None:
+        """Give the place up: after the answer, or without one. Leaving twice is leaving once."""
+        took = None if self._began is None else time.monotonic() - self._began
+        self._line.remove(self, took)
+
+
+class Line:
+    """One is served, at most `n_waiting` wait."""
+
+    def __init__(self, n_waiting: int) -> None:
+        self.limit = n_waiting
+        self.mean_s = 0.0  # of an answer, the recent ones weighing more
+        self._places: deque[Place] = deque()
+
+    @property
+    def n_waiting(self) -> int:
+        return max(0, len(self._places) - 1)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._places)
+
+    def join(self) -> Place:
+        """A place at the end. Raises LineFull."""
+        if len(self._places) > self.limit:
+            raise LineFull(self.n_waiting, self.retry_s())
+        place = Place(self)
+        self._places.append(place)
+        if len(self._places) == 1:
+            place.called()
+        return place
+
+    def retry_s(self) -> int:
+        """Seconds until a place should be free: about one answer's time."""
+        return min(600, max(1, math.ceil(self.mean_s)))
+
+    def index(self, place: Place) -> int:
+        return self._places.index(place) if place in self._places else 0
+
+    def remove(self, place: Place, took_s: float | None) -> None:
+        if place not in self._places:
+            return
+        first = self._places[0] is place
+        self._places.remove(place)
+        if took_s is not None:
+            self.mean_s = took_s if self.mean_s == 0 else 0.8 * self.mean_s + 0.2 * took_s
+        if first and self._places:
+            self._places[0].called()

@@ -1,0 +1,104 @@
+"""Service: the engine behind the server, from loading to stopping, with its line, its worker and its counters.
+
+Knows what is asked and in what order it is answered; nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Literal
+
+from localmimo.serve.ask import Ask
+from localmimo.serve.failures import Failure
+from localmimo.serve.line import Line, LineFull, Place
+from localmimo.serve.metrics import Metrics
+from localmimo.serve.worker import Job, Worker
+
+if TYPE_CHECKING:
+    from localmimo.engine import Engine
+
+LOADING_RETRY_S = 10
+State = Literal["loading", "ok", "busy", "stopping"]
+
+
+class Service:
+    """One engine for many clients. It answers once it is `ready`."""
+
+    def __init__(self, n_waiting: int = 8) -> None:
+        self.line = Line(n_waiting)
+        self.metrics = Metrics()
+        self.began = int(time.time())
+        self.stopping = False
+        self._worker: Worker | None = None
+
+    def ready(self, engine: Engine) -> None:
+        """The engine is loaded; its tokenizer and template are opened here, so that they fail now or never."""
+        engine.encode("")
+        self._worker = Worker(engine, self.metrics.finished)
+
+    @property
+    def state(self) -> State:
+        if self.stopping:
+            return "stopping"
+        return "loading" if self._worker is None else "busy" if self.line.busy else "ok"
+
+    @property
+    def worker(self) -> Worker:
+        """Raises Failure while the model is loading."""
+        if self._worker is None:
+            raise Failure(
+                "loading", "The model is still loading; ask again in a moment.", retry_s=LOADING_RETRY_S
+            )
+        return self._worker
+
+    @property
+    def engine(self) -> Engine:
+        return self.worker.engine
+
+    @property
+    def model(self) -> str:
+        """The name that clients see."""
+        return str(self.engine.pack.name)
+
+    async def begin(self, ask: Ask) -> tuple[Job, Place]:
+        """Check the prompt and join the line. Raises Failure and the engine's errors, before anything is sent."""
+        tokens = await asyncio.to_thread(self.worker.prompt, ask)
+        try:
+            place = self.line.join()
+        except LineFull as full:
+            raise Failure(
+                "full",
+                f"{full.n_waiting} requests are waiting, as many as may; ask again in {full.retry_s} s.",
+                retry_s=full.retry_s,
+            ) from None
+        job = Job(ask, tokens)
+        self.worker.begin(job, place)
+        return job, place
+
+    def drop(self, job: Job) -> None:
+        """Nobody waits for this answer any more."""
+        self.worker.drop(job)
+
+    def exposition(self) -> str:
+        """All counters and gauges as text."""
+        worker = self._worker
+        gauges = {
+            "localmimo_ready": ("Whether the model is loaded.", float(worker is not None)),
+            "localmimo_busy": ("Whether an answer is being made.", float(self.line.busy)),
+            "localmimo_queue_waiting": ("Requests that wait.", float(self.line.n_waiting)),
+            "localmimo_queue_limit": ("Requests that may wait.", float(self.line.limit)),
+        }
+        if worker is not None:
+            gauges["localmimo_context_tokens"] = ("Positions of the context.", float(worker.engine.context))
+            gauges["localmimo_turns_kept"] = (
+                "Turns whose exact tokens are remembered.",
+                float(len(worker.turns)),
+            )
+        return self.metrics.text(worker.current if worker else None, gauges)
+
+    async def close(self) -> None:
+        """Stop the worker; what it was answering ends as cancelled."""
+        self.stopping = True
+        if self._worker is not None:
+            await self._worker.close()

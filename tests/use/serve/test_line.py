@@ -1,0 +1,53 @@
+"""First come, first served, and no more than may wait."""
+
+import asyncio
+import random
+
+import pytest
+
+from localmimo.serve.line import Line, LineFull, Place
+
+
+def test_turns_come_in_order_and_the_full_line_refuses() -> None:
+    async def scenario() -> None:
+        line = Line(2)
+        places = [line.join() for _ in range(3)]
+        assert [place.n_before for place in places] == [0, 1, 2] and line.n_waiting == 2
+        with pytest.raises(LineFull) as refused:
+            line.join()
+        assert refused.value.n_waiting == 2 and refused.value.retry_s == 1
+        await places[0].turn()
+        places[0].leave()
+        places[0].leave()
+        await places[1].turn()
+        assert places[2].n_before == 1
+        line.join().leave()
+        places[2].leave()  # gave up while waiting
+        places[1].leave()
+        assert not line.busy
+        line.join().leave()
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_order_of_leaving_serves_everybody_once(seed: int) -> None:
+    rng = random.Random(seed)
+
+    async def visit(line: Line, number: int, place: Place, served: list[int]) -> None:
+        if rng.random() < 0.3:
+            await asyncio.sleep(rng.random() * 0.01)
+            place.leave()
+            return
+        await place.turn()
+        assert place.n_before == 0
+        served.append(number)
+        await asyncio.sleep(rng.random() * 0.002)
+        place.leave()
+
+    async def scenario() -> None:
+        line, served = Line(40), []
+        await asyncio.gather(*[visit(line, n, line.join(), served) for n in range(40)])
+        assert served == sorted(served) and not line.busy and line.mean_s > 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
