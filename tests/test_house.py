@@ -28,9 +28,10 @@ pack
 manifest packing writer report
 conversion"""
 LOCALMIMO = """errors home toolcall messages family
-config machine attend sample text
+config machine speeds attend sample text
 chat
-kv plan saved trail
+kv plan structure saved trail
+estimate
 model experts.profile
 experts.stats
 experts.policy

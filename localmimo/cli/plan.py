@@ -1,0 +1,347 @@
+"""`localmimo plan`: what a model needs, where its experts would lie, and how fast it should answer, before it is here.
+
+Knows what a user asked and how the answer is shown; the arithmetic is in `plan` and `estimate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from localmimo.cli.ui import Ui, rows, seconds
+from localmimo.errors import BadRequest, DoesNotFit
+from localmimo.estimate import Estimate, Range, Tiers, assumed_hits, estimate
+from localmimo.machine import Machine, format_bytes, parse_bytes
+from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, kv_bytes, make_plan, workspace_bytes
+from localmimo.speeds import Speeds, file_spots, measured_speeds
+from localmimo.structure import Structure, structure_of
+
+WINDOW_SLACK = 16  # rows of a window ring beyond the window; a test holds it against kv.SLACK
+KV_ITEM_BYTES = {"bf16": 2, "float32": 4}
+DRIVER_BYTES = 1 << 30  # of a GPU's memory, for the driver and for torch
+GIB = 1 << 30
+WORDS_PER_TOKEN = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The command line of `localmimo plan`."""
+
+    model: str
+    context: int | None = None
+    max_context: bool = False
+    kv: str = "bf16"
+    ram: str | None = None
+    vram: str | None = None
+    disk_read: str | None = None
+    ram_read: str | None = None
+    pcie: str | None = None
+    experts: str = "nf4"
+    dense: str = "int8"
+    recipe: str | None = None
+    remeasure: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A plan with everything that is shown about it."""
+
+    model: Structure
+    plan: Plan
+    tiers: Tiers
+    speeds: Speeds
+    estimate: Estimate
+    vram_bytes: int
+    n_cores: int
+    better: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "model": model.name,
+            "kind": model.kind,
+            "codecs": model.codecs,
+            "pack_bytes": model.pack_bytes,
+            "source_bytes": model.source_bytes,
+            "fits": True,
+            "plan": self.plan.as_dict(),
+            "vram_bytes": self.vram_bytes,
+            "n_cores": self.n_cores,
+            "gpu_slots": self.tiers.gpu_slots,
+            "ram_slots": self.tiers.ram_slots,
+            "disk_pages": self.tiers.disk_pages,
+            "hit_rate_origin": self.tiers.origin,
+            "speeds": self.speeds.as_dict(),
+            "estimate": self.estimate.as_dict(),
+            "better_if": list(self.better),
+            "notes": list(model.notes),
+            "serve": model.member.serve_command() if model.member else None,
+        }
+
+
+def run_plan(question: Question, ui: Ui) -> int:
+    """Carry the command out; the exit code."""
+    from quant import Recipe
+
+    recipe = Recipe.of(question.recipe, experts=question.experts, dense=question.dense)
+    model = structure_of(question.model, recipe)
+    machine, speeds = _machine(question, model)
+    desk = Desk(model, machine, speeds, question)
+    try:
+        answer = desk.answer()
+    except DoesNotFit as error:
+        if question.as_json:
+            ui.json({"model": model.name, "fits": False, "error": str(error), **desk.needs()})
+        raise
+    if question.as_json:
+        ui.json(answer.as_dict())
+    else:
+        ui.data("\n".join(_lines(answer, question, ui)))
+    return 0
+
+
+def _machine(question: Question, model: Structure) -> tuple[Machine, Speeds]:
+    """The machine and its speeds, measured, or as described on the command line."""
+    machine = Machine.probe()
+    given: dict[str, Any] = {}
+    if question.disk_read:
+        rate = float(_rate(question.disk_read, "--disk-read"))
+        given |= {"disk_read": rate, "disk_read_alone": rate / 2, "disk_origin": "given"}
+    if question.ram_read:
+        given |= {"ram_read": float(_rate(question.ram_read, "--ram-read")), "ram_origin": "given"}
+    if question.pcie:
+        given["pcie"] = float(_rate(question.pcie, "--pcie"))
+    if question.disk_read and question.ram_read:
+        from localmimo.speeds import ASSUMED
+
+        return machine, replace(ASSUMED, **given)
+    spots = file_spots(model.files, model.page_bytes)
+    folder = model.files[0].parent if model.files else Path.cwd()
+    speeds = measured_speeds(spots, model.page_bytes, folder, machine.n_cores, anew=question.remeasure)
+    return machine, replace(speeds, **given)
+
+
+def _rate(text: str, flag: str) -> int:
+    try:
+        rate = parse_bytes(text.strip().removesuffix("/s"))
+    except BadRequest:
+        rate = 0
+    if rate <= 0:
+        raise BadRequest(f'{flag} is "{text}"; write a speed such as 7GB/s.')
+    return rate
+
+
+class Desk:
+    """One model on one machine: plans for any budget and context, and what they should give."""
+
+    def __init__(self, model: Structure, machine: Machine, speeds: Speeds, question: Question) -> None:
+        if question.kv not in KV_ITEM_BYTES:
+            raise BadRequest(f'--kv is "{question.kv}"; it is one of {", ".join(KV_ITEM_BYTES)}.')
+        self.model = model
+        self.speeds = speeds
+        self.n_cores = machine.n_cores
+        self.kv_item_bytes = KV_ITEM_BYTES[question.kv]
+        self.ram = machine.automatic_ram_bytes if question.ram is None else parse_bytes(question.ram)
+        self.vram = 0 if question.vram is None else parse_bytes(question.vram)
+        most = model.config.max_context
+        self.context = min(DEFAULT_CONTEXT, most) if question.context is None else question.context
+        self.longest = question.max_context
+        if not 1 <= self.context <= most:
+            raise BadRequest(f"The context is {self.context:,}; this model has from 1 to {most:,} positions.")
+
+    def answer(self) -> Answer:
+        """The plan that was asked for. Raises DoesNotFit with the smallest change that would help."""
+        if self.longest:
+            self.context = max(1, self._longest_context(self.ram + max(0, self.vram - DRIVER_BYTES)))
+        plan = self._plan(self.ram, self.context)
+        tiers, figures = self._judge(plan)
+        better = tuple(self._better(plan, figures))
+        return Answer(self.model, plan, tiers, self.speeds, figures, self.vram, self.n_cores, better)
+
+    def needs(self) -> dict[str, int]:
+        """The least memory that this context can be run with."""
+        return {"context": self.context, "needed_bytes": self._least(self.context), "ram_bytes": self.ram}
+
+    # ---- plans ----
+
+    def _gpu_bytes(self) -> int:
+        """What a GPU adds to the budget; nothing where it cannot hold the dense weights, the KV and the workspace."""
+        usable = max(0, self.vram - DRIVER_BYTES)
+        return usable if usable >= self._fixed(self.context) else 0
+
+    def _plan(self, ram: int, context: int) -> Plan:
+        try:
+            return make_plan(
+                self.model.config,
+                dense_bytes=self.model.dense_bytes,
+                page_bytes=self.model.page_bytes,
+                context=context,
+                ram_bytes=ram + self._gpu_bytes(),
+                kv_item_bytes=self.kv_item_bytes,
+                slack=WINDOW_SLACK,
+            )
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{error} {self._smallest_change()}".strip()) from None
+
+    def _fixed(self, context: int) -> int:
+        config = self.model.config
+        kv = kv_bytes(config, context, self.kv_item_bytes, WINDOW_SLACK)
+        return self.model.dense_bytes + kv + workspace_bytes(config, context, PREFILL_CHUNK)
+
+    def _least(self, context: int) -> int:
+        return self._fixed(context) + self.model.config.pages_per_token * self.model.page_bytes
+
+    def _longest_context(self, budget: int) -> int:
+        """The longest context that fits a budget, by bisection: needs grow with it; 0 where none does."""
+        low, high = 0, self.model.config.max_context
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._least(middle) <= budget else (low, middle - 1)
+        return low
+
+    def _smallest_change(self) -> str:
+        """A sentence on the context that would fit; the memory that is missing is named already."""
+        longest = self._longest_context(self.ram)
+        if longest:
+            return f"The longest context that fits is {longest:,}: --context {longest}."
+        saved = self._least(self.context) - self._least(1)
+        return f"No context is short enough: even a single position would save only {format_bytes(saved)}."
+
+    # ---- what it gives ----
+
+    def _judge(self, plan: Plan) -> tuple[Tiers, Estimate]:
+        gpu = max(0, self._gpu_bytes() - self._fixed(plan.context)) // plan.page_bytes
+        gpu = min(gpu, plan.n_slots)
+        tiers = Tiers(gpu, plan.n_slots - gpu, plan.n_pages, *self._hits(plan))
+        figures = estimate(
+            self.model,
+            plan,
+            self.speeds,
+            tiers,
+            n_cores=self.n_cores,
+            kv_item_bytes=self.kv_item_bytes,
+        )
+        return tiers, figures
+
+    def _hits(self, plan: Plan) -> tuple[Range, str]:
+        if plan.n_slots >= plan.n_pages:
+            return (1.0, 1.0), "every expert is in memory"
+        cycle = self.model.config.pages_per_token / plan.n_pages
+        return assumed_hits(plan.n_slots / plan.n_pages, cycle), "assumed from published caches, no trace"
+
+    def _better(self, plan: Plan, figures: Estimate) -> Iterator[str]:
+        """Changes that matter, with what they would give."""
+        for more in (16, 32, 64, 128, 256, 512):
+            if plan.n_slots >= plan.n_pages:
+                break
+            _, then = self._judge(self._plan(self.ram + more * GIB, plan.context))
+            if then.decode_tps[0] > 1.25 * figures.decode_tps[0]:
+                yield f"+{more} GiB RAM → {_tps(then.decode_tps)}"
+                break
+        if figures.bound == "disk":
+            twice = replace(
+                self.speeds,
+                disk_read=2 * self.speeds.disk_read,
+                disk_read_alone=2 * self.speeds.disk_read_alone,
+            )
+            desk_speeds, self.speeds = self.speeds, twice
+            _, then = self._judge(plan)
+            self.speeds = desk_speeds
+            yield f"a disk twice as fast → {_tps(then.decode_tps)}"
+        shorter = plan.context // 4
+        if shorter >= 1024 and plan.n_slots < plan.n_pages:
+            more_slots = self._plan(self.ram, shorter).n_slots - plan.n_slots
+            if more_slots:
+                yield f"context {shorter:,} → +{more_slots:,} expert slots"
+
+
+def _tps(speed: Range) -> str:
+    low, high = (f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in speed)
+    return f"{low} tok/s" if low == high else f"{low}–{high} tok/s"
+
+
+def _lines(answer: Answer, question: Question, ui: Ui) -> Iterator[str]:
+    model, plan, tiers, figures = answer.model, answer.plan, answer.tiers, answer.estimate
+    head = [model.name, model.codecs, f"{format_bytes(model.pack_bytes)} pack", f"context {plan.context:,}"]
+    if model.source_bytes:
+        head.insert(2, f"{format_bytes(model.source_bytes)} checkpoint")
+    yield rows(head, 200, indent=1)
+    fixed = " + ".join(
+        f"{name} {format_bytes(size)}"
+        for name, size in (
+            ("dense", plan.dense_bytes),
+            ("KV", plan.kv_bytes),
+            ("workspace", plan.workspace_bytes),
+        )
+    )
+    yield _line("needed every token", f"{fixed} → {'GPU' if tiers.gpu_slots else 'RAM'}")
+    yield _line(f"experts {format_bytes(model.experts_bytes)}", _places(answer))
+    yield _line("read per token", _reads(answer))
+    yield _line("hit rate", f"{_percent(figures.hits)} ({tiers.origin})")
+    yield _line("speed", f"{_speed(figures)} on {answer.n_cores} cores")
+    yield _line("bandwidth", _origin(answer.speeds))
+    if answer.better:
+        yield _line("better if", "; ".join(answer.better))
+    for note in model.notes:
+        yield f" {note}"
+    if question.vram is not None:
+        yield from _gpu_notes(answer)
+    yield " Structure is exact; speed is an estimate."
+    if model.member and (command := model.member.serve_command()) and model.member.server:
+        yield f" For many users on one server ({model.member.server.hardware}), the same checkpoint: {command}"
+
+
+def _line(name: str, text: str) -> str:
+    return f" {name:<22} {text}"
+
+
+def _places(answer: Answer) -> str:
+    plan, tiers = answer.plan, answer.tiers
+    parts = []
+    for name, n_pages in (("GPU", tiers.gpu_slots), ("RAM", tiers.ram_slots), ("disk", tiers.disk_pages)):
+        if n_pages:
+            size = format_bytes(n_pages * plan.page_bytes)
+            parts.append(f"{name} {size} {n_pages / plan.n_pages:.0%} ({n_pages:,} of {plan.n_pages:,})")
+    return " · ".join(parts)
+
+
+def _reads(answer: Answer) -> str:
+    figures, model = answer.estimate, answer.model
+    asked = format_bytes(model.config.pages_per_token * model.page_bytes)
+    low, high = map(format_bytes, figures.disk_bytes)
+    disk = "nothing from disk" if high == "0 kB" else f"from disk {low} to {high}" if low != high else low
+    return f"{asked} of experts, {format_bytes(model.read_bytes)} of dense weights; {disk}"
+
+
+def _percent(share: Range) -> str:
+    low, high = (f"{100 * x:.0f}" for x in share)
+    return f"{low} %" if low == high else f"{low}–{high} %"
+
+
+def _speed(figures: Estimate) -> str:
+    answer_s = [200 / WORDS_PER_TOKEN / tps for tps in reversed(figures.decode_tps)]
+    return (
+        f"{_tps(figures.decode_tps)}, bound by {'the disk' if figures.bound == 'disk' else 'memory'} "
+        f"(200 words: {seconds(answer_s[0])} to {seconds(answer_s[1])}) · prefill {_tps(figures.prefill_tps)}"
+    )
+
+
+def _origin(speeds: Speeds) -> str:
+    disk = f"disk {format_bytes(speeds.disk_read)}/s of pages four at a time"
+    if speeds.disk_origin == "measured":
+        disk += f", {format_bytes(speeds.disk_read_alone)}/s one at a time"
+        disk += "" if speeds.direct else ", through the page cache"
+    return f"{disk} ({speeds.disk_origin}) · RAM {format_bytes(speeds.ram_read)}/s ({speeds.ram_origin})"
+
+
+def _gpu_notes(answer: Answer) -> Iterator[str]:
+    yield (
+        " This version runs on the CPU alone: the split over a GPU is arithmetic, with "
+        f"{format_bytes(answer.speeds.gpu_read)}/s of GPU memory and {format_bytes(answer.speeds.pcie)}/s to it "
+        "assumed. `localmimo chat` would use RAM and disk."
+    )
+    if not answer.tiers.gpu_slots:
+        yield " The GPU is too small for dense weights, KV and workspace, so nothing was placed on it."

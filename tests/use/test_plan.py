@@ -1,0 +1,197 @@
+"""`localmimo plan`: exact structure, honest ranges, exit codes, no torch."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from localmimo import kv
+from localmimo.cli.plan import WINDOW_SLACK, Desk, Question
+from localmimo.config import ModelConfig
+from localmimo.errors import DoesNotFit
+from localmimo.estimate import Tiers, assumed_hits, decode_range, estimate
+from localmimo.family import find_member
+from localmimo.machine import Machine
+from localmimo.plan import make_plan
+from localmimo.speeds import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
+from localmimo.structure import Structure, structure_of
+from tests.packs import make_pack
+from tests.tiny import make_checkpoint
+from tests.use.test_app import localmimo
+
+DESCRIBED = ("--disk-read", "7GB/s", "--ram-read", "80GB/s")
+FAST = Speeds(disk_read=7e9, disk_read_alone=4e9, ram_read=80e9)
+
+
+def plan(*arguments: str) -> dict:
+    code, out, err = localmimo("plan", *arguments, *DESCRIBED, "--json")
+    assert (code, err) == (0, "heavy: []\n"), err
+    return json.loads(out)
+
+
+def flash() -> Structure:
+    card = find_member("mimo-v2-flash")
+    assert card is not None
+    return Structure(
+        name="flash",
+        kind="described",
+        config=ModelConfig.parse(card.config),
+        codecs="nf4",
+        pack_bytes=168_851_907_688,
+        source_bytes=None,
+        dense_bytes=6_917_000_000,
+        lookup_bytes=1_249_902_592,
+        page_bytes=13_373_440,
+        member=card,
+    )
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("plan"), experts="nf4", dense="int8")
+
+
+def test_a_family_name_before_any_download() -> None:
+    found = plan("mimo-v2-flash", "--ram", "96GiB", "-c", "32k")
+    assert (found["pack_bytes"], found["plan"]["page_bytes"]) == (168_851_907_688, 13_373_440)
+    assert found["ram_slots"] + found["disk_pages"] == found["plan"]["n_pages"] == 12_032
+    low, high = found["estimate"]["decode_tps"]
+    assert 0 < low < high and found["serve"].startswith("python3 -m sglang.launch_server")
+    assert found["hit_rate_origin"].startswith("assumed")
+
+
+def test_a_pack_says_the_same_as_the_engine(pack: Path) -> None:
+    from localmimo import load
+
+    found = plan(str(pack), "--ram", "64MiB", "-c", "256")
+    with load(pack, ram="64MiB", context=256) as engine:
+        assert found["plan"] == json.loads(json.dumps(engine.plan.as_dict()))
+    assert found["pack_bytes"] == sum(f.stat().st_size for f in pack.glob("*.safetensors"))
+
+
+def test_a_checkpoint_folder_and_its_config_alone_agree(tmp_path: Path, pack: Path) -> None:
+    folder = make_checkpoint(tmp_path / "hf", layout="fused-fp8", mtp=3)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((folder / "config.json").read_bytes())
+    whole = plan(str(folder), "--ram", "64MiB", "-c", "256")
+    assert whole["kind"] == "checkpoint"
+    for name in (alone, alone / "config.json"):
+        found = plan(str(name), "--ram", "64MiB", "-c", "256")
+        assert found["kind"] == "described"
+        assert all(found[key] == whole[key] for key in ("plan", "pack_bytes", "source_bytes"))
+
+
+def desk(**question: object) -> Desk:
+    machine = Machine(ram_bytes=128 << 30, free_ram_bytes=120 << 30, n_cores=16)
+    return Desk(flash(), machine, FAST, Question("flash", **question))  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_says_what_would_help() -> None:
+    with pytest.raises(DoesNotFit, match=r"Give --ram \d+MiB .* longest context that fits is") as refused:
+        desk(ram="14GiB", context=262_144).answer()
+    longest = int(str(refused.value).split("--context ")[-1].rstrip("."))
+    assert desk(ram="14GiB", context=longest).answer().plan.n_slots >= 376
+    with pytest.raises(DoesNotFit):
+        desk(ram="14GiB", context=longest + 1).answer()
+    assert desk(ram="14GiB", max_context=True).answer().plan.context == longest
+    with pytest.raises(DoesNotFit, match="No context is short enough"):
+        desk(ram="8GiB").answer()
+
+
+def test_a_refusal_in_json(pack: Path) -> None:
+    code, out, err = localmimo("plan", str(pack), "--ram", "1MiB", *DESCRIBED, "--json")
+    found = json.loads(out)
+    assert code == 3 and found["fits"] is False and found["needed_bytes"] > found["ram_bytes"] == 1 << 20
+    assert "Give --ram " in err
+
+
+def test_a_gpu_is_arithmetic_and_says_so(pack: Path) -> None:
+    found = desk(ram="64GiB", vram="24GiB").answer()
+    assert found.tiers.gpu_slots > 1000
+    assert found.tiers.gpu_slots + found.tiers.ram_slots + found.tiers.disk_pages == 12_032
+    assert found.tiers.ram_slots * found.plan.page_bytes <= 64 << 30
+    alone = desk(ram="64GiB").answer()
+    assert found.estimate.decode_tps[0] > alone.estimate.decode_tps[0]
+    assert desk(ram="64GiB", vram="4GiB").answer().tiers.gpu_slots == 0
+    code, out, _ = localmimo("plan", str(pack), "--ram", "64MiB", "-c", "256", "--vram", "1GiB", *DESCRIBED)
+    assert code == 0 and "This version runs on the CPU alone" in out and "nothing was placed on it" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("mimo-v9",), 4, "no member of the family"),
+        (("PACK", "-c", "1m"), 2, "4,096 positions"),
+        (("PACK", "--kv", "int3"), 2, "--kv"),
+        (("PACK", "--disk-read", "fast"), 2, "7GB/s"),
+        (("PACK", "--experts", "nf3"), 2, "nf3"),
+    ],
+)
+def test_bad_questions(pack: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
+    arguments = tuple(str(pack) if word == "PACK" else word for word in arguments)
+    got, _, err = localmimo("plan", *arguments, "--ram", "96GiB")
+    assert got == code and says in err and "Traceback" not in err
+
+
+def test_the_slack_is_the_caches() -> None:
+    assert WINDOW_SLACK == kv.SLACK
+
+
+# ---- arithmetic ----
+
+
+def test_more_hits_and_faster_parts_are_never_slower() -> None:
+    model = flash()
+    budget = make_plan(
+        model.config,
+        dense_bytes=model.dense_bytes,
+        page_bytes=model.page_bytes,
+        context=32_768,
+        ram_bytes=96 << 30,
+        slack=16,
+    )
+    before = (0.0, 0.0)
+    for tenth in range(11):
+        low, high = decode_range(model, budget, FAST, tenth / 10, depth=1000)
+        assert low >= before[0] and high >= before[1] and high <= 2 * low * 1.0001
+        before = (low, high)
+    assert before[1] <= FAST.ram_read / (376 * model.page_bytes)
+    everything = Tiers(0, budget.n_slots, budget.n_pages, (1.0, 1.0), "")
+    assert estimate(model, budget, FAST, everything, n_cores=16).disk_bytes == (0.0, 0.0)
+    slow = estimate(model, budget, ASSUMED, everything, n_cores=16)
+    assert slow.decode_tps[0] < estimate(model, budget, FAST, everything, n_cores=16).decode_tps[0]
+
+
+def test_assumed_hit_rates_pass_through_the_published_points() -> None:
+    assert assumed_hits(0.125, 0.03) == pytest.approx((0.59, 0.67))
+    assert assumed_hits(0.25, 0.03) == pytest.approx((0.74, 0.81))
+    assert assumed_hits(1.0, 0.03) == (1.0, 1.0)
+    shares = [assumed_hits(n / 100, 0.03) for n in range(101)]
+    assert shares == sorted(shares) and all(low <= high for low, high in shares)
+    assert assumed_hits(0.1, 0.5)[0] <= 0.1
+
+
+def test_measuring_a_disk_and_memory(tmp_path: Path) -> None:
+    scratch, spots = scratch_spots(tmp_path, 100_000)
+    found = measure_disk(spots[:64], 100_000, seed=0)
+    assert found.together >= found.alone > 1e6
+    assert file_spots([scratch], 100_000) == spots
+    assert measure_ram(1, 1 << 22) > 1e8
+
+
+def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from localmimo import speeds
+
+    monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
+    speeds.keep("ram", {"read": 5e9})
+    assert speeds.ram_speed(1) == 5e9
+    (tmp_path / speeds.CACHE).write_text("{")
+    assert speeds.kept("ram") is None
+
+
+def test_structure_of_a_pack_counts_what_a_token_reads(pack: Path) -> None:
+    found = structure_of(pack)
+    assert 0 < found.lookup_bytes < found.dense_bytes
+    assert found.read_bytes + found.lookup_bytes == found.dense_bytes
+    assert found.experts_bytes == found.page_bytes * 8 * 4
