@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from localmimo.engine import Completion, Engine, Message, load
+    from localmimo.answer import Message
+    from localmimo.engine import Completion, Engine, load
     from localmimo.errors import (
         BadModel,
         BadRequest,
@@ -29,7 +30,7 @@ _ROOMS = {
     "load": "engine",
     "Engine": "engine",
     "Completion": "engine",
-    "Message": "engine",
+    "Message": "answer",
     "Sampling": "sample",
     "Session": "session",
     "Step": "generate",

@@ -1,25 +1,14 @@
-"""Conversations: messages become a prompt (ChatTemplate), token text becomes thinking, answer and tool calls
-(StreamParser).
+"""StreamParser: token text becomes thinking, answer and tool calls.
 
-Pure text: knows nothing of token ids, of the model or of the terminal.
+Pure text: knows nothing of token ids, of templates, of the model or of the terminal.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-import jinja2
-from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from localmimo.errors import BadModel, BadRequest
-from localmimo.messages import Message, check_messages, check_tools
 from localmimo.toolcall import (
     CLOSE,
     FUNCTION,
@@ -33,181 +22,11 @@ from localmimo.toolcall import (
     parse_call,
 )
 
-__all__ = ["ChatTemplate", "Delta", "StreamParser", "ToolCall", "parse_message"]
+__all__ = ["Delta", "StreamParser", "ToolCall", "parse_message"]
 
 Kind = Literal["thinking", "answer", "tool_call"]
 
 THINK, THINK_END = "<think>", "</think>"
-MAX_PROMPT_CHARS = 64 << 20  # far beyond any context; a template that runs away stops here
-TEMPLATES = Path(__file__).with_name("templates")
-
-
-# --- template ---------------------------------------------------------------------------------------------
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with a bound on repetition: 'x' * 10**12 would otherwise eat the machine."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        for repeated, times in ((left, right), (right, left)):
-            if (
-                hasattr(repeated, "__len__")
-                and isinstance(times, int)
-                and len(repeated) * times > MAX_PROMPT_CHARS
-            ):
-                raise SecurityError("it repeats a text too often")
-        if operator == "**" and isinstance(right, int) and abs(right) > 64:
-            raise SecurityError("it raises a number to too high a power")
-        return super().call_binop(context, operator, left, right)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    # Chat templates expect plain JSON: jinja2's own filter escapes <, > and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _environment() -> jinja2.Environment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-class ChatTemplate:
-    """How one model wants its conversations written."""
-
-    def __init__(self, source: str, *, name: str, tokens: Mapping[str, str] | None = None) -> None:
-        self.name = name
-        self.source = source
-        self._tokens = dict(tokens or {})
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise BadModel(
-                f"The chat template {name} is broken at line {error.lineno}: {error.message}."
-            ) from None
-        self.think_default = self._thinks_by_itself()
-
-    @classmethod
-    def open(cls, folder: str | Path, config: Mapping[str, Any] | None = None) -> ChatTemplate:
-        """The checkpoint's own template (chat_template.jinja or tokenizer_config.json), else the family's."""
-        folder = Path(folder)
-        settings = _read_json(folder / "tokenizer_config.json")
-        own = folder / "chat_template.jinja"
-        if own.is_file():
-            return cls(own.read_text("utf-8"), name=own.name, tokens=_special_tokens(settings))
-        if source := _embedded(settings.get("chat_template")):
-            return cls(source, name="tokenizer_config.json", tokens=_special_tokens(settings))
-        return cls.builtin(family(config or {}))
-
-    @classmethod
-    def builtin(cls, name: str) -> ChatTemplate:
-        """One of the family's templates: mimo-v2-flash, mimo-v2.5, mimo-v2.6."""
-        path = TEMPLATES / f"{name}.jinja"
-        if not path.is_file():
-            known = ", ".join(sorted(entry.stem for entry in TEMPLATES.glob("*.jinja")))
-            raise BadRequest(f"There is no built-in chat template {name!r}; there are {known}.")
-        return cls(path.read_text("utf-8"), name=name)
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        think: bool | None = None,
-        keep_reasoning: bool = True,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """The prompt; think None leaves the choice to the template. Raises BadRequest."""
-        switches: dict[str, Any] = {} if think is None else {"enable_thinking": think}
-        return self._write(
-            switches,
-            messages=check_messages(messages),
-            tools=check_tools(tools),
-            keep_all_reasoning=keep_reasoning,
-            add_generation_prompt=add_generation_prompt,
-        )
-
-    def _write(self, switches: Mapping[str, Any], **values: Any) -> str:
-        pieces: list[str] = []
-        written = 0
-        try:
-            for piece in self._template.generate(**self._tokens, **values, **switches):
-                written += len(piece)
-                if written > MAX_PROMPT_CHARS:
-                    raise SecurityError(f"it writes more than {MAX_PROMPT_CHARS:,} characters")
-                pieces.append(piece)
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            RecursionError,
-        ) as error:
-            reason = str(error).rstrip(".")
-            raise BadRequest(f"The chat template {self.name} refused the conversation: {reason}.") from error
-        return "".join(pieces)
-
-    def _thinks_by_itself(self) -> bool:
-        # Asked of the template, not of the model's name: does it do unasked what it does when told to think?
-        values: dict[str, Any] = {
-            "messages": [{"role": "user", "content": "?"}],
-            "tools": None,
-            "add_generation_prompt": True,
-        }
-        try:
-            told = [self._write({"enable_thinking": think}, **values) for think in (True, False)]
-            return told[0] != told[1] and self._write({}, **values) == told[0]
-        except BadRequest:
-            return False
-
-
-def family(config: Mapping[str, Any]) -> str:
-    """Which built-in template a config.json calls for."""
-    if config.get("model_type") != "mimo_v2":
-        return "mimo-v2-flash"
-    stored = config.get("quantization_config") or {}
-    return "mimo-v2.6" if stored.get("store_dtype") == "mxfp4" else "mimo-v2.5"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise BadModel(
-            f"{path} is not valid JSON ({error}); copy the file again from the checkpoint."
-        ) from None
-    return value if isinstance(value, dict) else {}
-
-
-def _embedded(value: object) -> str | None:
-    if isinstance(value, list):  # several named templates: the one called default, else the first
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, Mapping)}
-        value = named.get("default") or next(iter(named.values()), None)
-    return value if isinstance(value, str) else None
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = settings.get(key)
-        value = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(value, str):
-            found[key] = value
-    return found
-
-
-# --- stream -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

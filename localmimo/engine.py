@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from localmimo import kv
-from localmimo.chat import ChatTemplate, StreamParser, ToolCall
+from localmimo.answer import Answer, Message
+from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
@@ -27,9 +28,11 @@ from localmimo.generate import FinishReason, Generation, Rules, Stats, Step, Ver
 from localmimo.machine import Machine, format_bytes, parse_bytes
 from localmimo.model import Transformer, load_weights
 from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, make_plan
+from localmimo.prompt import Prompt, Prompts
 from localmimo.sample import Sampling
 from localmimo.saved import Identity
 from localmimo.session import Progress, Session
+from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 from quant import Pack
 from quant.matmul import backend
@@ -46,27 +49,6 @@ class Completion:
     tokens: list[int]
     finish_reason: FinishReason
     stats: Stats
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """The assistant's turn. `as_dict` is what goes back into the messages: the reasoning travels along."""
-
-    content: str
-    reasoning_content: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    tokens: tuple[int, ...] = ()
-    finish_reason: FinishReason = "stop"
-    stats: Stats = field(default_factory=Stats)
-    role: str = "assistant"
-
-    def as_dict(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.reasoning_content:
-            said["reasoning_content"] = self.reasoning_content
-        if self.tool_calls:
-            said["tool_calls"] = [call.as_dict() for call in self.tool_calls]
-        return said
 
 
 def load(
@@ -172,6 +154,10 @@ class Engine:
         """The pack's own chat template, or its family's."""
         return ChatTemplate.open(self.pack.path, self.pack.config)
 
+    @cached_property
+    def _prompts(self) -> Prompts:
+        return Prompts(self.template, self.tokenizer)
+
     @property
     def context(self) -> int:
         """Positions of a session."""
@@ -224,7 +210,7 @@ class Engine:
         think: bool | None = None,
     ) -> str:
         """The prompt that a conversation becomes."""
-        return self.template.render(messages, tools=tools, think=think)
+        return self._prompts.render(messages, tools, think)
 
     # ---- answers ----
 
@@ -250,23 +236,30 @@ class Engine:
         Closing the iterator stops the generation; setting `cancel` from any thread does so within a layer.
         Raises BadRequest, ContextFull.
         """
-        if tokens is None:
-            text = prompt if isinstance(prompt, str) else self.render(prompt, tools=tools, think=think)
-            tokens = self._prompt_tokens(text)
-        tokens = self._check_tokens(list(tokens))
-        thinking = not isinstance(prompt, str) and self._opens_thinking(tokens)
+        chat = not isinstance(prompt, str)
+        asked = self._asked(prompt, tools, think) if tokens is None else Prompt("", list(tokens))
+        self._check_tokens(asked.tokens)
+        thinking = chat and self._opens_thinking(asked.tokens)
         rules = Rules(max_tokens, tuple(stop), think_budget, logprobs)
+        answer = Answer()
         with self._borrow(session) as timeline:
-            yield from Generation(
-                session=timeline,
-                tokenizer=self.tokenizer,
-                parser=Verbatim() if isinstance(prompt, str) else StreamParser(tools, thinking),
-                sampling=sampling or Sampling(),
-                rules=rules,
-                traffic=lambda: self._store.traffic,
-                cancel=cancel or threading.Event(),
-                progress=progress,
-            ).run(tokens)
+            try:
+                for step in Generation(
+                    session=timeline,
+                    tokenizer=self.tokenizer,
+                    parser=StreamParser(tools, thinking) if chat else Verbatim(),
+                    sampling=sampling or Sampling(),
+                    rules=rules,
+                    traffic=lambda: self._store.traffic,
+                    cancel=cancel or threading.Event(),
+                    progress=progress,
+                ).run(asked.tokens):
+                    answer.add(step)
+                    yield step
+            finally:
+                if chat and tokens is None:
+                    whole = answer.finish_reason in ("stop", "tool_calls") and not stop
+                    self._prompts.keep(asked, answer, whole=whole)
 
     @overload
     def generate(self, prompt: str, **options: Any) -> Completion: ...
@@ -276,12 +269,8 @@ class Engine:
         """Continue a text, or each of a list of texts. Options as for `stream`."""
         if isinstance(prompt, list):
             return [self.generate(text, **options) for text in prompt]
-        steps = list(self.stream(prompt, **options))
-        last = steps[-1]
-        assert last.finish_reason is not None
-        return Completion(
-            "".join(step.text for step in steps), _tokens(steps), last.finish_reason, last.stats
-        )
+        answer = Answer.of(self.stream(prompt, **options))
+        return Completion(answer.content, answer.tokens, answer.finish_reason, answer.message().stats)
 
     def chat(self, messages: Messages, **options: Any) -> Message:
         """The assistant's next turn. Options as for `stream`."""
@@ -289,17 +278,7 @@ class Engine:
             raise BadRequest(
                 "chat takes a list of messages; give a text to generate, or [{'role': 'user', ...}]."
             )
-        steps = list(self.stream(messages, **options))
-        last = steps[-1]
-        assert last.finish_reason is not None
-        return Message(
-            content="".join(step.text for step in steps if step.kind == "answer"),
-            reasoning_content="".join(step.text for step in steps if step.kind == "thinking"),
-            tool_calls=tuple(step.tool_call for step in steps if step.tool_call is not None),
-            tokens=tuple(_tokens(steps)),
-            finish_reason=last.finish_reason,
-            stats=last.stats,
-        )
+        return Answer.of(self.stream(messages, **options)).message()
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -322,10 +301,16 @@ class Engine:
 
     # ---- inside ----
 
-    def _prompt_tokens(self, text: str) -> list[int]:
-        if not text.strip():
+    def _asked(
+        self, prompt: str | Messages, tools: Sequence[Mapping[str, Any]] | None, think: bool | None
+    ) -> Prompt:
+        if not isinstance(prompt, str):
+            asked = self._prompts.write(prompt, tools, think)
+        elif prompt.strip():
+            asked = Prompt(prompt, self.encode(prompt))
+        else:
             raise BadRequest("The prompt is empty: say something.")
-        return self._check_tokens(self.encode(text))
+        return asked
 
     def _opens_thinking(self, tokens: Sequence[int]) -> bool:
         return self.decode(tokens[-8:]).rstrip().endswith("<think>")
@@ -379,6 +364,8 @@ class Engine:
         """Stop reading and give the memory back."""
         self._store.close()
         self._own = None
+        if "template" in self.__dict__:
+            self.template.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -387,7 +374,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _tokens(steps: Sequence[Step]) -> list[int]:
-    return [step.token for step in steps if step.token is not None]

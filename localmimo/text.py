@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from localmimo.errors import BadModel, BadRequest
+from localmimo.files import read_json
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # rows of a padded vocabulary that no token stands for
 
@@ -28,6 +29,10 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.added = frozenset(token.content for token in added)  # spellings of all that is no ordinary text
+        self.control = frozenset(token.content for token in added if token.special)
+        self._split = re.compile(f"({'|'.join(map(re.escape, sorted(self.added, key=len, reverse=True)))})")
 
     @classmethod
     def open(cls, folder: str | Path) -> Tokenizer:
@@ -44,12 +49,36 @@ class Tokenizer:
             raise BadModel(f"{path} is no byte-level BPE, the only kind that MiMo models use.")
         return cls(tokenizer, _eos_ids(folder, tokenizer))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens written in the text are recognised, none are added."""
+    def encode(self, text: str, mark: str = "") -> list[int]:
+        """Token ids; special tokens written in the text are recognised, none are added.
+
+        mark: a character that breaks spellings which are to stay plain text (see marks); it is taken out.
+        """
         try:
+            if mark and mark in text:
+                return [token for part in self._parts(text, mark) for token in self._encode_part(part, mark)]
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise BadRequest(f"The text cannot be encoded: {error}.") from None
+
+    def _parts(self, text: str, mark: str) -> Iterator[str]:
+        """The text cut at special tokens wherever a marked part begins or ends."""
+        plain = ""
+        for number, part in enumerate(self._split.split(text) if self.added else [text]):
+            if number % 2 or mark not in part:
+                plain += part
+            else:
+                yield from (plain, part)
+                plain = ""
+        yield plain
+
+    def _encode_part(self, text: str, mark: str) -> list[int]:
+        if mark not in text:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        text = text.replace(mark, "")
+        text = self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer else text
+        pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        return [token.id for piece, _ in pieces for token in self._tokenizer.model.tokenize(piece)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
@@ -111,7 +140,7 @@ def _eos_ids(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
     """Every end-of-text id that generation_config.json, tokenizer_config.json and config.json name."""
     found: set[int] = set()
     for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
-        settings = _read_json(folder / name)
+        settings = read_json(folder / name)
         ids = settings.get("eos_token_id")
         found.update(entry for entry in (ids if isinstance(ids, list) else [ids]) if type(entry) is int)
         token = settings.get("eos_token")
@@ -119,13 +148,3 @@ def _eos_ids(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
         if isinstance(token, str) and (known := tokenizer.token_to_id(token)) is not None:
             found.add(known)
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise BadModel(f"{path} is not valid JSON ({error}); copy it again from the checkpoint.") from None
-    return value if isinstance(value, dict) else {}

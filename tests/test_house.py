@@ -27,8 +27,9 @@ recipe listing
 pack
 manifest packing writer report
 conversion"""
-LOCALMIMO = """errors home toolcall messages family
-config machine speeds attend sample text
+LOCALMIMO = """errors home child sandbox toolcall family
+files marks messages
+config machine speeds attend sample text template
 chat
 kv plan structure saved trail
 estimate
@@ -39,6 +40,8 @@ experts.tiers
 experts.store
 experts.run session
 generate
+answer
+prompt
 mini
 embedded
 engine

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localmimo.chat import ChatTemplate
 from localmimo.messages import check_messages
 from localmimo.serve.reply import Reply
+from localmimo.template import ChatTemplate
 
 LIMIT_BYTES = 64 << 20
 TURN_BYTES = 400  # of keys and objects around a turn's text and tokens

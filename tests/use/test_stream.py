@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmimo.chat import ChatTemplate, Delta, StreamParser, parse_message
+from localmimo.chat import Delta, StreamParser, parse_message
+from localmimo.template import ChatTemplate
 from localmimo.toolcall import ToolCall, typed
 
 TOOLS = [

@@ -1,14 +1,17 @@
 """Messages to prompts: golden renders, the checkpoint's own template, and what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from localmimo.chat import ChatTemplate, family
+from localmimo.child import Child
 from localmimo.errors import BadModel, BadRequest
 from localmimo.messages import check_messages
+from localmimo.template import ChatTemplate, family
 
 GOLDEN = Path(__file__).with_name("golden")
 FAMILY = ("mimo-v2-flash", "mimo-v2.5", "mimo-v2.6")
@@ -139,27 +142,71 @@ def test_what_hugging_face_templates_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("{{ raise_exception('Roles must alternate') }}", "refused the conversation: Roles must alternate."),
-        ("{{ nothing.at_all }}", "refused the conversation: 'nothing' is undefined."),
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate."),
+        ("{{ nothing.at_all }}", "'nothing' is undefined."),
+        ("{{ ().__class__.__mro__ }}", "access to attribute '__class__' .* is unsafe"),
+        ("{{ (''|attr('__class__')).x }}", "access to attribute '__class__' .* is unsafe"),
+        ("{{ '{0.__class__.x}'.format(1) }}", "access to attribute '__class__' .* is unsafe"),
+        ("{{ cycler.__init__.__globals__ }}", "access to attribute '__init__' .* is unsafe"),
+        ("{{ raise_exception.__globals__.x }}", "access to attribute '__globals__' .* is unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ messages.append(1) }}", "access to attribute 'append' .* is unsafe"),
+        ("{{ 'x' * 10**12 }}", "it needs more than 512 MiB of memory."),
+        ("{{ 'x' | center(10**12) }}", "it needs more than 512 MiB of memory."),
+        ("{{ '%999999999999d' % messages|length }}", "it needs more than 512 MiB of memory."),
         (
-            "{{ ().__class__.__mro__ }}",
-            "refused the conversation: access to attribute '__class__' .* is unsafe",
+            "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "it needs more than 512 MiB of memory.",
         ),
-        ("{{ messages.append(1) }}", "refused the conversation: access to attribute 'append' .* is unsafe"),
-        ("{{ 'x' * 10**12 }}", "refused the conversation: it repeats a text too often"),
-        ("{{ 10**10000 }}", "refused the conversation: it raises a number to too high a power"),
-        ("{{ 1 + 'a' }}", "refused the conversation: unsupported operand"),
-        ("{{ 1 / 0 }}", "refused the conversation: division by zero"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refused the conversation: maximum recursion"),
+        ("{{ range(10**9) | list }}", "Range too big"),
+        ("{{ 10**10000 }}", "Exceeds the limit .* for integer string conversion"),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion"),
         (
             "{% for a in range(9999) %}{% for b in range(9999) %}" + "x" * 24 + "{% endfor %}{% endfor %}",
-            "refused the conversation: it writes more than 67,108,864 characters",
+            "it writes more than 67,108,864 characters",
         ),
     ],
 )
 def test_hostile_templates_are_sentences(source: str, says: str) -> None:
-    with pytest.raises(BadRequest, match=says):
+    with pytest.raises((BadRequest, BadModel), match=f"^The chat template t .*: .*{says}"):
         ChatTemplate(source, name="t").render([USER])
+
+
+ENDLESS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+
+
+@pytest.mark.parametrize(
+    "source",
+    [ENDLESS, "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(99) }}", "{{ 9**(9**9) }}"],
+)
+def test_a_template_that_does_not_end_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmimo.template.LIMIT_S", 0.7)
+    with pytest.raises((BadRequest, BadModel), match=r": it took longer than 0\.7 s\.$"):
+        ChatTemplate("{{ messages[0].content }}" + source, name="t").render([USER])
+
+
+def test_a_template_goes_on_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmimo.template.LIMIT_S", 0.7)
+    template = ChatTemplate("{% if enable_thinking %}" + ENDLESS + "{% endif %}ok", name="t")
+    with pytest.raises(BadRequest, match="took longer"):
+        template.render([USER], think=True)
+    monkeypatch.undo()
+    assert template.render([USER]) == "ok"
+    template.close()
+    assert template.render([USER]) == "ok"
+
+
+def test_the_templates_program_needs_nothing_of_ours() -> None:
+    import localmimo.sandbox
+
+    code = "import sys, localmimo.sandbox; sys.exit('localmimo.errors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    child = Child([sys.executable, "-I", localmimo.sandbox.__file__], {})
+    assert child.ask({"source": "{{ 1 + 1 }}", "values": {}}, 60) == {"text": "2"}
+    assert child.ask({"source": "{% if %}"}, 60)["line"] == 1
+    child.close()
 
 
 def test_a_broken_template_is_a_bad_model() -> None:

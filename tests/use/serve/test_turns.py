@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from localmimo.chat import ChatTemplate, ToolCall, parse_message
+from localmimo.chat import ToolCall, parse_message
 from localmimo.generate import Stats, Step
 from localmimo.serve.reply import Reply
 from localmimo.serve.turns import Turns
+from localmimo.template import ChatTemplate
 
 TOOLS = [
     {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}

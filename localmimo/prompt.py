@@ -1,0 +1,153 @@
+"""Prompts: messages become tokens, and what the model said becomes the same tokens again in the next prompt.
+
+A conversation is rendered as text each turn. Encoding that text again would often give other tokens than those
+that were sampled (another cut of a word, a call written with other white space), and the KV cache would be lost
+from there on. So Recall keeps, for the rendered text of a conversation up to the end of an answer, the tokens that
+the session held there. Knows no model and no session.
+"""
+
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from localmimo.answer import Answer
+from localmimo.errors import LocalMimoError
+from localmimo.marks import Marker
+from localmimo.messages import check_messages, check_tools
+from localmimo.template import ChatTemplate
+from localmimo.text import Tokenizer
+
+MAX_TOKENS = 4 << 20  # that Recall holds, at 4 bytes each
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a conversation becomes; `text` may contain marks (see marks)."""
+
+    text: str
+    tokens: list[int]
+    messages: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(slots=True)
+class Recall:
+    """Rendered text -> tokens, for beginnings of conversations; the least recently used one gives way.
+
+    Thread-safe: a prompt is written while another one is being answered.
+    """
+
+    max_tokens: int = MAX_TOKENS
+    n_tokens: int = 0
+    _kept: "OrderedDict[tuple[int, bytes], array[int]]" = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def keep(self, text: str, tokens: Sequence[int]) -> None:
+        key = _key(text)
+        with self._lock:
+            self._forget(key)
+            self._kept[key] = array("I", tokens)
+            self.n_tokens += len(tokens)
+            while self.n_tokens > self.max_tokens:
+                self._forget(next(iter(self._kept)))
+
+    def longest(self, text: str) -> tuple[int, list[int]]:
+        """(characters, their tokens) of the longest known beginning of the text."""
+        with self._lock:
+            lengths = {n_chars for n_chars, _ in self._kept if n_chars <= len(text)}
+            keys = (_key(text[:n_chars]) for n_chars in sorted(lengths, reverse=True))
+            found = next((key for key in keys if key in self._kept), None)
+            if found is None:
+                return 0, []
+            self._kept.move_to_end(found)
+            return found[0], list(self._kept[found])
+
+    def _forget(self, key: tuple[int, bytes]) -> None:
+        self.n_tokens -= len(self._kept.pop(key, ()))
+
+
+def _key(text: str) -> tuple[int, bytes]:
+    return len(text), blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class Prompts:
+    """One model's way from messages to tokens."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self._template = template
+        self._tokenizer = tokenizer
+        self._marker = Marker(tokenizer.added, tokenizer.control)
+        self._recall = Recall()
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        think: bool | None = None,
+    ) -> str:
+        """The prompt as text, for people to read: what merely spells a special token looks like one."""
+        return self._template.render(messages, tools=tools, think=think)
+
+    def write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        think: bool | None = None,
+    ) -> Prompt:
+        """The prompt as tokens; answers that were kept come back as they were sampled. Raises BadRequest."""
+        mark, text = self._marked(messages, tools, think=think)
+        known, tokens = self._recall.longest(text)
+        return Prompt(text, tokens + self._tokenizer.encode(text[known:], mark), messages, tools)
+
+    def keep(self, prompt: Prompt, answer: Answer, *, whole: bool) -> None:
+        """Remember the tokens of an answer; whole: it ended with an end-of-text token, not by other rules."""
+        if not answer.tokens:
+            return
+        messages = [*prompt.messages, answer.message().as_dict()]
+        try:
+            mark, text = self._marked(messages, prompt.tools, add_generation_prompt=False)
+        except LocalMimoError:
+            return  # a template that can't write it will say so when it is asked to
+        end = len(text.rstrip())
+        tail = self._tail(prompt, text[:end], mark, answer.tokens, whole)
+        if tail is not None:
+            self._recall.keep(text[:end], [*prompt.tokens, *answer.tokens, *tail])
+
+    def _marked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        think: bool | None = None,
+        add_generation_prompt: bool = True,
+    ) -> tuple[str, str]:
+        marked = self._marker.mark(check_messages(messages), check_tools(tools))
+        text = self._template.render(
+            marked.messages, tools=marked.tools, think=think, add_generation_prompt=add_generation_prompt
+        )
+        return marked.mark, text
+
+    def _tail(
+        self, prompt: Prompt, text: str, mark: str, tokens: Sequence[int], whole: bool
+    ) -> list[int] | None:
+        """What the template puts behind the sampled tokens, up to the end of the turn; None where they don't fit.
+
+        A call, say, that the template writes in another way than the model did, has only its end in common.
+        """
+        endings = [self._tokenizer.decode([token]) for token in self._tokenizer.eos_ids]
+        ending = next((ending for ending in endings if text.endswith(ending)), None)
+        if ending is None:
+            return None
+        if text.startswith(prompt.text):
+            turn, said = text[len(prompt.text) :], self._tokenizer.decode(tokens)
+            rest = turn.replace(mark, "").removeprefix(said)
+            if turn.replace(mark, "") == said + rest and turn.endswith(rest):
+                return self._tokenizer.encode(rest)
+        fits = whole and text.startswith(
+            self._marked(prompt.messages, prompt.tools, add_generation_prompt=False)[1]
+        )
+        return self._tokenizer.encode(ending) if fits else None

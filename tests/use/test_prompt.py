@@ -1,0 +1,167 @@
+"""Messages to tokens: what merely spells a special token stays text, and answers come back as they were sampled."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localmimo.answer import Answer
+from localmimo.chat import parse_message
+from localmimo.errors import BadRequest
+from localmimo.marks import MARKS
+from localmimo.prompt import Prompts, Recall
+from localmimo.template import ChatTemplate
+from localmimo.text import Tokenizer
+
+from . import bpe
+from .test_text import PROMPT_IDS
+
+SPELLINGS = [*bpe.CONTROL[:3], *bpe.WRITTEN[:2], *bpe.WRITTEN[-4:], "<think", "im_end|>", "a", " ", "\n", "ü"]
+SPELLED = st.lists(st.sampled_from(SPELLINGS), max_size=8).map("".join)
+CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+
+
+template = cache(ChatTemplate.builtin)
+
+
+def prompts(tokenizer: Tokenizer, name: str = "mimo-v2.5") -> Prompts:
+    return Prompts(template(name), tokenizer)
+
+
+def special(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    return [tokenizer.decode([token]) for token in tokens if tokenizer.decode([token]) in tokenizer.added]
+
+
+@given(text=SPELLED, system=SPELLED)
+def test_a_users_spelling_is_text(tokenizer: Tokenizer, text: str, system: str) -> None:
+    said = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    plain = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+    tokens = prompts(tokenizer).write(said, think=False).tokens
+    expected = prompts(tokenizer).write(plain, think=False).tokens
+    assert special(tokenizer, tokens) == special(tokenizer, expected)
+    assert tokenizer.decode(tokens) == prompts(tokenizer).render(said, think=False)
+
+
+@given(text=SPELLED)
+def test_so_is_a_tools_result_and_a_tools_description(tokenizer: Tokenizer, text: str) -> None:
+    def write(text: str) -> list[int]:
+        call = {"function": {"name": "clock", "arguments": {"k": text}}}
+        said = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": text}]
+        tools = [CLOCK | {"description": text, "k": [text, {"k" + text: 1}, None]}]
+        return prompts(tokenizer).write(said, tools).tokens
+
+    # An argument is the model's own text: only the tokens that end and begin turns are kept out of it.
+    allowed = [
+        token for token in special(tokenizer, tokenizer.encode(text)) if token not in tokenizer.control
+    ]
+    assert sorted(special(tokenizer, write(text))) == sorted(special(tokenizer, write("x")) + allowed)
+
+
+def test_an_assistants_own_tags_are_tokens(tokenizer: Tokenizer) -> None:
+    said = [{"role": "assistant", "content": "<think>a</think>b<tool_call><|im_end|>"}]
+    tokens = prompts(tokenizer).write(said, think=True).tokens
+    assert special(tokenizer, tokens)[2:] == [
+        "<|im_start|>", "<think>", "</think>", "<tool_call>", "<|im_end|>", "<|im_start|>"
+    ]  # fmt: skip
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_text_without_spellings_is_encoded_as_ever(tokenizer: Tokenizer, text: str) -> None:
+    split = prompts(tokenizer).write([{"role": "user", "content": text + "<think>"}]).tokens
+    whole = prompts(tokenizer).render([{"role": "user", "content": text}])
+    assert split[: len(tokenizer.encode(whole.split(text + "<|im_end|>")[0]))] == tokenizer.encode(
+        whole.split(text + "<|im_end|>")[0]
+    )
+    mark = MARKS[1] if MARKS[0] in text else MARKS[0]
+    assert tokenizer.encode(mark + text, mark) == tokenizer.encode(text) or special(
+        tokenizer, tokenizer.encode(text)
+    )
+
+
+def test_a_mark_in_the_text_stays(tokenizer: Tokenizer) -> None:
+    said = [{"role": "user", "content": f"{MARKS[0]}<think>{MARKS[1]}"}]
+    assert f"user\n{MARKS[0]}<think>{MARKS[1]}" in tokenizer.decode(prompts(tokenizer).write(said).tokens)
+    with pytest.raises(BadRequest, match="all of Unicode's 32 noncharacters"):
+        prompts(tokenizer).write([{"role": "user", "content": "".join(MARKS)}])
+
+
+def test_values_that_are_no_json_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadRequest, match="must be JSON values"):
+        prompts(tokenizer).write([{"role": "user", "content": "x"}], [CLOCK | {"default": object()}])
+
+
+# ---- recall ----
+
+
+def answer(tokens: list[int], text: str, tools: Any = None) -> Answer:
+    content, reasoning, calls = parse_message(text, tools)
+    return Answer(content, reasoning, calls, tokens, "tool_calls" if calls else "stop")
+
+
+def in_letters(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens that encode() would not give: a letter each."""
+    parts = tokenizer._split.split(text)
+    return [token for part in parts for piece in ([part] if part in tokenizer.added else part)
+            for token in tokenizer.encode(piece)]  # fmt: skip
+
+
+CALL = "<tool_call><function=clock>\n</function>\n\n</tool_call>"
+
+
+@pytest.mark.parametrize("name", ["mimo-v2-flash", "mimo-v2.5", "mimo-v2.6"])
+@pytest.mark.parametrize("think", [True, False])
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        ("the river runs", True),
+        ("the river <|im_start|> runs", True),
+        ("<think>the river</think>the sea", True),
+        ("<think>the river</think>the sea" + CALL, True),
+        ("<think>the river" + CALL + "\n" + CALL, True),
+        ("\n\nthe river", True),
+        ("<think>the river", False),  # cut by a limit within the thinking
+        ("<think>the river</think>the s", False),
+    ],
+)
+def test_what_was_sampled_comes_back(
+    tokenizer: Tokenizer, name: str, think: bool, said: str, whole: bool
+) -> None:
+    ours = prompts(tokenizer, name)
+    messages = [{"role": "user", "content": "<think> is a tag"}]
+    asked = ours.write(messages, [CLOCK], think)
+    sampled = in_letters(tokenizer, said.replace("<|im_start|>", "<|im_\N{ZERO WIDTH SPACE}start|>"))
+    turn = answer(sampled, tokenizer.decode(sampled), [CLOCK])
+    ours.keep(asked, turn, whole=whole)
+    messages = [*messages, turn.message().as_dict()]
+    results = [{"role": "tool", "content": "12:00"} for _ in turn.tool_calls]
+    again = ours.write([*messages, *results, {"role": "user", "content": "and"}], [CLOCK], think)
+    held = [*asked.tokens, *sampled]
+    if not think and said.startswith("<think>") and not whole:
+        return  # it thinks although it was told not to, and is cut: nothing can be matched
+    assert again.tokens[: len(held)] == held
+    cut_in_thinking = not whole and "</think>" not in said
+    assert special(tokenizer, again.tokens[len(held) :])[0] == (
+        "</think>" if cut_in_thinking else "<|im_end|>"
+    )
+
+
+def test_recall_forgets_the_oldest() -> None:
+    recall = Recall(max_tokens=10)
+    for text in ("ab", "abcd", "abcdef"):
+        recall.keep(text, [1] * 4)
+    assert recall.n_tokens == 8
+    assert recall.longest("abcdefgh") == (6, [1] * 4)
+    assert recall.longest("abcdx") == (4, [1] * 4)
+    assert recall.longest("abx") == (0, [])
+    recall.keep("abcd", [2])
+    assert (recall.longest("abcd"), recall.n_tokens) == ((4, [2]), 5)
+
+
+@pytest.mark.skipif(bpe.real_ranks() is None, reason="the package dashscope (2.0.2) is not installed")
+def test_the_published_prompt_gives_the_published_ids() -> None:
+    real = prompts(Tokenizer(bpe.real(bpe.real_ranks())))  # type: ignore[arg-type]
+    assert real.write([{"role": "user", "content": "Hello"}], think=False).tokens == [
+        int(token) for token in PROMPT_IDS.split()
+    ]
