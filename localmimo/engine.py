@@ -5,6 +5,7 @@ The Python API. Knows every room to its left; knows nothing of terminals or HTTP
 
 import hashlib
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
+from localmimo.experts.policy import Adaptive
+from localmimo.experts.profile import profile_path
 from localmimo.experts.run import ExpertRunner
+from localmimo.experts.stats import RouterStats
 from localmimo.experts.store import ExpertStore
 from localmimo.generate import FinishReason, Generation, Rules, Stats, Step, Verbatim
 from localmimo.machine import Machine, format_bytes, parse_bytes
@@ -60,13 +64,18 @@ def load(
     device: str = "auto",
     dtype: Dtype = "auto",
     window_keys: int | None = None,
+    profile: str | None = "default",
+    prefetch: bool = True,
+    trust: bool = False,
 ) -> "Engine":
     """Open a pack; None opens the embedded model, mimo-mini.
 
     context: positions to make room for (default: 32,768 or the model's own limit). ram: bytes or "96GiB", for
     everything but the interpreter and its libraries (default: what is free, less a reserve). dtype: of the
     activations; "float32" keeps the KV cache in float32 too, otherwise it is bfloat16. window_keys: keys that
-    a window layer sees, with the token itself (default: the config's sliding_window).
+    a window layer sees, with the token itself (default: the config's sliding_window). profile: name of the router
+    statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of the router
+    while that pays. trust: skip the pages' checksums.
     Raises BadPack, BadModel, or DoesNotFit with the numbers.
     """
     if device not in ("auto", "cpu") or vram is not None:
@@ -84,7 +93,14 @@ def load(
     kv_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
     plan = _plan(pack, pack.page.bytes, config, context, ram, kv_dtype)
     return Engine(
-        pack, config, plan, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, kv_dtype=kv_dtype
+        pack,
+        config,
+        plan,
+        dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+        kv_dtype=kv_dtype,
+        profile=profile,
+        prefetch=prefetch,
+        trust=trust,
     )
 
 
@@ -131,13 +147,21 @@ class Engine:
         *,
         dtype: torch.dtype,
         kv_dtype: torch.dtype,
+        profile: str | None = "default",
+        prefetch: bool = True,
+        trust: bool = False,
     ) -> None:
         self.pack = pack
         self.config = config
         self.plan = plan
         self._dtype = dtype
         self._kv_dtype = kv_dtype
-        self._store = ExpertStore(pack, plan.page_bytes, plan.n_slots)
+        self._profile = None if profile is None else profile_path(pack.path, pack.id, profile)
+        self._stats = _statistics(self._profile, config)
+        self._store = ExpertStore(
+            pack, plan.page_bytes, plan.n_slots, Adaptive(self._stats), prefetch=prefetch, trust=trust
+        )
+        self._store.warm(self._stats.hottest(plan.n_slots))
         self._model = Transformer(config, load_weights(pack, config), dtype)
         self._experts = ExpertRunner(self._store)
         self._own: Session | None = None
@@ -361,8 +385,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop reading and give the memory back."""
+        """Stop reading, save the router statistics and give the memory back."""
         self._store.close()
+        if self._profile is not None and not self._stats.save(self._profile):
+            warnings.warn(str(self._stats.warning), stacklevel=2)
         self._own = None
         if "template" in self.__dict__:
             self.template.close()
@@ -374,3 +400,9 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _statistics(profile: Path | None, config: ModelConfig) -> RouterStats:
+    if profile is None:
+        return RouterStats(config.moe_layers, config.n_experts)
+    return RouterStats.open(profile, config.moe_layers, config.n_experts)

@@ -150,6 +150,11 @@ class Pack:
             raise BadPack(f"{self.path} has no expert {expert} in layer {layer}.")
         return places[expert]
 
+    @property
+    def n_pages(self) -> int:
+        """Pages in all."""
+        return sum(len(facts["crc32"]) for facts in self.manifest["layers"].values())
+
     @cached_property
     def _places(self) -> dict[int, list[PageAt]]:
         """Layer -> the places of its pages, worked out once: a step asks for hundreds of them."""

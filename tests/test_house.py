@@ -33,7 +33,7 @@ config machine speeds attend sample text template
 chat
 kv plan structure saved trail
 estimate
-model experts.profile
+model experts.profile experts.prefetch experts.readers
 experts.stats
 experts.policy
 experts.tiers

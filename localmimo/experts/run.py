@@ -1,15 +1,24 @@
 """Runs the routed experts of a layer: tokens grouped by expert, each expert where its page lies, a weighted sum.
 
-Owns nothing. Every output has a row of its own and the rows are summed in one fixed order at the end, so that where a
-page lay, and when it came, never changes the answer.
+Owns no page. The outputs of a token are added in ascending order of its experts, whatever the order in which the
+pages come: where a page lay, and when it came, never changes the answer.
 """
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from localmimo.experts.store import ExpertStore
+from localmimo.experts.store import Arrival, ExpertStore
 from localmimo.model import Guess
 from quant.ffn import experts as run_pages
+
+STEP_TOKENS = 16  # up to so many tokens are a decode step: pages as they come; more are a prompt: pages in file order
+ROWS_AT_A_TIME = 2048  # rows of a prompt that experts work on at a time; bounds the workspace (plan.py counts it)
+TAIL = 16  # last tokens of a prompt that count in the statistics
+
+Record = Callable[[int, Tensor], None]  # layer, chosen experts [n, k]
 
 
 class ExpertRunner:
@@ -17,20 +26,66 @@ class ExpertRunner:
 
     def __init__(self, store: ExpertStore) -> None:
         self._store = store
+        self.record: Record | None = None  # told of every choice while it is set
 
     def run(
         self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
     ) -> Tensor:
-        """x [n, hidden], chosen experts int64 [n, k] ascending, weights float32 [n, k] -> float32 [n, hidden]."""
+        """x [n, hidden], chosen experts int64 [n, k] ascending, weights float32 [n, k] -> float32 [n, hidden].
+
+        `guess` is asked only where the store wants to read ahead of the next layer.
+        """
+        if self.record is not None:
+            self.record(layer, chosen)
+        if len(x) > STEP_TOKENS:
+            return self._run_prompt(layer, x.contiguous(), chosen, weights)
+        return self._run_step(layer, x.contiguous(), chosen, weights, guess)
+
+    def _run_step(
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None
+    ) -> Tensor:
+        """Pages as they come; every output has a row of its own until all are there."""
         places, spans = grouped(chosen)
-        outputs = torch.empty(chosen.numel(), x.shape[1])
-        x, weights = x.contiguous(), weights.contiguous()
-        for arrivals in self._store.fetch(layer, list(spans)):
-            for layout in {arrival.layout for arrival in arrivals}:
-                here = [arrival for arrival in arrivals if arrival.layout == layout]
+        outputs, weights = torch.empty(chosen.numel(), x.shape[1]), weights.contiguous()
+        for i, arrivals in enumerate(self._store.fetch(layer, list(spans))):
+            if i == 0 and guess is not None and self._store.prefetching:
+                self._prefetch(guess)
+            for here in _by_layout(arrivals):
                 edges = [edge for arrival in here for edge in spans[arrival.expert]]
-                run_pages(x, layout, [arrival.page for arrival in here], places, edges, weights, outputs)
-        return outputs.view(*chosen.shape, -1).sum(1)
+                run_pages(x, here[0].layout, [it.page for it in here], places, edges, weights, outputs)
+        return _in_order(outputs.view(*chosen.shape, -1))
+
+    def _prefetch(self, guess: Guess) -> None:
+        layer, chosen = guess()
+        self._store.prefetch(layer, chosen.unique().tolist())
+
+    def _run_prompt(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Pages in file order, their outputs added as they come: ascending experts, no row for every choice."""
+        self._store.note_prompt(layer, chosen[-TAIL:].tolist())
+        places, spans = grouped(chosen)
+        tokens, shares = places // chosen.shape[1], weights.reshape(-1, 1)[places]
+        total = torch.zeros(len(x), x.shape[1])
+        for arrivals in self._store.stream(layer, list(spans)):
+            for group in _groups(arrivals, spans):
+                _add_group(x, group, tokens, shares, total)
+        return total
+
+
+Piece = tuple[Arrival, int, int]  # an expert's page, and the places, start to stop, that it works on
+
+
+def _add_group(x: Tensor, group: Sequence[Piece], tokens: Tensor, shares: Tensor, total: Tensor) -> None:
+    """Run a few experts of one layout, in order, and add their outputs to total [n, hidden]."""
+    rows = [slice(start, stop) for _, start, stop in group]
+    mine = torch.cat([tokens[row] for row in rows])
+    sizes = [stop - start for _, start, stop in group]
+    ends = list(accumulate(sizes))
+    edges = [edge for size, end in zip(sizes, ends, strict=True) for edge in (end - size, end)]
+    outputs = torch.empty(len(mine), x.shape[1])
+    pages, weights = [arrival.page for arrival, _, _ in group], torch.cat([shares[row] for row in rows])
+    run_pages(x[mine], group[0][0].layout, pages, torch.arange(len(mine)), edges, weights, outputs)
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        total.index_add_(0, mine[start:end], outputs[start:end])
 
 
 def grouped(chosen: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:
@@ -45,3 +100,35 @@ def grouped(chosen: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:
     return chosen.reshape(-1).argsort(stable=True), dict(
         zip(experts.tolist(), zip([0, *stops], stops, strict=False), strict=True)
     )
+
+
+def _by_layout(arrivals: Sequence[Arrival]) -> Iterator[list[Arrival]]:
+    for layout in {arrival.layout for arrival in arrivals}:
+        yield [arrival for arrival in arrivals if arrival.layout == layout]
+
+
+def _groups(arrivals: Sequence[Arrival], spans: Mapping[int, tuple[int, int]]) -> Iterator[list[Piece]]:
+    """Consecutive pages of one layout with at most ROWS_AT_A_TIME rows together, and long pages in pieces."""
+    group: list[Piece] = []
+    for arrival in arrivals:
+        start, stop = spans[arrival.expert]
+        for at in range(start, stop, ROWS_AT_A_TIME):
+            piece = arrival, at, min(stop, at + ROWS_AT_A_TIME)
+            if group and not _fits(group, piece):
+                yield group
+                group = []
+            group.append(piece)
+    yield group
+
+
+def _fits(group: Sequence[Piece], piece: Piece) -> bool:
+    rows = sum(stop - start for _, start, stop in (*group, piece))
+    return rows <= ROWS_AT_A_TIME and group[0][0].layout == piece[0].layout
+
+
+def _in_order(outputs: Tensor) -> Tensor:
+    """The sum of outputs [n, k, hidden] over k, first to last, as a prompt's experts are added."""
+    total = outputs[:, 0]
+    for place in range(1, outputs.shape[1]):
+        total = total + outputs[:, place]
+    return total

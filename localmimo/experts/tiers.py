@@ -3,16 +3,21 @@
 A page is one expert's packed bytes. Knows offsets and bytes; not which page is worth keeping, nor what is in it.
 """
 
+import errno
 import mmap
 import os
-import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from localmimo.errors import BadModel
+from localmimo.experts.readers import Readers
+from quant.kernels import crc32
 from quant.pack import PageAt
 
 N_READERS = 4  # reads in flight; a SATA disk is busy with one, an NVMe drive with four reads of megabytes
@@ -28,7 +33,7 @@ class RamTier:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)  # small pages cost a streaming read most of its bandwidth
         self._bytes = memoryview(self._map)
-        self._slab = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._slots = torch.frombuffer(self._map, dtype=torch.uint8).view(n_slots, page_bytes).unbind()
 
     def memory(self, slot: int) -> memoryview:
         """The slot's bytes, to read into."""
@@ -36,57 +41,112 @@ class RamTier:
 
     def tensor(self, slot: int) -> Tensor:
         """The slot's bytes as uint8 [page_bytes], without a copy."""
-        return self._slab[slot * self.page_bytes : (slot + 1) * self.page_bytes]
+        return self._slots[slot]
+
+    def give_back(self, slot: int) -> None:
+        """Return the slot's memory to the system; it comes back, empty, when it is next written."""
+        self._map.madvise(mmap.MADV_DONTNEED, slot * self.page_bytes, self.page_bytes)
 
 
 class DiskTier:
-    """Reads whole pages from the pack's files with several threads, around the page cache where that is allowed."""
+    """Reads whole pages from the pack's files with several threads, around the page cache where that is allowed.
 
-    def __init__(self, n_readers: int = N_READERS) -> None:
+    Every page is checked against its checksum the first time it is read, unless `trust`.
+    """
+
+    def __init__(self, n_readers: int = N_READERS, *, trust: bool = False) -> None:
+        self.trust = trust
+        self.direct = True  # until a file system refuses
         self._files: dict[Path, int] = {}
         self._verified: set[PageAt] = set()
-        self._readers = ThreadPoolExecutor(n_readers, thread_name_prefix="page-reader")
-        self.direct = True  # until a file system refuses
+        self._readers = Readers(n_readers)
+        self._clock = threading.Lock()
+        self._n_reading = 0
+        self._began_s = 0.0
+        self._busy_s = 0.0
 
     def read(self, page: PageAt, into: memoryview) -> "Future[None]":
         """Start reading `page` into a slot; the future raises BadModel where the bytes are not the page's."""
-        return self._readers.submit(self._read, self._open(page.file), page, into[: page.nbytes])
+        return self._readers.demand(partial(self._read, page, into[: page.nbytes]))
 
-    def _open(self, file: Path) -> int:
-        if file not in self._files:
-            self._files[file] = self._open_direct(file)
-        return self._files[file]
+    def guess(self, page: PageAt, into: memoryview) -> "Future[None]":
+        """The same once the disk has nothing better to do; the future can be cancelled until then."""
+        return self._readers.guess(partial(self._read, page, into[: page.nbytes]))
 
-    def _open_direct(self, file: Path) -> int:
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was under way."""
+        with self._clock:
+            return self._busy_s + (time.perf_counter() - self._began_s if self._n_reading else 0.0)
+
+    def _read(self, page: PageAt, into: memoryview) -> None:
+        self._reading(1)
         try:
-            return os.open(file, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-        except FileNotFoundError:
-            raise BadModel(f"{file} is gone: the pack was moved or deleted while it was open.") from None
-        except OSError:
-            self.direct = False  # tmpfs and some network mounts know no direct reads
-            return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            self._fill(page, into)
+        finally:
+            self._reading(-1)
+        self._verify(page, into)
 
-    def _read(self, descriptor: int, page: PageAt, into: memoryview) -> None:
+    def _reading(self, change: int) -> None:
+        with self._clock:
+            now = time.perf_counter()
+            if self._n_reading:
+                self._busy_s += now - self._began_s
+            self._began_s = now
+            self._n_reading += change
+
+    def _fill(self, page: PageAt, into: memoryview) -> None:
         done = 0
         while done < page.nbytes:
-            try:
-                n = os.preadv(descriptor, [into[done:]], page.offset + done)
-            except OSError as error:
-                raise BadModel(
-                    f"{_where(page)} cannot be read: {error.strerror}. Check the disk, then: localmimo verify."
-                ) from error
+            n = self._read_some(page, into[done:], page.offset + done)
             if n == 0:
                 raise BadModel(
                     f"{_where(page)} ends after {done:,} of {page.nbytes:,} bytes: the file was cut. Convert again."
                 )
             done += n
-        self._verify(page, into)
+
+    def _read_some(self, page: PageAt, into: memoryview, offset: int) -> int:
+        descriptor = self._open(page.file)
+        try:
+            return os.preadv(descriptor, [into], offset)
+        except OSError as error:
+            if error.errno == errno.EINVAL and self.direct:  # opens for direct reads, and then refuses them
+                self._reopen_buffered(page.file)
+                return self._read_some(page, into, offset)
+            raise BadModel(
+                f"{_where(page)} cannot be read: {error.strerror}. Check the disk, then: localmimo verify."
+            ) from error
+
+    def _open(self, file: Path) -> int:
+        with self._clock:
+            if file not in self._files:
+                self._files[file] = self._open_direct(file)
+            return self._files[file]
+
+    def _open_direct(self, file: Path) -> int:
+        try:
+            if self.direct:
+                return os.open(file, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+        except FileNotFoundError:
+            raise BadModel(f"{file} is gone: the pack was moved or deleted while it was open.") from None
+        except OSError:
+            self.direct = False  # tmpfs and some network mounts know no direct reads
+        try:
+            return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BadModel(f"{file} cannot be opened: {error.strerror}.") from error
+
+    def _reopen_buffered(self, file: Path) -> None:
+        with self._clock:
+            self.direct = False
+            os.dup2(buffered := os.open(file, os.O_RDONLY | os.O_CLOEXEC), self._files[file], inheritable=False)
+            os.close(buffered)
 
     def _verify(self, page: PageAt, into: memoryview) -> None:
         """Check a page against its checksum the first time it is read."""
-        if page in self._verified:
+        if self.trust or page in self._verified:
             return
-        found = zlib.crc32(into)
+        found = crc32(torch.frombuffer(into, dtype=torch.uint8))
         if found != page.crc32:
             raise BadModel(
                 f"{_where(page)} has checksum {found:08x}, the manifest says {page.crc32:08x}: convert the pack again."
@@ -94,10 +154,10 @@ class DiskTier:
         self._verified.add(page)
 
     def close(self) -> None:
-        """Stop reading and close the files."""
-        self._readers.shutdown(cancel_futures=True)
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        """Stop reading and close the files; a reader stuck in a stalled disk keeps its own until it returns."""
+        if self._readers.close():
+            for descriptor in self._files.values():
+                os.close(descriptor)
         self._files.clear()
 
 
