@@ -21,7 +21,10 @@ class PrefetchGate:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._useful = self._wasted = 0.0
-        self._seconds: dict[bool, float | None] = {True: None, False: None}  # per step, with and without guesses
+        self._seconds: dict[bool, float | None] = {
+            True: None,
+            False: None,
+        }  # per step, with and without guesses
         self._wanted = True
         self._trying = True  # what the running block does
         self._blocks = 0

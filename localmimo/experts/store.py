@@ -8,11 +8,11 @@ round, so that a long prompt does not push out what decode had kept.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -217,7 +217,7 @@ class ExpertStore:
         self._traffic.disk_bytes += self._at(page).nbytes
 
     def _stalled(self, flying: dict[Page, Read]) -> BadModel:
-        page, read = next(iter(flying.items()))
+        page = next(iter(flying))
         at = self._at(page)
         self._stuck += flying.values()  # their slots may still be written to
         flying.clear()
@@ -314,7 +314,10 @@ class ExpertStore:
     def _guess(self, pages: Sequence[Page]) -> None:
         for page, slot in zip(pages, self._take_slots(len(pages)) if pages else (), strict=False):
             self._guesses[page] = Read(self._disk.guess(self._at(page), self._ram.memory(slot)), slot)
-            self._guesses[page].future.add_done_callback(lambda _, page=page: self._landed.append(page))
+            self._guesses[page].future.add_done_callback(partial(self._note_landing, page))
+
+    def _note_landing(self, page: Page, _: "Future[None]") -> None:
+        self._landed.append(page)  # called by a reader's thread
 
     def _settle(self, layer: int, wanted: Sequence[Page]) -> None:
         """Take in guesses that have landed, and close the account of those for `layer`."""

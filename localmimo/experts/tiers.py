@@ -139,7 +139,9 @@ class DiskTier:
     def _reopen_buffered(self, file: Path) -> None:
         with self._clock:
             self.direct = False
-            os.dup2(buffered := os.open(file, os.O_RDONLY | os.O_CLOEXEC), self._files[file], inheritable=False)
+            os.dup2(
+                buffered := os.open(file, os.O_RDONLY | os.O_CLOEXEC), self._files[file], inheritable=False
+            )
             os.close(buffered)
 
     def _verify(self, page: PageAt, into: memoryview) -> None:

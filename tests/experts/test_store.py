@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo import BadModel, load
+from localmimo.experts.policy import Lru
 from localmimo.experts.run import ExpertRunner
 from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import DiskTier
@@ -59,9 +60,7 @@ requests = st.lists(
 def streamed(store: ExpertStore, layer: int, experts: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
     """The gate matrix of each expert in the order in which they came."""
     lists = store.stream(layer, experts)
-    return [
-        (it.expert, it.layout.expert(it.page).gate.dequantize()) for arrivals in lists for it in arrivals
-    ]
+    return [(it.expert, it.layout.expert(it.page).gate.dequantize()) for arrivals in lists for it in arrivals]
 
 
 @settings(max_examples=60, deadline=None)
