@@ -255,7 +255,10 @@ class ExpertStore:
     def _must_take_slot(self) -> int:
         """A slot where nothing but guesses and reads that nobody wants any more stand in the way."""
         self._guessed.clear()
-        wait([read.future for read in self._stuck], self._stall_s, FIRST_COMPLETED)
+        owed = [read.future for read in (*self._stuck, *self._guesses.values())]
+        wait(owed, self._stall_s, FIRST_COMPLETED)
+        self._landed.extend(page for page, read in self._guesses.items() if read.future.done())
+        self._take_in_guesses()
         slots = self._take_slots(1)
         if not slots:
             raise BadModel(
@@ -321,13 +324,17 @@ class ExpertStore:
 
     def _settle(self, layer: int, wanted: Sequence[Page]) -> None:
         """Take in guesses that have landed, and close the account of those for `layer`."""
+        self._take_in_guesses()
+        due = {page for page in self._guessed if page[0] == layer}
+        if due:
+            self._close_account(due, set(wanted))
+
+    def _take_in_guesses(self) -> None:
+        """Take in what has landed since."""
         while self._landed:
             page = self._landed.popleft()
             if page in self._guesses and self._guesses[page].future.done():
                 self._take_in_guess(page, self._guesses.pop(page))
-        due = {page for page in self._guessed if page[0] == layer}
-        if due:
-            self._close_account(due, set(wanted))
 
     def _take_in_guess(self, page: Page, read: Read) -> None:
         try:
