@@ -24,6 +24,7 @@ from localmimo.config import ModelConfig
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
 from localmimo.experts.policy import Adaptive
+from localmimo.experts.pressure import Pressure, low_bytes
 from localmimo.experts.profile import profile_path
 from localmimo.experts.run import ExpertRunner
 from localmimo.experts.stats import RouterStats
@@ -156,12 +157,16 @@ class Engine:
         self.plan = plan
         self._dtype = dtype
         self._kv_dtype = kv_dtype
+        self._prefetch = prefetch
         self._profile = None if profile is None else profile_path(pack.path, pack.id, profile)
         self._stats = _statistics(self._profile, config)
         self._store = ExpertStore(
             pack, plan.page_bytes, plan.n_slots, Adaptive(self._stats), prefetch=prefetch, trust=trust
         )
         self._store.warm(self._stats.hottest(plan.n_slots))
+        self._pressure = Pressure(
+            self._store, plan.page_bytes, low_bytes(Machine.probe().ram_bytes), _free_ram_bytes
+        )
         self._model = Transformer(config, load_weights(pack, config), dtype)
         self._experts = ExpertRunner(self._store)
         self._own: Session | None = None
@@ -213,6 +218,9 @@ class Engine:
             "window_keys": self.config.mtp_layer.window,
             "context": self.context,
             "direct_reads": self._store.direct,
+            "slots_now": self._store.n_slots,
+            "prefetch": self._prefetch,
+            "profile": None if self._profile is None else str(self._profile),
             "plan": self.plan.as_dict(),
         }
 
@@ -386,6 +394,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop reading, save the router statistics and give the memory back."""
+        self._pressure.close()
         self._store.close()
         if self._profile is not None and not self._stats.save(self._profile):
             warnings.warn(str(self._stats.warning), stacklevel=2)
@@ -400,6 +409,10 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _free_ram_bytes() -> int:
+    return Machine.probe().free_ram_bytes
 
 
 def _statistics(profile: Path | None, config: ModelConfig) -> RouterStats:

@@ -35,6 +35,9 @@ class Stats:
     pages_ram: int = 0  # expert pages found in RAM
     pages_disk: int = 0  # expert pages read from disk
     bytes_read: int = 0
+    read_s: float = 0.0  # time in which the disk was being read
+    prefetch_useful: int = 0  # pages read on a guess that were then asked for
+    prefetch_wasted: int = 0  # pages read on a guess for nothing
 
     @property
     def prefill_tps(self) -> float:
@@ -241,7 +244,9 @@ class Generation:
     def _count(self, before: Traffic) -> None:
         traffic = self.traffic().since(before)
         self.stats.pages_ram, self.stats.pages_disk = traffic.ram_pages, traffic.disk_pages
-        self.stats.bytes_read = traffic.disk_bytes
+        self.stats.bytes_read, self.stats.read_s = traffic.disk_bytes, traffic.read_s
+        self.stats.prefetch_useful = traffic.prefetch_useful
+        self.stats.prefetch_wasted = traffic.prefetch_wasted
 
     def _steps(self, deltas: list[Delta], draw: _Draw) -> Iterator[Step]:
         """One step per delta; a token that gives no text yet gives an empty step."""

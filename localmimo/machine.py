@@ -40,16 +40,29 @@ class Machine:
 
 
 def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Memory limit and use of the control group (version 2, then 1), where there is one."""
+    """Memory limit and use of the control group (version 2, then 1), where there is one.
+
+    What files occupy in the page cache counts as free: the system takes it back first.
+    """
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            return int((root / limit).read_text()), int((root / used).read_text())
+            cached = _cached_bytes(root / limit)
+            return int((root / limit).read_text()), max(0, int((root / used).read_text()) - cached)
         except (OSError, ValueError):  # no such file, or the word "max"
             continue
     return 1 << 62, 0
+
+
+def _cached_bytes(limit: Path) -> int:
+    """Bytes of files in the page cache, from the memory.stat beside a control group's limit."""
+    try:
+        fields = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        return int(fields["active_file"]) + int(fields["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return 0
 
 
 def parse_bytes(size: str | int | float) -> int:

@@ -33,7 +33,7 @@ config machine speeds attend sample text template
 chat
 kv plan structure saved trail
 estimate
-model experts.profile experts.prefetch experts.readers
+model experts.profile experts.prefetch experts.pressure experts.readers
 experts.stats
 experts.policy
 experts.tiers
