@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from localmimo.agent import Run
     from localmimo.answer import Message
     from localmimo.engine import Completion, Engine, load
     from localmimo.errors import (
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from localmimo.generate import Stats, Step
     from localmimo.sample import Sampling
     from localmimo.session import Session
+    from localmimo.toolcall import ToolCall
+    from localmimo.tools import Tool
 
 __version__ = "0.1.0"
 
@@ -31,6 +34,9 @@ _ROOMS = {
     "Engine": "engine",
     "Completion": "engine",
     "Message": "answer",
+    "Run": "agent",
+    "Tool": "tools",
+    "ToolCall": "toolcall",
     "Sampling": "sample",
     "Session": "session",
     "Step": "generate",
@@ -55,10 +61,13 @@ __all__ = [
     "Engine",
     "LocalMimoError",
     "Message",
+    "Run",
     "Sampling",
     "Session",
     "Stats",
     "Step",
+    "Tool",
+    "ToolCall",
     "load",
 ]
 

@@ -3,12 +3,16 @@
 Knows steps; nothing of prompts, engines or how a turn is shown.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from localmimo.errors import BadRequest
 from localmimo.generate import FinishReason, Stats, Step
 from localmimo.toolcall import ToolCall
+from localmimo.tools import LIMIT_S, MAX_CHARS, Tool
+
+DECLINED = "error: the user declined this call."
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,9 @@ class Message:
     finish_reason: FinishReason = "stop"
     stats: Stats = field(default_factory=Stats)
     role: str = "assistant"
+    tools: Mapping[str, Tool] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # those that can be run
 
     def as_dict(self) -> dict[str, Any]:
         said: dict[str, Any] = {"role": self.role, "content": self.content}
@@ -30,6 +37,38 @@ class Message:
         if self.tool_calls:
             said["tool_calls"] = [call.as_dict() for call in self.tool_calls]
         return said
+
+    def run_tools(self, *, limit_s: float = LIMIT_S, max_chars: int = MAX_CHARS) -> list[dict[str, Any]]:
+        """Run the calls, one after the other; the tool messages that follow this one."""
+        return run_calls(self.tool_calls, self.tools, limit_s=limit_s, max_chars=max_chars)
+
+
+def run_calls(
+    calls: Iterable[ToolCall],
+    tools: Mapping[str, Tool],
+    approve: Callable[[ToolCall], bool] | None = None,
+    *,
+    limit_s: float = LIMIT_S,
+    max_chars: int = MAX_CHARS,
+) -> list[dict[str, Any]]:
+    """The results as tool messages; a call that is not approved gets a result that says so."""
+    results = []
+    for call in calls:
+        if call.name not in tools:
+            raise BadRequest(
+                f"{call.name} was given as a schema, not as a function: run it and append a tool message."
+            )
+        if approve is None or approve(call):
+            text = tools[call.name].call(call.arguments, limit_s=limit_s, max_chars=max_chars)
+        else:
+            text = DECLINED
+        results.append(result_message(call, text))
+    return results
+
+
+def result_message(call: ToolCall, text: str) -> dict[str, Any]:
+    """A call's result as the message that follows it."""
+    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text}
 
 
 @dataclass(slots=True)
@@ -64,8 +103,8 @@ class Answer:
         if step.finish_reason is not None:
             self.finish_reason = step.finish_reason
 
-    def message(self) -> Message:
-        """The turn as far as it came."""
+    def message(self, tools: Mapping[str, Tool] | None = None) -> Message:
+        """The turn as far as it came; tools: what its calls may be run with."""
         return Message(
             self.content,
             self.reasoning,
@@ -73,4 +112,5 @@ class Answer:
             tuple(self.tokens),
             self.finish_reason,
             self.stats or Stats(),
+            tools=tools or {},
         )

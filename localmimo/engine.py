@@ -6,7 +6,7 @@ The Python API. Knows every room to its left; knows nothing of terminals or HTTP
 import hashlib
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from localmimo import kv
+from localmimo.agent import Approve, Run, run_agent
 from localmimo.answer import Answer, Message
 from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
@@ -39,10 +40,12 @@ from localmimo.saved import Identity
 from localmimo.session import Progress, Session
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
+from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.matmul import backend
 
 Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Callable[..., Any] | Tool | Mapping[str, Any]]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -238,11 +241,11 @@ class Engine:
         self,
         messages: Messages,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         think: bool | None = None,
     ) -> str:
         """The prompt that a conversation becomes."""
-        return self._prompts.render(messages, tools, think)
+        return self._prompts.render(messages, tools_of(tools)[0], think)
 
     # ---- answers ----
 
@@ -256,7 +259,7 @@ class Engine:
         stop: Sequence[str] = (),
         think: bool | None = None,
         think_budget: int | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         logprobs: int | None = None,
         session: Session | None = None,
         cancel: threading.Event | None = None,
@@ -264,12 +267,14 @@ class Engine:
     ) -> Iterator[Step]:
         """Answer a prompt (continued as it is) or messages (through the chat template), step by step.
 
+        tools: functions (see tools) or their schemas; nothing is run here.
         tokens: the same prompt where the caller has it as tokens already; nothing is rendered or encoded then.
         Closing the iterator stops the generation; setting `cancel` from any thread does so within a layer.
         Raises BadRequest, ContextFull.
         """
         chat = not isinstance(prompt, str)
-        asked = self._asked(prompt, tools, think) if tokens is None else Prompt("", list(tokens))
+        schemas, _ = tools_of(tools)
+        asked = self._asked(prompt, schemas, think) if tokens is None else Prompt("", list(tokens))
         self._check_tokens(asked.tokens)
         thinking = chat and self._opens_thinking(asked.tokens)
         rules = Rules(max_tokens, tuple(stop), think_budget, logprobs)
@@ -279,7 +284,7 @@ class Engine:
                 for step in Generation(
                     session=timeline,
                     tokenizer=self.tokenizer,
-                    parser=StreamParser(tools, thinking) if chat else Verbatim(),
+                    parser=StreamParser(schemas, thinking) if chat else Verbatim(),
                     sampling=sampling or Sampling(),
                     rules=rules,
                     traffic=lambda: self._store.traffic,
@@ -304,13 +309,40 @@ class Engine:
         answer = Answer.of(self.stream(prompt, **options))
         return Completion(answer.content, answer.tokens, answer.finish_reason, answer.message().stats)
 
-    def chat(self, messages: Messages, **options: Any) -> Message:
-        """The assistant's next turn. Options as for `stream`."""
+    def chat(self, messages: Messages, *, tools: Tools | None = None, **options: Any) -> Message:
+        """The assistant's next turn; its `run_tools` runs those tools that are functions. Options as for `stream`."""
         if isinstance(messages, str):
             raise BadRequest(
                 "chat takes a list of messages; give a text to generate, or [{'role': 'user', ...}]."
             )
-        return Answer.of(self.stream(messages, **options)).message()
+        schemas, functions = tools_of(tools)
+        return Answer.of(self.stream(messages, tools=schemas, **options)).message(functions)
+
+    def agent(
+        self,
+        messages: Messages,
+        tools: Tools,
+        max_steps: int = 10,
+        *,
+        approve: Approve | None = None,
+        tool_limit_s: float = LIMIT_S,
+        max_result_chars: int = MAX_CHARS,
+        **options: Any,
+    ) -> Run:
+        """Answer, run the calls, read their results, and so on, for at most max_steps answers; the whole history.
+
+        tools: functions. approve: asked before each call; without it every call is run. Options as for `stream`.
+        """
+        schemas, functions = tools_of(tools)
+        return run_agent(
+            lambda history: self.chat(history, tools=schemas, **options),
+            messages,
+            functions,
+            max_steps,
+            approve=approve,
+            limit_s=tool_limit_s,
+            max_chars=max_result_chars,
+        )
 
     @contextmanager
     def session(self) -> Iterator[Session]:

@@ -28,7 +28,9 @@ pack
 manifest packing writer report
 conversion"""
 LOCALMIMO = """errors home child sandbox toolcall family
-files marks messages
+files marks messages schema
+tools
+toolfile
 config machine speeds attend sample text template
 chat
 kv plan structure saved trail
@@ -41,7 +43,7 @@ experts.store
 experts.run session
 generate
 answer
-prompt
+agent prompt
 mini
 embedded
 engine

@@ -1,6 +1,7 @@
 """Ten turns with tools: what the session holds is never read again, thinking included."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 class Script:
-    """Stands in for the drawing of tokens: the model says these texts, a letter a token."""
+    """Stands in for the drawing of tokens: the model says these texts, cut as encode() would not."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self._tokenizer = engine.tokenizer
@@ -39,7 +40,11 @@ class Script:
 
     def says(self, text: str) -> None:
         parts = self._tokenizer._split.split(text)
-        pieces = [piece for part in parts for piece in ([part] if part in self._tokenizer.added else part)]
+        pieces = [
+            piece
+            for part in parts
+            for piece in ([part] if part in self._tokenizer.added else re.findall(r"(?s).{1,5}", part))
+        ]
         self.tokens = [token for piece in pieces for token in self._tokenizer.encode(piece)]
         self.tokens += self._tokenizer.encode("<|im_end|>")
 
@@ -95,3 +100,24 @@ def test_a_dropped_thinking_is_another_conversation(engine: Engine, script: Scri
     second = engine.chat(again)
     assert second.stats.reused_tokens <= first.stats.prompt_tokens + 1  # <think> opens both
     assert "hm" not in engine.decode(engine._prompts.write(again).tokens)
+
+
+def test_an_agent_reads_nothing_twice(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(engine, monkeypatch)
+    asked: list[int] = []
+
+    def clock(at: int) -> str:
+        "The time."
+        asked.append(at)
+        script.says("<think>so</think>noon")
+        return f"{at}:00"
+
+    script.says("<think>hm</think>" + CALL.format(7))
+    run = engine.agent([{"role": "user", "content": "the river"}], [clock])
+    assert asked == [7] and run.n_steps == 2 and run.answer.content == "noon"
+    assert [message["role"] for message in run.messages] == ["user", "assistant", "tool", "assistant"]
+    assert run.answer.stats.prompt_tokens - run.answer.stats.reused_tokens < 40
+
+    script.says(CALL.format(8))
+    reply = engine.chat([{"role": "user", "content": "the sea"}], tools=[clock])
+    assert [message["content"] for message in reply.run_tools()] == ["8:00"]
