@@ -35,6 +35,8 @@ struct Avx512 {
   static LM_INLINE F clamp(F a, float low, float high) {  // operands in this order keep a NaN
     return _mm512_min_ps(set1(high), _mm512_max_ps(set1(low), a));
   }
+  static LM_INLINE F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+  static LM_INLINE float top(F a) { return _mm512_reduce_max_ps(a); }
   static LM_INLINE F scale_by_power(F a, F n) {
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
@@ -93,6 +95,49 @@ struct Avx512 {
   }
   static LM_INLINE F half(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  // Attention: six rows by four vectors are 24 sums, four vectors of keys and one query.
+  static constexpr int kRows = 6, kCols = 4, kDotRows = 4;
+  using Words = __m512i;
+  static LM_INLINE void transpose(const uint8_t* const* rows, int64_t at, Words* out) {
+    __m512i t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+      const __m512i a = _mm512_loadu_si512(rows[i] + at), b = _mm512_loadu_si512(rows[i + 1] + at);
+      t[i] = _mm512_unpacklo_epi32(a, b);
+      t[i + 1] = _mm512_unpackhi_epi32(a, b);
+    }
+    for (int i = 0; i < 16; i += 4) {  // u[i + c] holds words c, 4 + c, 8 + c, 12 + c of rows i to i + 3
+      u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int c = 0; c < 4; ++c) {
+      const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xdd);
+      const __m512i d = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x88);
+      const __m512i e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xdd);
+      out[c] = _mm512_shuffle_i32x4(a, d, 0x88);
+      out[4 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
+      out[8 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
+      out[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
+    }
+  }
+  static LM_INLINE F whole(Words x) { return _mm512_castsi512_ps(x); }
+  static LM_INLINE F low_half(Words x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+  static LM_INLINE F high_half(Words x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  template <int i>
+  static LM_INLINE F byte(Words x) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 24 - 8 * i), 24));
+  }
+  static LM_INLINE F widen_bf16(const uint8_t* p) {
+    const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16));
+  }
+  static LM_INLINE F widen_int8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
   using Word = __m512i;

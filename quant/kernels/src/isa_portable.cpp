@@ -35,6 +35,14 @@ struct Portable {
     return each([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
   }
   static LM_INLINE F rint(const F& a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
+  static LM_INLINE F maximum(const F& a, const F& b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static LM_INLINE float top(const F& a) {
+    float most = a.v[0];
+    for (float v : a.v) most = v > most ? v : most;
+    return most;
+  }
   static LM_INLINE F clamp(const F& a, float low, float high) {
     return each([&](int i) { return a.v[i] < low ? low : a.v[i] > high ? high : a.v[i]; });
   }
@@ -97,6 +105,37 @@ struct Portable {
   }
   static LM_INLINE F half(const uint8_t* p) {
     return each([&](int i) { return half_value(p[2 * i] | (p[2 * i + 1] << 8)); });
+  }
+
+  static constexpr int kRows = 2, kCols = 2, kDotRows = 1;
+  struct Words { uint32_t v[kLanes]; };
+  static LM_INLINE void transpose(const uint8_t* const* rows, int64_t at, Words* out) {
+    for (int w = 0; w < 16; ++w)
+      for (int i = 0; i < kLanes; ++i) std::memcpy(&out[w].v[i], rows[i] + at + 4 * w, 4);
+  }
+  static LM_INLINE float as_float(uint32_t bits) {
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+  }
+  static LM_INLINE F whole(const Words& x) {
+    return each([&](int i) { return as_float(x.v[i]); });
+  }
+  static LM_INLINE F low_half(const Words& x) {
+    return each([&](int i) { return as_float(x.v[i] << 16); });
+  }
+  static LM_INLINE F high_half(const Words& x) {
+    return each([&](int i) { return as_float(x.v[i] & 0xffff0000u); });
+  }
+  template <int at>
+  static LM_INLINE F byte(const Words& x) {
+    return each([&](int i) { return static_cast<float>(static_cast<int8_t>(x.v[i] >> (8 * at))); });
+  }
+  static LM_INLINE F widen_bf16(const uint8_t* p) {
+    return each([&](int i) { return as_float(static_cast<uint32_t>(p[2 * i] | (p[2 * i + 1] << 8)) << 16); });
+  }
+  static LM_INLINE F widen_int8(const uint8_t* p) {
+    return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
   }
 
   struct Word { uint64_t v[8]; };

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
 #include "layout.h"
 
 namespace localmimo {
@@ -58,6 +59,13 @@ struct Kernels {
                    uint8_t* codes, uint8_t* scales);
   // The exclusive or of n bytes, a multiple of 256: nothing but reading.
   uint64_t (*read)(const uint8_t* data, size_t n);
+  // Attention and the router: see attention_kernel.h.
+  void (*attend_section)(const Head& h, const Queries& q, int64_t begin, int64_t end, float* states, float* scratch);
+  void (*merge_states)(float* into, const float* later, int64_t d_v);
+  void (*finish_state)(const float* state, const float* sink, int64_t d_v, float* out);
+  // out[r * n_experts + e] = x[r] . w[e] for rows of n floats
+  void (*dots)(const float* x, const float* w, int64_t rows, int64_t experts, int64_t n, int64_t n_experts, float* out);
+  void (*sigmoid)(float* x, int64_t n);  // n is a multiple of 16
 };
 
 constexpr int64_t kScratchBytes = 1 << 16;  // what `product` may use per thread

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention.h"
 #include "compute.h"
 #include "crc32.h"
 #include "dispatch.h"
@@ -119,6 +120,33 @@ struct PackedExperts {
   }
 };
 
+// shape: n, heads, kv_heads, d_k, d_v, rotary, position, window. rows: of a head, the first's position, in the ring.
+void py_attend(const std::vector<int64_t>& shape, Address joined, Address cos, Address sin, float value_scale,
+               float scale, int store, Address keys, Address values, const std::vector<int64_t>& rows, Address sink,
+               Address out) {
+  if (shape.size() != 8 || rows.size() != 3) throw nb::value_error("attention has eight sizes and three of its rows");
+  if (store < 0 || store > 2) throw nb::value_error("unknown storage of keys and values");
+  const int64_t* s = shape.data();
+  const AttendCall call{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], at<float>(joined), at<float>(cos),
+                        at<float>(sin), value_scale, scale, static_cast<Store>(store), at<uint8_t>(keys),
+                        at<uint8_t>(values), rows[0], rows[1], rows[2], at<float>(sink), at<float>(out)};
+  nb::gil_scoped_release release;
+  attend(call);
+}
+
+void py_rms_norm(Address x, Address add, Address weight, float eps, int64_t n, int64_t hidden, Address out) {
+  nb::gil_scoped_release release;
+  rms_norm(at<float>(x), at<float>(add), at<float>(weight), eps, n, hidden, at<float>(out));
+}
+
+void py_route(int64_t n, int64_t hidden, int64_t n_experts, int64_t top_k, Address x, Address weight, Address bias,
+              float scale, bool normalise, Address chosen, Address weights) {
+  const RouteCall call{n, hidden, n_experts, top_k, at<float>(x), at<float>(weight), at<float>(bias),
+                       scale, normalise, at<int64_t>(chosen), at<float>(weights)};
+  nb::gil_scoped_release release;
+  route(call);
+}
+
 // tables: values, code_of_rank, position, midpoint, rough, scale_of_byte, covers.
 double py_encode(int format, const std::vector<Address>& tables, int n_covers, float per_unit, float centre,
                  const std::vector<int32_t>& steps, Address w, int64_t rows, int64_t cols, float scale, Address codes,
@@ -164,6 +192,9 @@ NB_MODULE(_native, m) {
       .def(nb::init<int, int64_t, int64_t, const std::vector<int64_t>&>())
       .def("run", &PackedExperts::run)
       .def("run_places", &PackedExperts::run_places);
+  m.def("attend", &py_attend);
+  m.def("rms_norm", &py_rms_norm);
+  m.def("route", &py_route);
   m.def("encode", &py_encode);
   m.def("read_all", [](Address data, size_t n) {
     nb::gil_scoped_release release;

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "attention_kernel.h"
 #include "encode.h"
 #include "inline.h"
 #include "kernels.h"
@@ -304,7 +305,8 @@ uint64_t read(const uint8_t* data, size_t n) {
 
 template <class V>
 constexpr Kernels kernels_of(const char* name) {
-  return {name, quantise<V>, product<V>, silu_mul<V>, encode<V>, read<V>};
+  return {name, quantise<V>, product<V>, silu_mul<V>, encode<V>, read<V>,
+          attend_section<V>, merge_states<V>, finish_state<V>, dots<V>, sigmoid<V>};
 }
 
 }  // namespace
