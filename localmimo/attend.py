@@ -1,14 +1,42 @@
 """Attention of MiMo-V2: grouped heads, keys wider than values, a causal window, and a sink.
 
-Pure functions over tensors. Knows nothing of caches, layers or positions: who may see whom arrives as a mask.
+Pure functions over tensors, and the reference of the native kernels in `quant.kernels.attention`. Knows rows of keys
+and values by position; nothing of layers, caches or weights.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from localmimo.config import LayerSpec
+from quant.kernels import attention as native
+
 WORKSPACE_BYTES = (
     8 << 20
 )  # of logits at a time: long prompts are cut into blocks of queries (plan.py counts it)
+Rope = tuple[Tensor, Tensor]  # cos and sin [n, rotary_dim / 2]
+
+
+# ---- rope ----
+
+
+def rope_table(positions: Tensor, rotary_dim: int, theta: float) -> Rope:
+    """cos and sin [n, rotary_dim / 2] in float32 for positions [n]; frequency i is theta^(-2i / rotary_dim)."""
+    exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)[None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 * cos.shape[-1] dimensions of x [..., n, d]; pairs are (i, i + half); the rest passes."""
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
+
+
+# ---- attention over keys and values that lie side by side ----
 
 
 def window_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -28,22 +56,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | None
     -> [n, heads * d_v] in v's dtype. Query head h reads KV head h // (heads / kv_heads).
     Source: arXiv 2601.02780, equations 1 to 4 (the sink joins the maximum and the denominator).
     """
-    kf, vf = k.float(), v.float()
-    rows = max(1, WORKSPACE_BYTES // (4 * q.shape[0] * k.shape[1]))
-    blocks = [
-        _attend(q[:, i : i + rows], kf, vf, visible[i : i + rows], sink, scale)
-        for i in range(0, q.shape[1], rows)
-    ]
-    return torch.cat(blocks).to(v.dtype)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sink: Tensor | None, scale: float) -> Tensor:
     heads, n, d_k = q.shape
     kv_heads, m, d_v = v.shape
     grouped = q.float().reshape(kv_heads, heads // kv_heads * n, d_k)
-    logits = (grouped @ k.transpose(1, 2)).mul_(scale).view(heads, n, m).masked_fill_(~visible, float("-inf"))
-    mixed = sink_softmax(logits, sink).view(kv_heads, heads // kv_heads * n, m) @ v
-    return mixed.view(heads, n, d_v).transpose(0, 1).reshape(n, heads * d_v)
+    logits = (grouped @ k.float().transpose(1, 2)).mul_(scale).view(heads, n, m)
+    softened = sink_softmax(logits.masked_fill_(~visible, float("-inf")), sink)
+    mixed = softened.view(kv_heads, heads // kv_heads * n, m) @ v.float()
+    return mixed.view(heads, n, d_v).transpose(0, 1).reshape(n, heads * d_v).to(v.dtype)
 
 
 def sink_softmax(logits: Tensor, sink: Tensor | None) -> Tensor:
@@ -52,3 +71,98 @@ def sink_softmax(logits: Tensor, sink: Tensor | None) -> Tensor:
         return torch.softmax(logits, dim=-1)
     column = sink.float()[:, None, None].expand(*logits.shape[:-1], 1)
     return torch.softmax(torch.cat((logits, column), dim=-1), dim=-1)[..., :-1]
+
+
+# ---- attention over a cache ----
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Keys and values as they lie in a cache: position p in row (p - first) mod rows.
+
+    keys [kv_heads, rows, d_k], values [kv_heads, rows, d_v] in float32 or bfloat16; or in int8, where the last four
+    bytes of each row are a float32 scale.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first: int = 0
+
+    def at(self, begin: int, end: int) -> Tensor:
+        """The rows of positions begin to end - 1."""
+        return (torch.arange(begin, end) - self.first) % self.keys.shape[1]
+
+
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., d] as rows of a cache in `dtype`: rounded, or int8 with the scale behind."""
+    if dtype != torch.int8:
+        return x.to(dtype)
+    most = x.float().abs().amax(-1, keepdim=True)
+    codes = (x.float() * torch.where(most > 1e-30, 127.0 / most, 0.0)).round().to(torch.int8)
+    return torch.cat((codes, (most / 127.0).view(torch.int8)), dim=-1)
+
+
+def loaded(rows: Tensor) -> Tensor:
+    """The float32 values of rows of a cache."""
+    if rows.dtype != torch.int8:
+        return rows.float()
+    scale = rows[..., -native.SCALE_BYTES :].contiguous().view(torch.float32)
+    return rows[..., : -native.SCALE_BYTES].float() * scale
+
+
+def extend(
+    joined: Tensor,
+    rope: Rope,
+    rows: Rows,
+    position: int,
+    spec: LayerSpec,
+    sink: Tensor | None,
+    value_scale: float,
+) -> Tensor:
+    """Rotate, write into the cache, attend: joined float32 [n, queries | keys | values] -> float32 [n, heads * d_v].
+
+    The first token is at `position`; everything before it that it sees lies in `rows` already.
+    """
+    if not native.serves(joined):
+        return extend_reference(joined, rope, rows, position, spec, sink, value_scale)
+    return native.attend(
+        joined, *rope, rows.keys, rows.values, heads=spec.n_heads, head_dims=(spec.head_dim, spec.v_head_dim),
+        position=position, first=rows.first, window=spec.window, sink=sink, scale=spec.head_dim**-0.5,
+        value_scale=value_scale,
+    )  # fmt: skip
+
+
+def extend_reference(
+    joined: Tensor,
+    rope: Rope,
+    rows: Rows,
+    position: int,
+    spec: LayerSpec,
+    sink: Tensor | None,
+    value_scale: float,
+) -> Tensor:
+    """`extend` in torch, a block of queries at a time."""
+    q, k, v = split_heads(joined, rope, spec, value_scale)
+    end = position + len(joined)
+    rows.keys[:, rows.at(position, end)] = stored(k, rows.keys.dtype)
+    rows.values[:, rows.at(position, end)] = stored(v, rows.values.dtype)
+    step = max(1, WORKSPACE_BYTES // (4 * spec.n_heads * (end if spec.window is None else spec.window)))
+    blocks = []
+    for first in range(position, end, step):
+        last = min(first + step, end)
+        lowest = 0 if spec.window is None else max(0, first - spec.window + 1)
+        at = rows.at(lowest, last)
+        seen = window_mask(torch.arange(first, last), torch.arange(lowest, last), spec.window)
+        k, v = loaded(rows.keys[:, at]), loaded(rows.values[:, at])
+        blocks.append(attend(q[:, first - position : last - position], k, v, seen, sink, spec.head_dim**-0.5))
+    return torch.cat(blocks)
+
+
+def split_heads(
+    joined: Tensor, rope: Rope, spec: LayerSpec, value_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """joined [n, queries | keys | values] -> q, k (rotated) and v (scaled), each [heads, n, d]."""
+    q, k, v = joined.split(spec.qkv_rows, dim=-1)
+    q = rotate(q.unflatten(-1, (spec.n_heads, spec.head_dim)).transpose(0, 1), *rope)
+    k = rotate(k.unflatten(-1, (spec.n_kv_heads, spec.head_dim)).transpose(0, 1), *rope)
+    return q, k, v.unflatten(-1, (spec.n_kv_heads, spec.v_head_dim)).transpose(0, 1) * value_scale

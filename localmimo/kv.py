@@ -1,43 +1,62 @@
 """Keys and values of one sequence: a ring per window layer, a growing cache per global layer.
 
 Knows positions and bytes, nothing of tokens, weights or attention. How a ring is laid out never leaves this file:
-whoever asks gets positions beside the keys, and a snapshot lists rows in position order.
+whoever writes and reads gets `Rows`, which say where a position lies, and a snapshot lists rows in position order.
 """
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from localmimo.attend import Rows
 from localmimo.config import LayerSpec
+from quant.kernels.attention import SCALE_BYTES
 
 SLACK = 16  # tokens that a window layer can be taken back without a snapshot
+
+
+HUGE = (
+    64 << 20
+)  # from this size on memory is asked for in pages of megabytes: small ones slow a long read down
+
+
+def row_width(d: int, dtype: torch.dtype) -> int:
+    """Elements of a row of d values: in int8 with a float32 scale behind."""
+    return d + SCALE_BYTES if dtype == torch.int8 else d
+
+
+def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
+    """Bytes of one position of one layer, over all KV heads."""
+    widths = row_width(spec.head_dim, dtype) + row_width(spec.v_head_dim, dtype)
+    return spec.n_kv_heads * widths * dtype.itemsize
 
 
 class GlobalKV:
     """Keys and values of a global layer: room for the whole context in address space, memory only where written.
 
-    A large block from the allocator costs nothing until it is touched, so growing never copies.
+    Anonymous memory costs nothing until it is touched, so growing never copies and nothing is reserved.
     """
 
     def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype) -> None:
-        self._keys = torch.empty(spec.n_kv_heads, capacity, spec.head_dim, dtype=dtype)
-        self._values = torch.empty(spec.n_kv_heads, capacity, spec.v_head_dim, dtype=dtype)
+        self._keys = _untouched(spec.n_kv_heads, capacity, row_width(spec.head_dim, dtype), dtype)
+        self._values = _untouched(spec.n_kv_heads, capacity, row_width(spec.v_head_dim, dtype), dtype)
         self.length = 0
 
     @staticmethod
     def nbytes(spec: LayerSpec, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that `tokens` tokens occupy."""
-        return tokens * spec.n_kv_heads * (spec.head_dim + spec.v_head_dim) * dtype.itemsize
+        return tokens * row_bytes(spec, dtype)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write keys [kv_heads, n, d_k] and values [kv_heads, n, d_v]; returns all keys, values and positions [m]."""
-        end = self.length + keys.shape[1]
-        self._keys[:, self.length : end] = keys
-        self._values[:, self.length : end] = values
-        self.length = end
-        return self._keys[:, :end], self._values[:, :end], torch.arange(end)
+    def place(self, n: int) -> Rows:
+        """Where the next n tokens' rows go; all that they see is there already."""
+        return Rows(self._keys, self._values)
+
+    def commit(self, rows: Rows, n: int) -> None:
+        """The n tokens that `rows` was for are written."""
+        self.length += n
 
     def rewind(self, length: int) -> None:
         """Forget everything from position `length` on."""
@@ -60,8 +79,8 @@ class WindowKV:
         assert spec.window is not None
         self.window = spec.window
         self.rows = spec.window + slack
-        self._keys = torch.zeros(spec.n_kv_heads, self.rows, spec.head_dim, dtype=dtype)
-        self._values = torch.zeros(spec.n_kv_heads, self.rows, spec.v_head_dim, dtype=dtype)
+        self._keys = torch.zeros(spec.n_kv_heads, self.rows, row_width(spec.head_dim, dtype), dtype=dtype)
+        self._values = torch.zeros(spec.n_kv_heads, self.rows, row_width(spec.v_head_dim, dtype), dtype=dtype)
         self.length = 0
         self._written = 0  # one past the highest position written: rows hold the `rows` positions below it,
         self._oldest = 0  # but none below this one (after a restore)
@@ -70,39 +89,36 @@ class WindowKV:
     def nbytes(spec: LayerSpec, dtype: torch.dtype = torch.bfloat16, slack: int = 0) -> int:
         """Bytes of the ring; with no slack, of the window alone."""
         assert spec.window is not None
-        return (spec.window + slack) * spec.n_kv_heads * (spec.head_dim + spec.v_head_dim) * dtype.itemsize
+        return (spec.window + slack) * row_bytes(spec, dtype)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write n new rows; returns keys, values and positions of all that the new tokens may see (and more).
-
-        Rows that a rewind left behind carry positions that are not yet reached: the causal mask hides them.
-        """
-        n = keys.shape[1]
+    def place(self, n: int) -> Rows:
+        """Where the next n tokens' rows go: the ring, or rows that begin with what they see."""
         if n <= self.rows - self.window + 1:
-            self._write(keys, values)
-            return self._keys, self._values, self._row_positions()
-        held = self._row_positions()
-        held = torch.where(held < self.length, held, -1)
-        new = torch.arange(self.length, self.length + n)
-        # New rows are rounded like the stored ones: how a prompt is chunked must not change the answer.
-        all_keys = torch.cat((self._keys, keys.to(self._keys.dtype)), dim=1)
-        all_values = torch.cat((self._values, values.to(self._values.dtype)), dim=1)
-        self._write(keys, values)
-        return all_keys, all_values, torch.cat((held, new))
+            return Rows(self._keys, self._values)
+        oldest = max(0, self.length - self.window + 1)
+        before = self.length - oldest
+        keys, values = self.empty(before + n)
+        keys[:, :before], values[:, :before] = self._rows_from(oldest)
+        return Rows(keys, values, oldest)
+
+    def commit(self, rows: Rows, n: int) -> None:
+        """The n tokens that `rows` was for are written."""
+        if rows.keys is self._keys:
+            self._advance(n)
+        else:
+            self._write(rows.keys[:, -n:], rows.values[:, -n:])
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         end = self.length + keys.shape[1]
         last = min(keys.shape[1], self.rows)
         rows = torch.arange(end - last, end) % self.rows
-        self._keys[:, rows] = keys[:, -last:].to(self._keys.dtype)
-        self._values[:, rows] = values[:, -last:].to(self._values.dtype)
-        self.length = end
-        self._written = max(self._written, end)
+        self._keys[:, rows] = keys[:, -last:]
+        self._values[:, rows] = values[:, -last:]
+        self._advance(keys.shape[1])
 
-    def _row_positions(self) -> Tensor:
-        """The position that each row holds, negative where nothing was written yet."""
-        last = self._written - 1
-        return last - (last - torch.arange(self.rows)) % self.rows
+    def _advance(self, n: int) -> None:
+        self.length += n
+        self._written = max(self._written, self.length)
 
     def can_rewind(self, length: int) -> bool:
         """Whether every position that a token at `length` sees is still there."""
@@ -141,6 +157,15 @@ class WindowKV:
         self._written = 0
         self.length = self._oldest
         self._write(keys, values)
+
+
+def _untouched(heads: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Memory [heads, rows, width] that costs nothing until it is written."""
+    size = heads * rows * width * dtype.itemsize
+    block = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=dtype, count=heads * rows * width).view(heads, rows, width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,36 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localmimo.attend import attend, window_mask
+from localmimo.attend import Rope, Rows, extend, rope_table
 from localmimo.config import LayerSpec, ModelConfig
 from localmimo.plan import PREFILL_CHUNK
 from quant import QTensor, linear
-
-Rope = tuple[Tensor, Tensor]  # cos and sin [n, rotary_dim / 2]
-
+from quant.kernels import attention as native
 
 # ---- pure maths (differentiable: examples/train_mini.py trains with it) ----
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis, in float32 -> x's dtype."""
+    if native.serves(x, weight) and x.is_contiguous():
+        return native.rms_norm(x, weight, eps)
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
-
-
-def rope_table(positions: Tensor, rotary_dim: int, theta: float) -> Rope:
-    """cos and sin [n, rotary_dim / 2] in float32 for positions [n]; frequency i is theta^(-2i / rotary_dim)."""
-    exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)[None, :]
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.shape[-1] dimensions of x [..., n, d]; pairs are (i, i + half); the rest passes."""
-    half = cos.shape[-1]
-    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
 
 
 def route(
@@ -54,6 +39,15 @@ def route(
 
     Sigmoid scores in float32 from weight [E, hidden]; `bias` [E] takes part in the choice alone.
     """
+    if native.serves(x, weight, bias):
+        return native.route(x.contiguous(), weight, bias, top_k, scale, normalise)
+    return route_reference(x, weight, bias, top_k, scale, normalise)
+
+
+def route_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, scale: float, normalise: bool
+) -> tuple[Tensor, Tensor]:
+    """`route` in torch."""
     scores = torch.sigmoid(F.linear(x.float(), weight.float()))
     chosen = (scores + bias.float()).topk(top_k, dim=-1).indices.sort(dim=-1).values
     picked = scores.gather(-1, chosen)
@@ -109,7 +103,7 @@ def load_weights(source: DenseSource, config: ModelConfig) -> Weights:
     """Read every dense tensor of the main model (not the MTP blocks)."""
     return Weights(
         embed=_plain(source, "embed"),
-        norm=_plain(source, "norm"),
+        norm=_wide(source, "norm"),
         head=_packed(source, "head"),
         blocks=tuple(_block(source, f"layers.{i}", spec) for i, spec in enumerate(config.layers)),
     )
@@ -120,6 +114,11 @@ def _plain(source: DenseSource, name: str) -> Tensor:
     return tensor if isinstance(tensor, Tensor) else tensor.parts["weight"]
 
 
+def _wide(source: DenseSource, name: str) -> Tensor:
+    """Norms, sinks and routers, which are computed in float32."""
+    return _plain(source, name).float().contiguous()
+
+
 def _packed(source: DenseSource, name: str) -> QTensor:
     tensor = source.tensor(name)
     assert isinstance(tensor, QTensor), name
@@ -127,13 +126,13 @@ def _packed(source: DenseSource, name: str) -> QTensor:
 
 
 def _block(source: DenseSource, prefix: str, spec: LayerSpec) -> BlockWeights:
-    sink = _plain(source, f"{prefix}.attn.sink") if spec.sink else None
+    sink = _wide(source, f"{prefix}.attn.sink") if spec.sink else None
     attention = AttentionWeights(
         _packed(source, f"{prefix}.attn.qkv"), _packed(source, f"{prefix}.attn.o"), sink
     )
     mlp = _mlp(source, f"{prefix}.mlp") if spec.mlp == "dense" else _router(source, f"{prefix}.router")
     return BlockWeights(
-        _plain(source, f"{prefix}.attn_norm"), _plain(source, f"{prefix}.mlp_norm"), attention, mlp
+        _wide(source, f"{prefix}.attn_norm"), _wide(source, f"{prefix}.mlp_norm"), attention, mlp
     )
 
 
@@ -142,7 +141,7 @@ def _mlp(source: DenseSource, prefix: str) -> MlpWeights:
 
 
 def _router(source: DenseSource, prefix: str) -> RouterWeights:
-    return RouterWeights(_plain(source, f"{prefix}.weight"), _plain(source, f"{prefix}.bias"))
+    return RouterWeights(_wide(source, f"{prefix}.weight"), _wide(source, f"{prefix}.bias"))
 
 
 # ---- the model ----
@@ -151,8 +150,11 @@ def _router(source: DenseSource, prefix: str) -> RouterWeights:
 class LayerKV(Protocol):
     """One layer's keys and values of one sequence."""
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add keys, values [kv_heads, n, d]; returns all that may be visible, and their positions [m]."""
+    def place(self, n: int) -> Rows:
+        """Where the next n tokens' rows go; all that they see is there already."""
+
+    def commit(self, rows: Rows, n: int) -> None:
+        """The n tokens that `rows` was for are written."""
 
 
 class Cache(Protocol):
@@ -198,12 +200,9 @@ class Piece:
 
     cache: Cache
     first: int  # row in the batch
-    positions: Tensor  # [n]
+    n: int
+    position: int  # of the first row
     ropes: dict[tuple[int, float], Rope]  # by LayerSpec.rope
-
-    @property
-    def n(self) -> int:
-        return len(self.positions)
 
 
 def pieces_of(timelines: Sequence[tuple[int, Cache]], ropes: set[tuple[int, float]]) -> list[list[Piece]]:
@@ -218,7 +217,7 @@ def pieces_of(timelines: Sequence[tuple[int, Cache]], ropes: set[tuple[int, floa
                 room = PREFILL_CHUNK
             positions = torch.arange(cache.length + at, cache.length + at + n)
             tables = {rope: rope_table(positions, *rope) for rope in ropes}
-            groups[-1].append(Piece(cache, first, positions, tables))
+            groups[-1].append(Piece(cache, first, n, cache.length + at, tables))
             first, room = first + n, room - n
     return groups
 
@@ -323,31 +322,24 @@ class Transformer:
     def _attention(self, layer: int, block: BlockWeights, x: Tensor, group: list[Piece]) -> Tensor:
         spec = self.config.layers[layer]
         joined = linear(self._norm(x, block.attn_norm), block.attention.qkv)
-        parts = joined.split([piece.n for piece in group])
+        parts = joined.float().split([piece.n for piece in group])
         mixed = [self._attend(layer, spec, block, *both) for both in zip(parts, group, strict=True)]
         return linear(torch.cat(mixed).to(self.dtype), block.attention.o)
 
     def _attend(
         self, layer: int, spec: LayerSpec, block: BlockWeights, joined: Tensor, piece: Piece
     ) -> Tensor:
-        q, k, v = self._qkv(spec, joined, piece.ropes[spec.rope])
-        keys, values, key_positions = piece.cache.layers[layer].append(k, v)
-        visible = window_mask(piece.positions, key_positions, spec.window)
-        return attend(q, keys, values, visible, block.attention.sink, spec.head_dim**-0.5)
-
-    def _qkv(self, spec: LayerSpec, joined: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Split joined [n, rows] into q, k (rotated) and v (scaled), each [heads, n, d]."""
-        q, k, v = joined.split(spec.qkv_rows, dim=-1)
-        q = rotate(q.unflatten(-1, (spec.n_heads, spec.head_dim)).transpose(0, 1), *rope)
-        k = rotate(k.unflatten(-1, (spec.n_kv_heads, spec.head_dim)).transpose(0, 1), *rope)
-        v = v.unflatten(-1, (spec.n_kv_heads, spec.v_head_dim)).transpose(0, 1) * self.config.value_scale
-        return q, k, v
+        kv, rope = piece.cache.layers[layer], piece.ropes[spec.rope]
+        rows, sink = kv.place(piece.n), block.attention.sink
+        mixed = extend(joined, rope, rows, piece.position, spec, sink, self.config.value_scale)
+        kv.commit(rows, piece.n)
+        return mixed
 
     def route(self, router: RouterWeights, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token of normed [n, hidden], and their weights (`route`)."""
         config = self.config
         # V2.6 multiplies bf16 by bf16; products of bf16 are exact in float32, so rounding the input is enough.
-        x = normed.bfloat16() if config.router_bf16 else normed
+        x = (normed.bfloat16() if config.router_bf16 else normed).float()
         return route(x, router.weight, router.bias, config.top_k, config.routed_scale, config.norm_topk)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localmimo.model import rms_norm, rope_table, rotate, route
+from localmimo.attend import rope_table, rotate
+from localmimo.model import rms_norm, route
 
 from .experts import Experts
 

@@ -1,30 +1,39 @@
 """The ring equals a full cache with a mask, for any chunking and any rewind within its slack."""
 
+import psutil
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmimo.attend import attend, window_mask
+from localmimo.attend import Rows, extend, rope_table
 from localmimo.config import LayerSpec
-from localmimo.kv import GlobalKV, KVCache, WindowKV
+from localmimo.kv import GlobalKV, KVCache, WindowKV, row_bytes, row_width
 
 WINDOW, SLACK = 8, 5
 SPEC = LayerSpec("window", "dense", 4, 2, 6, 4, 2, 1e4, WINDOW, True)
 GLOBAL = LayerSpec("global", "dense", 4, 2, 6, 4, 2, 1e4, None, False)
+SINK = torch.linspace(-1, 1, 4)
 
 
-def rows(start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values that depend on the position alone."""
+def joined(start: int, n: int) -> torch.Tensor:
+    """Queries, keys and values that depend on the position alone."""
     at = torch.arange(start, start + n, dtype=torch.float32)
-    keys = torch.sin(at[None, :, None] * torch.arange(1, 13).view(2, 1, 6))
-    return keys, torch.cos(at[None, :, None] * torch.arange(1, 9).view(2, 1, 4))
+    return torch.sin(at[:, None] * torch.arange(1, 1 + sum(SPEC.qkv_rows)) * 0.7)
 
 
-def look(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    q = torch.sin(queries[None, :, None] * torch.arange(1, 25).view(4, 1, 6) * 0.7)
-    return attend(q, keys, values, window_mask(queries, positions, WINDOW), torch.linspace(-1, 1, 4), 0.4)
+def append(layer: GlobalKV | WindowKV, n: int, spec: LayerSpec = SPEC) -> torch.Tensor:
+    start, rows = layer.length, layer.place(n)
+    rope = rope_table(torch.arange(start, start + n), *spec.rope)
+    out = extend(joined(start, n), rope, rows, start, spec, SINK if spec.sink else None, 0.7)
+    layer.commit(rows, n)
+    return out
+
+
+def whole(length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Everything in one piece, in a cache without a ring."""
+    rows = Rows(*(torch.zeros(2, length, row_width(d, dtype), dtype=dtype) for d in (6, 4)))
+    rope = rope_table(torch.arange(length), *SPEC.rope)
+    return extend(joined(0, length), rope, rows, 0, SPEC, SINK, 0.7)
 
 
 moves = st.lists(st.tuples(st.sampled_from(["append", "rewind", "restore"]), st.integers(0, 40)), max_size=25)
@@ -36,12 +45,9 @@ def test_ring_equals_full_cache(moves: list[tuple[str, int]]) -> None:
     ring, length, kept = WindowKV(SPEC, torch.float32, SLACK), 0, None
     for move, n in moves:
         if move == "append" and n:
-            queries = torch.arange(length, length + n)
-            got = look(queries, *ring.append(*rows(length, n)))
+            got = append(ring, n)
             length += n
-            torch.testing.assert_close(
-                got, look(queries, *rows(0, length), torch.arange(length)), rtol=0, atol=1e-5
-            )
+            torch.testing.assert_close(got, whole(length)[-n:], rtol=0, atol=1e-5)
             kept = kept if n % 2 else (length, ring.copy())
         elif move == "rewind" and ring.can_rewind(max(0, length - n)):
             length = max(0, length - n)
@@ -57,14 +63,14 @@ def test_ring_equals_full_cache(moves: list[tuple[str, int]]) -> None:
 @given(st.integers(0, 60), st.integers(0, SLACK + 1))
 def test_slack_is_always_there(length: int, back: int) -> None:
     ring = WindowKV(SPEC, torch.float32, SLACK)
-    for start in range(length):
-        ring.append(*rows(start, 1))
+    for _ in range(length):
+        append(ring, 1)
     assert ring.can_rewind(max(0, length - back))
 
 
 def test_a_window_that_is_gone_cannot_be_rewound_to() -> None:
     ring = WindowKV(SPEC, torch.float32, SLACK)
-    ring.append(*rows(0, 50))
+    append(ring, 50)
     assert not ring.can_rewind(50 - SLACK - 2)
 
 
@@ -76,19 +82,43 @@ def test_published_bytes_per_token() -> None:
     assert 39 * WindowKV.nbytes(window_layer) == 39 * 128 * 5_120 == 25_559_040
 
 
+def test_int8_rows_carry_their_scale() -> None:
+    assert row_bytes(GLOBAL, torch.int8) == 2 * (6 + 4 + 2 * 4)
+    ring = WindowKV(SPEC, torch.int8, SLACK)
+    for n in (3, 40, 1, 7):
+        got = append(ring, n)
+    torch.testing.assert_close(got, whole(51)[-7:], rtol=0, atol=0.03)
+    torch.testing.assert_close(got, whole(51, torch.int8)[-7:], rtol=0, atol=1e-5)
+
+
+def test_a_global_layer_takes_memory_only_where_it_is_written() -> None:
+    wide = LayerSpec("global", "dense", 4, 4, 192, 128, 64, 1e4, None, False)
+    before = resident_bytes()
+    layer = GlobalKV(wide, 1 << 20, torch.bfloat16)
+    assert resident_bytes() - before < 8 << 20 < GlobalKV.nbytes(wide, 1 << 20)
+    keys, values = layer.make_room(10_000)
+    keys.zero_(), values.zero_()
+    # Each head of the keys and of the values may begin and end within a page of two megabytes.
+    assert resident_bytes() - before < GlobalKV.nbytes(wide, 10_000) + 8 * (4 << 20) + (8 << 20)
+
+
+def resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
+
+
 def test_cache_snapshot_and_clear() -> None:
     cache = KVCache([GLOBAL, SPEC], 100, torch.float32, SLACK)
 
-    def append(start: int, n: int) -> torch.Tensor:
-        seen = [layer.append(*rows(start, n)) for layer in cache.layers]
+    def extended(n: int) -> torch.Tensor:
+        seen = [append(layer, n, spec) for layer, spec in zip(cache.layers, (GLOBAL, SPEC), strict=True)]
         cache.advance(n)
-        return look(torch.arange(start, start + n), *seen[1])
+        return torch.cat(seen)
 
-    append(0, 20)
+    extended(20)
     here = cache.snapshot()
-    first = append(20, 30)
+    first = extended(30)
     assert not cache.rewind(20)
     cache.restore(here)
-    torch.testing.assert_close(append(20, 30), first, rtol=0, atol=1e-6)
+    torch.testing.assert_close(extended(30), first, rtol=0, atol=1e-6)
     cache.clear()
     assert cache.length == 0 and cache.layers[0].length == 0 and cache.layers[1].length == 0
