@@ -1,6 +1,7 @@
 """Machine: what the computer has, as facts a plan can use. Probed, or described by hand. Knows no model."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,27 +40,47 @@ class Machine:
         return max(0, self.free_ram_bytes - max(RESERVE_BYTES, self.free_ram_bytes // 10))
 
 
-def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Memory limit and use of the control group (version 2, then 1), where there is one.
+def _cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int]:
+    """Memory limit and use of the control group with the least room, of those that this process is in.
 
     What files occupy in the page cache counts as free: the system takes it back first.
     """
+    found = [numbers for folder in _groups(root, own) if (numbers := _limit_and_use(folder)) is not None]
+    return min(found, key=lambda numbers: numbers[0] - numbers[1], default=(1 << 62, 0))
+
+
+def _groups(root: Path, own: Path) -> Iterator[Path]:
+    """The folders of the memory control groups of this process and of those around them, versions 1 and 2."""
+    yield from (root, root / "memory")
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        bases = [root / "memory"] if "memory" in controllers.split(",") else [root, root / "unified"]
+        if controllers and bases != [root / "memory"]:
+            continue
+        parts = Path(path.strip("/")).parts
+        yield from (base.joinpath(*parts[:n]) for base in bases for n in range(1, len(parts) + 1))
+
+
+def _limit_and_use(folder: Path) -> tuple[int, int] | None:
     for limit, used in (
         ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            cached = _cached_bytes(root / limit)
-            return int((root / limit).read_text()), max(0, int((root / used).read_text()) - cached)
+            numbers = int((folder / limit).read_text()), int((folder / used).read_text())
         except (OSError, ValueError):  # no such file, or the word "max"
             continue
-    return 1 << 62, 0
+        return numbers[0], max(0, numbers[1] - _cached_bytes(folder))
+    return None
 
 
-def _cached_bytes(limit: Path) -> int:
-    """Bytes of files in the page cache, from the memory.stat beside a control group's limit."""
+def _cached_bytes(folder: Path) -> int:
+    """Bytes of files in the page cache, from a control group's memory.stat."""
     try:
-        fields = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return int(fields["active_file"]) + int(fields["inactive_file"])
     except (OSError, KeyError, ValueError):
         return 0

@@ -91,6 +91,19 @@ def test_a_step_and_a_resize_at_once(tmp_path: Path) -> None:
 def test_files_in_the_page_cache_count_as_free(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("900000\n")
-    assert _cgroup(tmp_path) == (1_000_000, 900_000)
+    assert _cgroup(tmp_path, tmp_path / "none") == (1_000_000, 900_000)
     (tmp_path / "memory.stat").write_text("anon 100000\nactive_file 300000\ninactive_file 400000\n")
-    assert _cgroup(tmp_path) == (1_000_000, 200_000)
+    assert _cgroup(tmp_path, tmp_path / "none") == (1_000_000, 200_000)
+
+
+def test_the_tightest_group_around_the_process_counts(tmp_path: Path) -> None:
+    for path, limit in (("memory", 9_000_000), ("memory/box", 2_000_000), ("memory/box/inner", 5_000_000)):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (tmp_path / path / "memory.usage_in_bytes").write_text("1000000\n")
+    own = tmp_path / "own"
+    own.write_text("7:pids:/elsewhere\n4:memory:/box/inner\n0::/\n")
+    assert _cgroup(tmp_path, own) == (2_000_000, 1_000_000)
+    own.write_text("4:memory:/\n")
+    assert _cgroup(tmp_path, own) == (9_000_000, 1_000_000)
+    assert _cgroup(tmp_path, tmp_path / "nothing") == (9_000_000, 1_000_000)
