@@ -5,6 +5,7 @@ Knows HTTP and which dialect has which path; the dialects know the rest.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,14 +19,17 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from localmimo.serve.anthropic import CountTokens, Messages
 from localmimo.serve.chat import Chat, openai_failure
+from localmimo.serve.completions import Completions
 from localmimo.serve.delivery import KEEP_ALIVE_S, Delivery, reported, respond, to_json
 from localmimo.serve.failures import Failure
 from localmimo.serve.fields import Fields
 from localmimo.serve.guard import Guard, body_limit, read_body
+from localmimo.serve.responses import Responses
 from localmimo.serve.service import Service
 
-DIALECTS = (Chat,)
+DIALECTS = (Chat, Completions, Responses, Messages, CountTokens)
 
 
 class Talk:
@@ -45,12 +49,14 @@ class Talk:
             return
         await delivery(scope, receive, send)
 
-    async def _accept(self, scope: Scope, receive: Receive) -> Delivery:
+    async def _accept(self, scope: Scope, receive: Receive) -> ASGIApp:
         service = self._service
         body = await read_body(scope, receive, body_limit(service.engine.context))
         fields = Fields.of_body(body)
         fields.text("model")
-        dialect = self._dialect(fields, service.model, service.engine.tokenizer)
+        dialect = self._dialect(fields, service.desk)
+        if isinstance(dialect, CountTokens):
+            return _json(dialect.counted(await asyncio.to_thread(service.worker.prompt, dialect.ask)))
         job, place = await service.begin(dialect.ask)
         return Delivery(dialect, job, place, service.drop, self._keep_alive_s)
 

@@ -22,6 +22,7 @@ from localmimo.serve.ask import (
     refuse_several,
 )
 from localmimo.serve.delivery import Event
+from localmimo.serve.desk import Desk
 from localmimo.serve.failures import Failure
 from localmimo.serve.fields import Fields
 from localmimo.serve.worker import Job
@@ -37,25 +38,29 @@ class Chat:
 
     path = "/v1/chat/completions"
 
-    def __init__(self, fields: Fields, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, fields: Fields, desk: Desk) -> None:
         self.ask = read_chat(fields)
         options = fields.object("stream_options")
         self._usage_wanted = bool(options and options.flag("include_usage"))
-        self._tokenizer = tokenizer
+        self._tokenizer = desk.tokenizer
         self._n_calls = 0
+        self._steps: list[Step] = []  # of an answer that is sent whole, for their log-probabilities
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model,
+            "model": desk.model,
             "system_fingerprint": "localmimo",
         }
 
     # ---- stream ----
 
-    def opening(self) -> Iterable[Event]:
+    def opening(self, job: Job) -> Iterable[Event]:
         yield self._chunk({"role": "assistant", "content": ""})
 
     def push(self, step: Step) -> Iterable[Event]:
+        if not self.ask.stream:
+            self._steps.append(step)
+            return
         if step.tool_call is not None:
             yield from self._call_chunks(step.tool_call)
         logprobs = self._logprobs([step]) if self.ask.logprobs is not None else None
@@ -64,7 +69,7 @@ class Chat:
             yield self._chunk({name: step.text}, logprobs=logprobs)
 
     def closing(self, job: Job) -> Iterable[Event]:
-        yield self._chunk({}, reason=_reason(job), timings=job.reply.stats.as_dict())
+        yield self._chunk({}, reason=finish_reason(job), timings=job.reply.stats.as_dict())
         if self._usage_wanted:
             yield Event(self._object("chat.completion.chunk", []) | {"usage": usage(job)})
         yield Event("[DONE]")
@@ -106,8 +111,8 @@ class Chat:
             message["reasoning_content"] = reply.reasoning
         if reply.calls:
             message["tool_calls"] = [call.as_dict() for call in reply.calls]
-        logprobs = self._logprobs(job.steps_said) if self.ask.logprobs is not None else None
-        choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": _reason(job)}
+        logprobs = self._logprobs(self._steps) if self.ask.logprobs is not None else None
+        choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(job)}
         return self._object("chat.completion", [choice]) | {
             "usage": usage(job),
             "timings": reply.stats.as_dict(),
@@ -197,7 +202,8 @@ def usage(job: Job) -> dict[str, Any]:
     }
 
 
-def _reason(job: Job) -> str:
+def finish_reason(job: Job) -> str:
+    """Why the answer ended, in OpenAI's words."""
     reason = job.reply.finish_reason or "stop"
     return REASONS.get(reason, reason)
 

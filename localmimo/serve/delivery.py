@@ -47,9 +47,11 @@ class Dialect(Protocol):
 
     ask: Ask
 
-    def opening(self) -> Iterable[Event]: ...
+    def opening(self, job: Job) -> Iterable[Event]: ...
 
-    def push(self, step: Step) -> Iterable[Event]: ...
+    def push(self, step: Step) -> Iterable[Event]:
+        """The events of a step; where the answer is sent whole they are not sent, but all steps come by."""
+        ...
 
     def closing(self, job: Job) -> Iterable[Event]: ...
 
@@ -81,6 +83,7 @@ class Delivery:
         self._place = place
         self._drop = drop
         self._keep_alive_s = keep_alive_s
+        self._began = False
         self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +93,8 @@ class Delivery:
                 await self._events(send, gone)
             else:
                 await self._whole(send, gone)
+        except Exception as error:  # our own mistake: the client is told, the log has the traceback
+            await self._fail(send, error)
         finally:
             gone.cancel()
             self._drop(self._job)
@@ -99,6 +104,8 @@ class Delivery:
             if isinstance(item, BaseException):
                 await self._refuse(send, item)
                 return
+            if isinstance(item, Step):
+                list(self._dialect.push(item))
         if self._job.reply.finish_reason is None:  # nobody is there any more, or the server stops
             await self._refuse(send, Failure("loading", "The request was dropped.", retry_s=30))
         else:
@@ -109,8 +116,9 @@ class Delivery:
         if isinstance(item, BaseException):
             await self._refuse(send, item)
             return
+        self._began = True
         await _start(send, 200, "text/event-stream; charset=utf-8", {"cache-control": "no-store"})
-        await _send(send, self._dialect.opening())
+        await _send(send, self._dialect.opening(self._job))
         while item is not None:
             events: list[bytes] = []
             for piece in (item, *self._at_hand()):
@@ -162,6 +170,13 @@ class Delivery:
         if self._job.reply.tokens:
             return f"writing, {len(self._job.reply.tokens)} tokens"
         return f"reading {done}/{total}"
+
+    async def _fail(self, send: Send, error: Exception) -> None:
+        if self._began:
+            await _send(send, self._dialect.broken(reported(error)))
+            await _body(send, b"", more=False)
+        else:
+            await self._refuse(send, error)
 
     async def _refuse(self, send: Send, error: BaseException) -> None:
         failure = reported(error)

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from localmimo.serve.ask import Ask
+from localmimo.serve.desk import Desk
 from localmimo.serve.failures import Failure
 from localmimo.serve.line import Line, LineFull, Place
 from localmimo.serve.metrics import Metrics
@@ -31,11 +32,13 @@ class Service:
         self.began = int(time.time())
         self.stopping = False
         self._worker: Worker | None = None
+        self._desk: Desk | None = None
 
     def ready(self, engine: Engine) -> None:
         """The engine is loaded; its tokenizer and template are opened here, so that they fail now or never."""
         engine.encode("")
         self._worker = Worker(engine, self.metrics.finished)
+        self._desk = Desk(str(engine.pack.name), engine.tokenizer)
 
     @property
     def state(self) -> State:
@@ -57,9 +60,15 @@ class Service:
         return self.worker.engine
 
     @property
+    def desk(self) -> Desk:
+        """What dialects read and write with. Raises Failure while the model is loading."""
+        assert self.worker and self._desk
+        return self._desk
+
+    @property
     def model(self) -> str:
         """The name that clients see."""
-        return str(self.engine.pack.name)
+        return self.desk.model
 
     async def begin(self, ask: Ask) -> tuple[Job, Place]:
         """Check the prompt and join the line. Raises Failure and the engine's errors, before anything is sent."""

@@ -36,7 +36,6 @@ class Job:
         self.reading = (0, 0)  # tokens of the prompt read, to read
         self.stop_text: str | None = None  # the stop string that ended it
         self.reply = Reply()
-        self.steps_said: list[Step] = []  # kept where their log-probabilities are wanted
         self.task: asyncio.Task[None] | None = None
 
     def read(self, done: int, total: int) -> None:
@@ -107,8 +106,6 @@ class Worker:
             if not job.cancel.is_set():
                 for step in self._steps(job):
                     job.reply.add(step)
-                    if job.ask.logprobs is not None:
-                        job.steps_said.append(step)
                     if step.finish_reason is not None:
                         self._close(job)
                     loop.call_soon_threadsafe(job.steps.put_nowait, step)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 
@@ -47,7 +47,7 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = Server(make_app(self.service, guard or Guard(), keep_alive_s), limits, drain_s=20)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx2.Client(base_url=self.url, timeout=60)
 
     async def _serve(self) -> None:
         await self.server.serve(sockets=[self._sock])
@@ -67,7 +67,7 @@ class Running:
         self._thread.join(30)
         assert not self._thread.is_alive()
 
-    def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
+    def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx2.Response:
         return self.http.post(path, json=body, **options)
 
     def events(self, path: str, body: dict[str, Any]) -> list[tuple[str | None, Any]]:

@@ -45,7 +45,7 @@ def test_an_answer_is_what_the_engine_says(server: Running, engine: Engine) -> N
     choice = said["choices"][0]
     assert choice["message"]["content"] == expected.content != ""
     assert choice["finish_reason"] == "length"
-    assert said["object"] == "chat.completion" and said["model"] == "mimo-mini"
+    assert said["object"] == "chat.completion" and said["model"] == "random-tiny"
     assert said["usage"]["completion_tokens"] == 12
     assert said["usage"]["total_tokens"] == said["usage"]["prompt_tokens"] + 12
     assert said["timings"]["generated_tokens"] == 12
@@ -185,7 +185,7 @@ def test_models_health_and_metrics(server: Running) -> None:
     server.wait_idle()
     assert server.http.get("/health").json() == {"status": "ok"}
     (model,) = server.http.get("/v1/models").json()["data"]
-    assert model["id"] == "mimo-mini" and model["context_length"] == 4096
+    assert model["id"] == "random-tiny" and model["context_length"] == 4096
     before = counters(server)
     server.post(PATH, {"messages": HELLO, "max_tokens": 3})
     after = counters(server)

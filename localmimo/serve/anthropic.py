@@ -1,0 +1,293 @@
+"""Messages: POST /v1/messages, Anthropic's way of talking.
+
+Knows the dialect's fields and events; nothing of HTTP, of threads or of the other dialects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from localmimo.generate import Step
+from localmimo.serve.ask import Ask, read_sampling, read_thinking, refuse_forced_tool
+from localmimo.serve.blocks import Block, Blocks, Change
+from localmimo.serve.chat import argument_pieces
+from localmimo.serve.delivery import Event
+from localmimo.serve.desk import Desk
+from localmimo.serve.failures import Failure, Kind
+from localmimo.serve.fields import Fields
+from localmimo.serve.worker import Job
+
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "context": "max_tokens"}
+ERROR_TYPES: dict[Kind, str] = {
+    "key": "authentication_error",
+    "forbidden": "permission_error",
+    "missing": "not_found_error",
+    "large": "request_too_large",
+    "full": "rate_limit_error",
+    "loading": "overloaded_error",
+    "broken": "api_error",
+}
+
+
+class Messages:
+    """One request, and the answer's events or object."""
+
+    path = "/v1/messages"
+
+    def __init__(self, fields: Fields, desk: Desk) -> None:
+        fields.needed("max_tokens")
+        self.ask = read_messages(fields)
+        self._model = desk.model
+        self._id = f"msg_{uuid.uuid4().hex}"
+        self._blocks = Blocks()
+
+    # ---- stream ----
+
+    def opening(self, job: Job) -> Iterable[Event]:
+        usage = {"input_tokens": len(job.tokens), "output_tokens": 0}
+        yield _event("message_start", message=self._message([], None, None, usage))
+
+    def push(self, step: Step) -> Iterable[Event]:
+        for change in self._blocks.push(step):
+            yield from _block_events(change)
+
+    def closing(self, job: Job) -> Iterable[Event]:
+        reason, stop_text = _ending(job)
+        delta = {"stop_reason": reason, "stop_sequence": stop_text}
+        yield _event("message_delta", delta=delta, usage=_usage(job), timings=job.reply.stats.as_dict())
+        yield _event("message_stop")
+
+    def broken(self, failure: Failure) -> Iterable[Event]:
+        yield Event(self.failure(failure), "error")
+
+    def pause(self, note: str) -> Event | None:
+        return _event("ping")
+
+    # ---- whole ----
+
+    def whole(self, job: Job) -> dict[str, Any]:
+        content = [_content(block) for block in self._blocks.done]
+        whole = self._message(content, *_ending(job), _usage(job))
+        return whole | {"timings": job.reply.stats.as_dict()}
+
+    def _message(
+        self, content: list[Any], reason: str | None, stop_text: str | None, usage: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": content,
+            "stop_reason": reason,
+            "stop_sequence": stop_text,
+            "usage": usage,
+        }
+
+    @staticmethod
+    def failure(failure: Failure) -> dict[str, Any]:
+        kind = ERROR_TYPES.get(failure.kind, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": failure.sentence}}
+
+
+class CountTokens:
+    """POST /v1/messages/count_tokens: how long the prompt would be."""
+
+    path = "/v1/messages/count_tokens"
+
+    def __init__(self, fields: Fields, desk: Desk) -> None:
+        self.ask = read_messages(fields)
+
+    def counted(self, tokens: list[int]) -> dict[str, Any]:
+        return {"input_tokens": len(tokens)}
+
+    failure = staticmethod(Messages.failure)
+
+
+# ---- in ----
+
+
+def read_messages(fields: Fields) -> Ask:
+    """What the body of a request asks for."""
+    fields.needed("messages")
+    think, budget = read_thinking(fields)
+    system = _text(fields, "system")
+    messages = [{"role": "system", "content": system}] if system else []
+    for message in fields.objects("messages"):
+        messages += _read_message(message)
+    return Ask(
+        messages=messages,
+        tools=_read_tools(fields),
+        sampling=read_sampling(fields),
+        max_tokens=fields.count("max_tokens", 1),
+        stop=fields.texts("stop_sequences"),
+        think=think,
+        think_budget=budget,
+        stream=bool(fields.flag("stream")),
+    )
+
+
+def _read_message(message: Fields) -> list[dict[str, Any]]:
+    role = message.choice("role", "user", "assistant", "system")
+    message.needed("role")
+    if role != "assistant":
+        return _read_said(message, str(role))
+    said: dict[str, Any] = {"role": "assistant", "content": ""}
+    for block in _blocks_of(message):
+        match block.text("type"):
+            case "text":
+                said["content"] += block.text("text") or ""
+            case "thinking":
+                said["reasoning_content"] = said.get("reasoning_content", "") + (block.text("thinking") or "")
+            case "redacted_thinking":
+                pass  # never written here
+            case "tool_use":
+                said.setdefault("tool_calls", []).append(_read_call(block))
+            case _:
+                block.wrong("type", "text, thinking or tool_use in the assistant's turn")
+    return [said]
+
+
+def _read_said(message: Fields, role: str) -> list[dict[str, Any]]:
+    """A user's turn: results of tools first, each a message of its own, then the text."""
+    results, texts = [], []
+    for block in _blocks_of(message):
+        match block.text("type"):
+            case "text":
+                texts.append(block.text("text") or "")
+            case "tool_result":
+                results.append(_read_result(block))
+            case _:
+                block.wrong("type", "text or tool_result: this server reads text alone")
+    said = [{"role": role, "content": "\n".join(texts)}] if texts or not results else []
+    return results + said
+
+
+def _blocks_of(message: Fields) -> list[Fields]:
+    content = message.values.get("content")
+    if isinstance(content, str):
+        return [Fields({"type": "text", "text": content})]
+    message.needed("content")
+    return message.objects("content")
+
+
+def _read_call(block: Fields) -> dict[str, Any]:
+    block.needed("name")
+    arguments = block.object("input")
+    return {
+        "id": block.text("id") or "",
+        "type": "function",
+        "function": {"name": block.text("name"), "arguments": dict(arguments.values) if arguments else {}},
+    }
+
+
+def _read_result(block: Fields) -> dict[str, Any]:
+    block.needed("tool_use_id")
+    content = _text(block, "content")
+    if block.flag("is_error"):
+        content = f"Error: {content}"
+    return {"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": content}
+
+
+def _text(fields: Fields, name: str) -> str:
+    """Text, or a list of text blocks joined; empty where there is none."""
+    value = fields.values.get(name)
+    if value is None or isinstance(value, str):
+        return value or ""
+    texts = []
+    for block in fields.objects(name):
+        block.choice("type", "text")
+        block.needed("text")
+        texts.append(block.text("text") or "")
+    return "\n".join(texts)
+
+
+def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
+    tools = []
+    for tool in fields.objects("tools"):
+        if tool.text("type") not in (None, "custom"):
+            tool.wrong("type", '"custom": this server has no tools of its own')
+        tool.needed("name")
+        schema = tool.object("input_schema")
+        function: dict[str, Any] = {"name": tool.text("name")}
+        if description := tool.text("description"):
+            function["description"] = description
+        tools.append(
+            {"type": "function", "function": function | {"parameters": schema.values if schema else {}}}
+        )
+    choice = fields.object("tool_choice")
+    kind = choice.choice("type", "auto", "none", "any", "tool") if choice else "auto"
+    if kind in ("any", "tool"):
+        refuse_forced_tool(kind)
+    return None if kind == "none" else tools or None
+
+
+# ---- out ----
+
+
+def _event(name: str, **values: Any) -> Event:
+    return Event({"type": name, **values}, name)
+
+
+def _block_events(change: Change) -> Iterator[Event]:
+    block = change.block
+    match change.act:
+        case "open":
+            yield _event("content_block_start", index=block.index, content_block=_empty(block))
+            for piece in argument_pieces(block.call) if block.call else ():
+                yield _delta(block, "input_json_delta", "partial_json", piece)
+        case "more" if block.kind == "thinking":
+            yield _delta(block, "thinking_delta", "thinking", change.text)
+        case "more":
+            yield _delta(block, "text_delta", "text", change.text)
+        case "close":
+            if block.kind == "thinking":
+                yield _delta(block, "signature_delta", "signature", _signature(block.text))
+            yield _event("content_block_stop", index=block.index)
+
+
+def _delta(block: Block, kind: str, name: str, text: str) -> Event:
+    return _event("content_block_delta", index=block.index, delta={"type": kind, name: text})
+
+
+def _empty(block: Block) -> dict[str, Any]:
+    if block.call is not None:
+        return {"type": "tool_use", "id": block.call.id, "name": block.call.name, "input": {}}
+    if block.kind == "thinking":
+        return {"type": "thinking", "thinking": "", "signature": ""}
+    return {"type": "text", "text": ""}
+
+
+def _content(block: Block) -> dict[str, Any]:
+    if block.call is not None:
+        # Through JSON, as a stream has it: what is no JSON is no argument.
+        return _empty(block) | {"input": json.loads(json.dumps(block.call.arguments))}
+    if block.kind == "thinking":
+        return {"type": "thinking", "thinking": block.text, "signature": _signature(block.text)}
+    return {"type": "text", "text": block.text}
+
+
+def _signature(text: str) -> str:
+    """Clients drop thinking that has none; nobody checks it."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def _ending(job: Job) -> tuple[str, str | None]:
+    reason = job.reply.finish_reason or "stop"
+    if reason == "stop" and job.stop_text is not None:
+        return "stop_sequence", job.stop_text
+    return STOP_REASONS.get(reason, "end_turn"), None
+
+
+def _usage(job: Job) -> dict[str, int]:
+    stats = job.reply.stats
+    return {
+        "input_tokens": stats.prompt_tokens - stats.reused_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": stats.reused_tokens,
+        "output_tokens": stats.generated_tokens,
+    }

@@ -1,0 +1,139 @@
+"""Completions: POST /v1/completions, OpenAI's older way of having a text continued as it is.
+
+Knows the dialect's fields and chunks; nothing of HTTP, of threads or of the other dialects.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from localmimo.generate import Step
+from localmimo.serve.ask import MOST_LOGPROBS, Ask, read_sampling, refuse_several
+from localmimo.serve.chat import finish_reason, openai_failure, usage
+from localmimo.serve.delivery import Event
+from localmimo.serve.desk import Desk
+from localmimo.serve.failures import Failure
+from localmimo.serve.fields import Fields
+from localmimo.serve.worker import Job
+
+DEFAULT_TOKENS = 16  # as OpenAI has it
+
+
+class Completions:
+    """One text to continue, and its continuation."""
+
+    path = "/v1/completions"
+
+    def __init__(self, fields: Fields, desk: Desk) -> None:
+        text, tokens = _read_prompt(fields)
+        self.ask = Ask(
+            text=text,
+            tokens=tokens,
+            sampling=read_sampling(fields),
+            max_tokens=fields.count("max_tokens", 1) or DEFAULT_TOKENS,
+            stop=fields.texts("stop"),
+            logprobs=fields.count("logprobs", 0, MOST_LOGPROBS),
+            stream=bool(fields.flag("stream")),
+        )
+        refuse_several(fields, "n", "best_of")
+        if fields.text("suffix"):
+            fields.wrong("suffix", "empty: this model continues a text, it does not fill gaps")
+        options = fields.object("stream_options")
+        self._usage_wanted = bool(options and options.flag("include_usage"))
+        self._tokenizer = desk.tokenizer
+        self._echo = _echo(fields, self.ask, desk)
+        self._steps: list[Step] = []
+        self._offset = len(self._echo)
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": desk.model,
+        }
+
+    def opening(self, job: Job) -> Iterable[Event]:
+        if self._echo:
+            yield self._chunk(self._echo)
+
+    def push(self, step: Step) -> Iterable[Event]:
+        if not self.ask.stream:
+            self._steps.append(step)
+            return
+        logprobs = self._logprobs([step])
+        if step.text or logprobs:
+            yield self._chunk(step.text, logprobs)
+
+    def closing(self, job: Job) -> Iterable[Event]:
+        timings = {"timings": job.reply.stats.as_dict()}
+        yield Event(self._object("", None, finish_reason(job)) | timings)
+        if self._usage_wanted:
+            yield Event(self._head | {"choices": [], "usage": usage(job)})
+        yield Event("[DONE]")
+
+    def broken(self, failure: Failure) -> Iterable[Event]:
+        yield Event(self.failure(failure))
+
+    def pause(self, note: str) -> Event | None:
+        return None
+
+    def whole(self, job: Job) -> dict[str, Any]:
+        text = self._echo + job.reply.content
+        whole = self._object(text, self._logprobs(self._steps), finish_reason(job))
+        return whole | {"usage": usage(job), "timings": job.reply.stats.as_dict()}
+
+    def _chunk(self, text: str, logprobs: dict[str, Any] | None = None) -> Event:
+        return Event(self._object(text, logprobs, None))
+
+    def _object(self, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return self._head | {"choices": [choice]}
+
+    def _logprobs(self, steps: list[Step]) -> dict[str, Any] | None:
+        listed: dict[str, list[Any]] = {
+            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
+        }  # fmt: skip
+        for step in steps:
+            if step.token is not None and step.logprob is not None:
+                listed["tokens"].append(self._text_of(step.token))
+                listed["token_logprobs"].append(max(step.logprob, -9999.0))
+                listed["top_logprobs"].append(
+                    {self._text_of(token): max(value, -9999.0) for token, value in step.top_logprobs}
+                )
+                listed["text_offset"].append(self._offset)
+            self._offset += len(step.text)
+        return listed if listed["tokens"] else None
+
+    def _text_of(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+    @staticmethod
+    def failure(failure: Failure) -> dict[str, Any]:
+        return openai_failure(failure)
+
+
+def _read_prompt(fields: Fields) -> tuple[str | None, list[int] | None]:
+    """One prompt, as text or as tokens; a list of one prompt is that prompt."""
+    prompt = fields.values.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    match prompt:
+        case str():
+            return prompt, None
+        case [*tokens] if tokens and all(type(token) is int for token in tokens):
+            return None, tokens
+    fields.needed("prompt")
+    return fields.wrong(
+        "prompt", "one text or one list of tokens: this server continues one prompt per request"
+    )
+
+
+def _echo(fields: Fields, ask: Ask, desk: Desk) -> str:
+    """What the prompt said, where it is wanted again before its continuation."""
+    if not fields.flag("echo"):
+        return ""
+    if ask.logprobs is not None:
+        fields.wrong("echo", "false where logprobs are wanted: those of the prompt are not computed")
+    return ask.text if ask.text is not None else desk.tokenizer.decode(ask.tokens or ())

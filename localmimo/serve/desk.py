@@ -1,0 +1,53 @@
+"""Desk: what a dialect finds on it when a request is read: the model's name and tokenizer, and earlier responses.
+
+Knows no dialect and no engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from localmimo.text import Tokenizer
+
+ARCHIVE_BYTES = 64 << 20
+
+
+class Archive:
+    """Conversations by the id of the response that ends them, for clients that send only what is new.
+
+    In memory alone: a server that was restarted has forgotten them. The oldest give way.
+    """
+
+    def __init__(self, limit_bytes: int = ARCHIVE_BYTES) -> None:
+        self._limit = limit_bytes
+        self._kept: OrderedDict[str, tuple[list[dict[str, Any]], int]] = OrderedDict()
+        self._n_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, name: str) -> list[dict[str, Any]] | None:
+        """The messages up to and with the response, or None where it is not known."""
+        found = self._kept.get(name)
+        return None if found is None else list(found[0])
+
+    def keep(self, name: str, earlier: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> None:
+        """Keep a conversation; the messages it shares with an earlier one count once."""
+        n_bytes = 8 * len(earlier) + len(json.dumps(new))
+        self._kept[name] = ([*earlier, *new], n_bytes)
+        self._n_bytes += n_bytes
+        while self._n_bytes > self._limit:
+            self._n_bytes -= self._kept.popitem(last=False)[1][1]
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Shared by all requests of a server."""
+
+    model: str
+    tokenizer: Tokenizer
+    archive: Archive = field(default_factory=Archive)

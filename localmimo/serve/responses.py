@@ -1,0 +1,341 @@
+"""Responses: POST /v1/responses, OpenAI's newer way of talking, in items.
+
+Knows the dialect's fields and events; nothing of HTTP, of threads or of the other dialects.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from localmimo.generate import Step
+from localmimo.serve.ask import Ask, read_sampling, read_thinking, refuse_forced_tool
+from localmimo.serve.blocks import Block, Blocks, Change
+from localmimo.serve.chat import argument_pieces, openai_failure
+from localmimo.serve.delivery import Event
+from localmimo.serve.desk import Desk
+from localmimo.serve.failures import Failure
+from localmimo.serve.fields import Fields
+from localmimo.serve.worker import Job
+
+INCOMPLETE = {"length": "max_output_tokens", "context": "max_output_tokens", "cancelled": "cancelled"}
+TEXT_PARTS = ("input_text", "output_text", "text")
+
+
+class Responses:
+    """One request, and the answer's events or object."""
+
+    path = "/v1/responses"
+
+    def __init__(self, fields: Fields, desk: Desk) -> None:
+        self._id = f"resp_{uuid.uuid4().hex}"
+        self._desk = desk
+        self._earlier = _earlier(fields, desk)
+        self._new = _read_input(fields)
+        self._kept = fields.flag("store") is not False
+        self.ask = _read_ask(fields, [*self._earlier, *self._new])
+        self._echoed = _echoed(fields)
+        self._created = int(time.time())
+        self._blocks = Blocks()
+        self._items: dict[int, str] = {}  # ids of the output's items
+        self._number = 0  # of the next event
+
+    # ---- stream ----
+
+    def opening(self, job: Job) -> Iterable[Event]:
+        response = self._response("in_progress", [], None)
+        yield self._event("response.created", response=response)
+        yield self._event("response.in_progress", response=response)
+
+    def push(self, step: Step) -> Iterable[Event]:
+        for change in self._blocks.push(step):
+            yield from self._changes(change)
+
+    def closing(self, job: Job) -> Iterable[Event]:
+        whole = self.whole(job)
+        name = "response.completed" if whole["status"] == "completed" else "response.incomplete"
+        yield self._event(name, response=whole)
+
+    def broken(self, failure: Failure) -> Iterable[Event]:
+        code = openai_failure(failure)["error"]["code"] or "server_error"
+        error = {"code": code, "message": failure.sentence}
+        yield self._event("error", **error, param=failure.param)
+        yield self._event("response.failed", response=self._response("failed", [], None) | {"error": error})
+
+    def pause(self, note: str) -> Event | None:
+        return None
+
+    def _changes(self, change: Change) -> Iterator[Event]:
+        block = change.block
+        place = {"item_id": self._item_id(block), "output_index": block.index}
+        match change.act:
+            case "open":
+                yield self._event(
+                    "response.output_item.added", output_index=block.index, item=self._item(block, False)
+                )
+                yield from self._opened(block, place)
+            case "more":
+                yield self._event(
+                    f"response.{_part_kind(block)}.delta",
+                    **place,
+                    content_index=0,
+                    delta=change.text,
+                    **_no_logprobs(block),
+                )
+            case "close":
+                yield from self._closed(block, place)
+                yield self._event(
+                    "response.output_item.done", output_index=block.index, item=self._item(block, True)
+                )
+
+    def _opened(self, block: Block, place: dict[str, Any]) -> Iterator[Event]:
+        if block.call is None:
+            yield self._event("response.content_part.added", **place, content_index=0, part=_part(block, ""))
+            return
+        for piece in argument_pieces(block.call):
+            yield self._event("response.function_call_arguments.delta", **place, delta=piece)
+
+    def _closed(self, block: Block, place: dict[str, Any]) -> Iterator[Event]:
+        if block.call is not None:
+            function = block.call.as_dict()["function"]
+            yield self._event("response.function_call_arguments.done", **place, **function)
+            return
+        kind = _part_kind(block)
+        yield self._event(
+            f"response.{kind}.done", **place, content_index=0, text=block.text, **_no_logprobs(block)
+        )
+        part = _part(block, block.text)
+        yield self._event("response.content_part.done", **place, content_index=0, part=part)
+
+    def _event(self, event: str, /, **values: Any) -> Event:
+        self._number += 1
+        return Event({"type": event, "sequence_number": self._number - 1, **values}, event)
+
+    # ---- whole ----
+
+    def whole(self, job: Job) -> dict[str, Any]:
+        items = [self._item(block, True) for block in self._blocks.done]
+        reason = INCOMPLETE.get(job.reply.finish_reason or "")
+        whole = self._response("incomplete" if reason else "completed", items, job)
+        if reason:
+            whole["incomplete_details"] = {"reason": reason}
+        if self._kept:
+            self._desk.archive.keep(self._id, self._earlier, [*self._new, _said(job)])
+        return whole
+
+    def _response(self, status: str, output: list[Any], job: Job | None) -> dict[str, Any]:
+        figures = {} if job is None else {"timings": job.reply.stats.as_dict()}
+        return self._echoed | {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "model": self._desk.model,
+            "output": output,
+            "error": None,
+            "incomplete_details": None,
+            "parallel_tool_calls": True,
+            "store": self._kept,
+            "usage": None if job is None else _usage(job),
+            **figures,
+        }
+
+    def _item_id(self, block: Block) -> str:
+        prefix = {"thinking": "rs", "answer": "msg", "tool_call": "fc"}[block.kind]
+        return self._items.setdefault(block.index, f"{prefix}_{uuid.uuid4().hex}")
+
+    def _item(self, block: Block, done: bool) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": self._item_id(block), "status": "completed" if done else "in_progress"}
+        if block.call is not None:
+            function = block.call.as_dict()["function"]
+            arguments = function["arguments"] if done else ""
+            return item | {
+                "type": "function_call", "call_id": block.call.id, "name": block.call.name, "arguments": arguments
+            }  # fmt: skip
+        content = [_part(block, block.text)] if done else []
+        if block.kind == "thinking":
+            return item | {"type": "reasoning", "summary": [], "content": content}
+        return item | {"type": "message", "role": "assistant", "content": content}
+
+    @staticmethod
+    def failure(failure: Failure) -> dict[str, Any]:
+        return openai_failure(failure)
+
+
+# ---- in ----
+
+
+def _earlier(fields: Fields, desk: Desk) -> list[dict[str, Any]]:
+    """The conversation that this request goes on with."""
+    name = fields.text("previous_response_id")
+    if name is None:
+        return []
+    found = desk.archive.find(name)
+    if found is None:
+        raise Failure(
+            "missing",
+            f"The response {name[:80]!r} is not kept here (any more): send the whole conversation as input.",
+            param="previous_response_id",
+        )
+    return found
+
+
+def _read_ask(fields: Fields, messages: list[dict[str, Any]]) -> Ask:
+    if fields.flag("background"):
+        fields.wrong("background", "false: answers are not kept for later")
+    think, budget = read_thinking(fields)
+    instructions = fields.text("instructions")
+    if instructions:
+        messages = [{"role": "system", "content": instructions}, *messages]
+    return Ask(
+        messages=messages,
+        tools=_read_tools(fields),
+        sampling=read_sampling(fields),
+        max_tokens=fields.count("max_output_tokens", 1),
+        think=think,
+        think_budget=budget,
+        stream=bool(fields.flag("stream")),
+    )
+
+
+def _read_input(fields: Fields) -> list[dict[str, Any]]:
+    """The input's items as messages; what the assistant thought, said and called in a row is one message."""
+    fields.needed("input")
+    if isinstance(fields.values["input"], str):
+        return [{"role": "user", "content": fields.values["input"]}]
+    messages: list[dict[str, Any]] = []
+    for item in fields.objects("input"):
+        _add_item(messages, item)
+    return messages
+
+
+def _add_item(messages: list[dict[str, Any]], item: Fields) -> None:
+    kind = item.text("type") or "message"
+    match kind:
+        case "message":
+            role = item.choice("role", "user", "assistant", "system", "developer")
+            item.needed("role")
+            text = _text(item, "content")
+            if role == "assistant":
+                _assistant(messages, "content", "tool_calls")["content"] = text
+            else:
+                messages.append({"role": role, "content": text})
+        case "reasoning":
+            text = _text(item, "content") or _text(item, "summary")
+            _assistant(messages, "reasoning_content", "content", "tool_calls")["reasoning_content"] = text
+        case "function_call":
+            _assistant(messages).setdefault("tool_calls", []).append(_read_call(item))
+        case "function_call_output":
+            item.needed("call_id")
+            messages.append(
+                {"role": "tool", "tool_call_id": item.text("call_id"), "content": _text(item, "output")}
+            )
+        case _:
+            item.wrong("type", "message, reasoning, function_call or function_call_output")
+
+
+def _assistant(messages: list[dict[str, Any]], *full: str) -> dict[str, Any]:
+    """The assistant's message at the end, a new one where there is none or it has one of these already."""
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant" or any(last.get(name) for name in full):
+        messages.append({"role": "assistant", "content": ""})
+    return messages[-1]
+
+
+def _read_call(item: Fields) -> dict[str, Any]:
+    item.needed("name")
+    function = {"name": item.text("name"), "arguments": item.text("arguments") or "{}"}
+    return {"id": item.text("call_id") or "", "type": "function", "function": function}
+
+
+def _text(fields: Fields, name: str) -> str:
+    """Text, or a list of text parts joined; empty where there is none."""
+    value = fields.values.get(name)
+    if value is None or isinstance(value, str):
+        return value or ""
+    texts = []
+    for part in fields.objects(name):
+        kind = part.text("type") or "text"
+        if kind not in (*TEXT_PARTS, "reasoning_text", "summary_text", "refusal"):
+            part.wrong("type", f"one of {', '.join(TEXT_PARTS)}: this server reads text alone")
+        texts.append(part.text("refusal" if kind == "refusal" else "text") or "")
+    return "".join(texts)
+
+
+def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
+    tools = []
+    for tool in fields.objects("tools"):
+        if tool.text("type") != "function":
+            tool.wrong("type", '"function": this server has no tools of its own')
+        tool.needed("name")
+        function: dict[str, Any] = {"name": tool.text("name")}
+        if description := tool.text("description"):
+            function["description"] = description
+        schema = tool.object("parameters")
+        tools.append(
+            {"type": "function", "function": function | {"parameters": schema.values if schema else {}}}
+        )
+    choice = fields.values.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        refuse_forced_tool(choice)
+    return None if choice == "none" else tools or None
+
+
+def _echoed(fields: Fields) -> dict[str, Any]:
+    """What a response repeats of its request."""
+    defaults: dict[str, Any] = {
+        "instructions": None,
+        "max_output_tokens": None,
+        "metadata": {},
+        "previous_response_id": None,
+        "reasoning": None,
+        "temperature": None,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": None,
+        "truncation": "disabled",
+    }
+    given = {name: fields.values.get(name) for name in defaults}
+    return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+
+
+# ---- out ----
+
+
+def _part_kind(block: Block) -> str:
+    return "reasoning_text" if block.kind == "thinking" else "output_text"
+
+
+def _part(block: Block, text: str) -> dict[str, Any]:
+    if block.kind == "thinking":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _no_logprobs(block: Block) -> dict[str, Any]:
+    return {} if block.kind == "thinking" else {"logprobs": []}
+
+
+def _said(job: Job) -> dict[str, Any]:
+    """The answer as a message of the conversation."""
+    reply = job.reply
+    said: dict[str, Any] = {"role": "assistant", "content": reply.content}
+    if reply.reasoning:
+        said["reasoning_content"] = reply.reasoning
+    if reply.calls:
+        said["tool_calls"] = [call.as_dict() for call in reply.calls]
+    return said
+
+
+def _usage(job: Job) -> dict[str, Any]:
+    stats = job.reply.stats
+    return {
+        "input_tokens": stats.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": stats.reused_tokens},
+        "output_tokens": stats.generated_tokens,
+        "output_tokens_details": {"reasoning_tokens": job.reply.n_thought},
+        "total_tokens": stats.prompt_tokens + stats.generated_tokens,
+    }
