@@ -11,9 +11,10 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quant.distortion import Distortion
 from quant.errors import BadPack, NotWritable
@@ -22,6 +23,7 @@ from quant.manifest import CARD, copied_files, make_card, make_manifest, setting
 from quant.pack import MANIFEST, Pack
 from quant.packing import make_page, write_dense
 from quant.recipe import Recipe
+from quant.schedule import Schedule, make_schedule
 from quant.source import Source
 from quant.writer import (
     JOURNAL,
@@ -34,6 +36,9 @@ from quant.writer import (
     partial_path,
     read_journal,
 )
+
+if TYPE_CHECKING:
+    from quant.hub import Hub
 
 NOTES_BYTES = 300  # per tensor, in journal and manifest; at most
 
@@ -86,7 +91,7 @@ class _Tally:
 
 
 def convert(
-    src: str | Path,
+    src: str | Path | Source,
     out: str | Path,
     *,
     experts: str = "nf4",
@@ -94,13 +99,14 @@ def convert(
     recipe: Recipe | str | Path | None = None,
     restart: bool = False,
 ) -> Iterator[Progress]:
-    """Make the pack `out` from the checkpoint folder `src`.
+    """Make the pack `out` from the checkpoint folder `src`, or from an open source, which it closes.
 
+    A source on the hub is fetched file by file; files in its own folder are deleted when nothing reads them any more.
     `recipe` (a Recipe, a preset's name or a .toml file) takes the place of `experts` and `dense`. Raises
     BadCheckpoint, BadRecipe, NoSpace or NotWritable before anything is written; while running, also on a full
     disk.
     """
-    source = Source.open(src)
+    source = src if isinstance(src, Source) else Source.open(src)
     listing = Recipe.of(recipe, experts=experts, dense=dense).resolve(source)
     job = _Job(source, listing, Path(out).expanduser().absolute())
     return job.run() if job.preflight(restart=restart) else job.already_done()
@@ -185,12 +191,32 @@ class _Job:
                 return
             for file in self.listing.files:
                 self._take_over(file, writer)
-            for file in self.listing.files:
-                if file.name not in writer.done:
-                    yield from self._unit(file, writer)
+            if self.source.hub is None:
+                for file in self.listing.files:
+                    if file.name not in writer.done:
+                        yield from self._unit(file, writer)
+            else:
+                yield from self._from_hub(self.source.hub, writer)
             small = [writer.write_text(name, content) for name, content in self._small_files(writer)]
             writer.finish(make_manifest(self.source, self.listing, writer.done, small))
             yield self._progress("manifest.json")
+
+    def _from_hub(self, hub: Hub, writer: PackWriter) -> Iterator[Progress]:
+        """Units in the order that needs the fewest files at a time; the next ones' files arrive meanwhile."""
+        files = {file.name: file for file in self.listing.files}
+        steps = schedule_of(self.source, self.listing, writer.done).steps
+        read = {name for step in steps for name in step.fetch}
+        for name in self.source.file_sizes.keys() - read:
+            self.source.release(name)  # an earlier run was stopped before it could
+        for step, after in zip(steps, (*steps[1:], None), strict=True):
+            for name in step.fetch:
+                yield self._progress(step.unit, note=f"fetching {name}")
+                hub.fetch(name)
+            if after is not None:
+                hub.expect(after.fetch)
+            yield from self._unit(files[step.unit], writer)
+            for name in step.discard:
+                self.source.release(name)
 
     def _small_files(self, writer: PackWriter) -> Iterator[tuple[str, bytes]]:
         yield from copied_files(self.source)
@@ -258,6 +284,22 @@ class _Job:
             elapsed_s=time.monotonic() - self.started,
             note=note,
         )
+
+
+def schedule_of(source: Source, listing: Listing, done: Mapping[str, object]) -> Schedule:
+    """The order in which the units that are left are made when the source's files come one by one."""
+    reads = {
+        file.name: sorted(source.files_of(entry.name for entry in file.entries))
+        for file in sorted(listing.files, key=_first_layer)
+        if file.name not in done
+    }
+    return make_schedule(reads, source.file_sizes)
+
+
+def _first_layer(file: FilePlan) -> tuple[int, int]:
+    """Where a unit begins in the model; what belongs to no layer comes first."""
+    layers = [int(e.name.split(".")[1]) for e in file.entries[:8] if e.name.startswith("layers.")]
+    return min(layers, default=-1), 0 if file.layer is None else 1
 
 
 def _only_ours(partial: Path) -> bool:

@@ -26,3 +26,7 @@ class NoSpace(QuantError):
 
 class NotWritable(QuantError):
     """The target can not be written, or is in use."""
+
+
+class Unreachable(QuantError):
+    """The hub, or a file on it, can not be reached or may not be read."""

@@ -18,7 +18,7 @@ from quant.recipe import Recipe
 from quant.shard import ShardPlan, plan_shard
 from quant.source import Source
 
-DENSE_SHARD = 1 << 30  # a unit of work that is lost at worst when a conversion is interrupted
+DENSE_SHARD = 1 << 28  # a unit of work that is lost at worst when a conversion is interrupted
 PROCESS_BYTES = 300_000_000  # Python with torch, measured on Linux
 HEADER_BYTES = 2_000  # per tensor: names and places of the checkpoint and of the listing, measured
 BAND = 1 << 24  # weights of a matrix that are converted at a time: an expert of the largest model in one go

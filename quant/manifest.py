@@ -15,7 +15,7 @@ from quant.listing import Listing, size_text
 from quant.pack import FORMAT, VERSION
 from quant.source import Source
 
-PRODUCER = "1.0"  # of the bytes, not of the program: raised when the same input gives other bytes
+PRODUCER = "1.1"  # of the bytes, not of the program: raised when the same input gives other bytes
 CARD = "README.md"
 COPIED = (
     "tokenizer.json",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from quant.shard import Shard, Stored
 
 if TYPE_CHECKING:
     import torch
+
+    from quant.hub import Hub
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,6 +53,7 @@ class Source:
         self.matrices: dict[str, Matrix] = names.matrices
         self.n_mtp = names.n_mtp
         self.skipped = names.skipped
+        self.hub: Hub | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Source:
@@ -80,6 +83,48 @@ class Source:
         path = Path(name)
         return cls(path, text, {SINGLE: Shard.absent(path / SINGLE, BadCheckpoint, stored, offset, "")})
 
+    @classmethod
+    def on_hub(cls, hub: Hub) -> Source:
+        """A checkpoint that is still on the hub: every header is here, each file comes when it is asked for."""
+        hub.fetch_small()
+        path = hub.path()
+        config_text = (path / "config.json").read_bytes()
+        Geometry.parse(_parse_json(config_text, path / "config.json"))
+        listed = _listed(path / INDEX) if INDEX in hub.files else {SINGLE: []}
+        names = sorted({*listed, *({MTP_FILE} & hub.files.keys())})
+        missing = [name for name in names if name not in hub.files]
+        if missing:
+            raise BadCheckpoint(
+                f"{hub.repository} lists {missing[0]} in its index, but does not have it: its upload is incomplete."
+            )
+        shards = {
+            name: Shard.of_header(path / name, BadCheckpoint, hub.header(name), hub.files[name].n_bytes)
+            for name in names
+        }
+        source = cls(path, config_text, shards)
+        source.hub = hub
+        return source
+
+    def files_of(self, names: Iterable[str]) -> set[str]:
+        """The files that these tensors are read from."""
+        return {
+            place.shard.path.name
+            for name in names
+            for piece in self.matrices[name].pieces
+            for place in (piece.weight, piece.grid.scales if piece.grid else None, piece.exponents)
+            if place is not None
+        }
+
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        return {name: shard.n_bytes for name, shard in self._shards.items()}
+
+    def release(self, file: str) -> None:
+        """Close a file that nothing more is read from, and discard it where it came from the hub into our folder."""
+        self._shards[file].close()
+        if self.hub is not None:
+            self.hub.discard(file)
+
     def close(self) -> None:
         for shard in self._shards.values():
             shard.close()
@@ -93,6 +138,8 @@ class Source:
     @property
     def name(self) -> str:
         """The model's name: the folder's, or the repository's when the folder is a hub cache snapshot."""
+        if self.hub is not None:
+            return self.hub.repository.rpartition("/")[2]
         full = self.path.resolve() if self.path.exists() else self.path
         if full.parent.name == "snapshots":
             return full.parent.parent.name.split("--")[-1]

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # A room imports only rooms of its own line or of lines above it.
-QUANT = """errors geometry distortion
+QUANT = """errors geometry distortion schedule
+hub
 codec
 kernels
 fourbit eightbit

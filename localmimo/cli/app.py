@@ -92,7 +92,11 @@ def _root(
 @app.command()
 def quantize(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of a MiMo-V2 checkpoint (safetensors).")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of a MiMo-V2 checkpoint, or its name on the hub: owner/name[@revision].",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -113,6 +117,15 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and checks; write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an earlier run began.")] = False,
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a long conversion.")] = False,
+    discard_source: Annotated[
+        bool,
+        typer.Option(
+            "--discard-source", help="Delete each downloaded file when nothing more is read from it."
+        ),
+    ] = False,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of the hub.  [default: huggingface.co]")
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -121,7 +134,7 @@ def quantize(
     from localmimo.cli.quantize import Conversion, run_quantize
 
     job = Conversion(
-        source.expanduser(),
+        source,
         out and out.expanduser(),
         experts,
         dense,
@@ -130,6 +143,8 @@ def quantize(
         restart,
         yes,
         as_json,
+        discard_source,
+        endpoint,
     )
     return _carry_out(lambda: run_quantize(job, _ui(verbose, quiet)))
 

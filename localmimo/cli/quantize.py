@@ -9,17 +9,19 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.cli.verify import read_back
 from localmimo.config import ModelConfig
+from localmimo.errors import BadRequest
+from localmimo.family import find_member
 from localmimo.machine import Machine, format_bytes
 
 if TYPE_CHECKING:
-    from quant import Progress
+    from quant import Progress, Source
     from quant.listing import Listing
 
 ASK_BYTES = 20_000_000_000  # conversions beyond this ask first, in a terminal
@@ -30,7 +32,7 @@ STOPPED = "Run the same command to continue; --restart to begin again."
 class Conversion:
     """The command line of `localmimo quantize`."""
 
-    source: Path
+    source: str | Path
     out: Path | None = None
     experts: str = "nf4"
     dense: str = "int8"
@@ -39,17 +41,67 @@ class Conversion:
     restart: bool = False
     yes: bool = False
     as_json: bool = False
+    discard_source: bool = False
+    endpoint: str | None = None
 
 
 def run_quantize(job: Conversion, ui: Ui) -> int:
     """Carry the command out; the exit code."""
-    from quant import Recipe, Source
+    from quant import Recipe
 
-    with Source.open(job.source) as source:
-        ModelConfig.open(job.source / "config.json")  # an hour's conversion must not end in a refusal to run
+    with open_source(job, ui) as source:
+        ModelConfig.parse(source.config)  # an hour's conversion must not end in a refusal to run
         listing = Recipe.of(job.recipe, experts=job.experts, dense=job.dense).resolve(source)
-    out = job.out or Path(f"{listing.model}-{listing.recipe.experts}")
-    room = Room.of(out, listing, restart=job.restart)
+        out = job.out or Path(f"{listing.model}-{listing.recipe.experts}")
+        room = Room.of(out, listing, source, restart=job.restart)
+        return _offer(job, ui, source, listing, out, room)
+
+
+def open_source(job: Conversion, ui: Ui) -> Source:
+    """A folder, or a repository on the hub: by its name, or by that of the member of the family."""
+    from quant import Source
+    from quant.errors import Unreachable
+    from quant.hub import REPOSITORY, Hub
+
+    folder = Path(job.source).expanduser()
+    name = str(job.source)
+    member = find_member(name)
+    if member is not None and member.repository is None:
+        raise BadRequest(f"{member.title} can not be converted: {member.note}")
+    repository = member.repository if member else name
+    if folder.is_dir() or repository is None or not REPOSITORY.fullmatch(repository):
+        if job.discard_source:
+            raise BadRequest(
+                f"--discard-source deletes only what quantize downloads itself; {folder} is a folder of yours: "
+                "delete it when the pack is verified."
+            )
+        return Source.open(folder)
+    ui.note(f" Reading the headers of {repository} ...")
+    keep = Path(f"{job.out or repository.partition('@')[0].rpartition('/')[2]}.download").absolute()
+    try:
+        hub = Hub(repository, folder=keep if job.discard_source else None, endpoint=job.endpoint)
+        return Source.on_hub(hub)
+    except Unreachable as error:
+        cached = cached_folder(repository)
+        if cached is None or job.discard_source:
+            raise
+        ui.note(f" {error} Going on with the copy in the hub's cache: {cached}")
+        return Source.open(cached)
+
+
+def cached_folder(repository: str) -> Path | None:
+    """The newest snapshot of a repository in the hub's cache, or the one of its @revision."""
+    from huggingface_hub import constants
+
+    name, _, revision = repository.partition("@")
+    root = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    reference = root / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshots = sorted((root / "snapshots").glob(commit or "*"), key=lambda path: path.stat().st_mtime)
+    return snapshots[-1] if snapshots else None
+
+
+def _offer(job: Conversion, ui: Ui, source: Source, listing: Listing, out: Path, room: Room) -> int:
     if job.dry_run:
         return _dry_run(job, ui, listing, out, room)
     for line in (listing.table(), room.text(out), *listing.notes):
@@ -59,7 +111,7 @@ def run_quantize(job: Conversion, ui: Ui) -> int:
     if not _agreed(job, room):
         ui.note(" Nothing was written.")
         return 1
-    return _convert(job, ui, listing, out)
+    return _convert(job, ui, source, listing, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +123,13 @@ class Room:
     finished: int  # by an earlier run
     peak_ram: int
     free_ram: int
+    download: int = 0  # of source files, still to come
+    download_peak: int = 0  # of them on disk at a time
+    discards: bool = False
 
     @classmethod
-    def of(cls, out: Path, listing: Listing, *, restart: bool) -> Room:
+    def of(cls, out: Path, listing: Listing, source: Source, *, restart: bool) -> Room:
+        from quant.conversion import schedule_of
         from quant.writer import existing_parent, partial_path, read_journal
 
         out = out.expanduser().absolute()
@@ -83,13 +139,20 @@ class Room:
             finished = listing.total_bytes
         free = shutil.disk_usage(existing_parent(out)).free
         machine = Machine.probe()
-        return cls(
+        room = cls(
             listing.total_bytes - finished, free, finished, listing.peak_ram_bytes, machine.free_ram_bytes
         )
+        if source.hub is None:
+            return room
+        schedule = schedule_of(source, listing, done)
+        discards = source.hub.folder is not None
+        peak = schedule.peak_bytes if discards else schedule.fetch_bytes
+        return replace(room, download=schedule.fetch_bytes, download_peak=peak, discards=discards)
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.free
+        """The files that a discarding download leaves at a time lie beside the pack; a cache may be elsewhere."""
+        return self.needed + (self.download_peak if self.discards else 0) <= self.free
 
     def text(self, out: Path) -> str:
         """Disk and memory, needed against free."""
@@ -100,12 +163,25 @@ class Room:
             f"RAM   {format_bytes(self.peak_ram)} at the peak, {format_bytes(self.free_ram)} free "
             + _mark(self.peak_ram <= self.free_ram),
         ]
+        if self.download:
+            kept = (
+                f"at most {format_bytes(self.download_peak)} of it on disk at a time, beside the pack"
+                if self.discards
+                else "kept in the hub's cache; --discard-source keeps only what is being converted"
+            )
+            lines.append(f"hub   {format_bytes(self.download)} to fetch, {kept}")
         if self.finished:
             lines.append(f"      an earlier run left {format_bytes(self.finished)} of it")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, int]:
-        return {"needed_bytes": self.needed, "free_bytes": self.free, "finished_bytes": self.finished}
+        return {
+            "needed_bytes": self.needed,
+            "free_bytes": self.free,
+            "finished_bytes": self.finished,
+            "download_bytes": self.download,
+            "download_peak_bytes": self.download_peak,
+        }
 
 
 def _mark(holds: bool) -> str:
@@ -126,9 +202,10 @@ def _dry_run(job: Conversion, ui: Ui, listing: Listing, out: Path, room: Room) -
     if not room.fits:
         from quant.errors import NoSpace
 
-        short = format_bytes(room.needed - room.free)
+        needed = room.needed + (room.download_peak if room.discards else 0)
+        short = format_bytes(needed - room.free)
         raise NoSpace(
-            f"{out} needs {format_bytes(room.needed)} and {format_bytes(room.free)} are free: "
+            f"{out} needs {format_bytes(needed)} and {format_bytes(room.free)} are free: "
             f"free {short}, or choose another --out."
         )
     ui.note(" Nothing was written. Run again without --dry-run.")
@@ -143,10 +220,10 @@ def _agreed(job: Conversion, room: Room) -> bool:
     return typer.confirm(f" Write {format_bytes(room.needed)}?", default=True, err=True)
 
 
-def _convert(job: Conversion, ui: Ui, listing: Listing, out: Path) -> int:
+def _convert(job: Conversion, ui: Ui, source: Source, listing: Listing, out: Path) -> int:
     from quant import convert
 
-    steps = convert(job.source, out, recipe=listing.recipe, restart=job.restart)
+    steps = convert(source, out, recipe=listing.recipe, restart=job.restart)
     last: Progress | None = None
     try:
         for step in _shown(steps, ui, listing):
@@ -154,12 +231,14 @@ def _convert(job: Conversion, ui: Ui, listing: Listing, out: Path) -> int:
     except KeyboardInterrupt:
         _close(steps)
         ui.status.clear()
-        ui.note(f" Stopped {_reached(last, listing)}. {STOPPED}")
+        ui.note(f" Stopped {_reached(last, source, listing)}. {STOPPED}")
         if job.as_json:
             ui.json(_facts(listing, out, last) | {"status": "interrupted"})
         return 130
     assert last is not None
     read_back(out, ui).raise_for_problems()
+    if source.hub is not None and source.hub.folder is not None:
+        shutil.rmtree(source.hub.folder)
     _finish(job, ui, listing, out, last)
     return 0
 
@@ -208,7 +287,11 @@ def _shown(steps: Iterator[Progress], ui: Ui, listing: Listing) -> Iterator[Prog
     n_layers = max((file.layer for file in listing.files if file.layer is not None), default=0)
     tenth, n_done = -1, 0
     for step in steps:
-        if ui.verbose and step.done_units > n_done:
+        if step.note.startswith("fetching"):
+            ui.status.show(f" {_share(step)}  {step.note} ...", now=True)
+            if ui.verbose or not ui.status.enabled:
+                ui.note(f" {step.note}")
+        elif ui.verbose and step.done_units > n_done:
             ui.note(progress_line(step, n_layers))
         elif ui.status.enabled:
             ui.status.show(progress_line(step, n_layers, ui.err.width))
@@ -218,6 +301,10 @@ def _shown(steps: Iterator[Progress], ui: Ui, listing: Listing) -> Iterator[Prog
         n_done = step.done_units
         yield step
     ui.status.clear()
+
+
+def _share(step: Progress) -> str:
+    return f"{step.done_bytes / max(1, step.total_bytes):4.0%}"
 
 
 def progress_line(step: Progress, n_layers: int, width: int = 200) -> str:
@@ -257,9 +344,11 @@ def _short(name: str) -> str:
     return name.replace("layers.", "L").replace(".experts.", " E")
 
 
-def _reached(last: Progress | None, listing: Listing) -> str:
+def _reached(last: Progress | None, source: Source, listing: Listing) -> str:
     """Where a stopped run is: after its last finished unit."""
     if last is None or last.done_units == 0:
         return "before the first unit was finished"
+    if source.hub is not None:  # units come in the order of the source's files
+        return f"after {last.done_units} of {last.total_units} units"
     file = listing.files[last.done_units - 1]
     return f"after {file.name}" if file.layer is None else f"after layer {file.layer}"
