@@ -314,6 +314,11 @@ class ExpertStore:
             for start in range(0, len(pages), quarter):
                 self._guess(sorted(pages[start : start + quarter]))
 
+    def wait_until_warm(self, timeout_s: float | None = None) -> None:
+        """Wait for the pages that are being read before anybody asked for them."""
+        with self._lock:
+            wait([read.future for read in self._guesses.values()], timeout_s)
+
     def _guess(self, pages: Sequence[Page]) -> None:
         for page, slot in zip(pages, self._take_slots(len(pages)) if pages else (), strict=False):
             self._guesses[page] = Read(self._disk.guess(self._at(page), self._ram.memory(slot)), slot)

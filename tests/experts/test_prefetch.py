@@ -1,0 +1,54 @@
+"""The gate keeps guesses where they pay, drops them where they don't, and never costs much to find out."""
+
+from localmimo.experts.prefetch import BLOCK, TRIAL, PrefetchGate
+
+
+def run(
+    seconds: dict[bool, float], n_steps: int, right: float = 0.8, missing: bool = True
+) -> tuple[float, list[bool]]:
+    """Drive a gate with steps of three layers that take `seconds` with guesses and without; wall time and choices."""
+    now = [0.0]
+    gate, choices = PrefetchGate(lambda: now[0]), []
+    for _ in range(n_steps):
+        for layer in (1, 2, 3):
+            gate.step(layer, missing)
+            if layer == 2:
+                choices.append(gate.open)
+                if gate.open:
+                    gate.judge(round(10 * right), 10 - round(10 * right))
+        now[0] += seconds[choices[-1]]
+    return now[0], choices
+
+
+def test_guesses_stay_where_they_pay() -> None:
+    wall, choices = run({True: 0.07, False: 0.1}, 4000)
+    assert wall <= 4000 * 0.07 * 1.02
+    assert choices[-1]
+
+
+def test_guesses_go_where_they_cost() -> None:
+    wall, choices = run({True: 0.13, False: 0.1}, 4000)
+    assert wall <= 4000 * 0.1 * 1.02
+    assert not choices[-1]
+
+
+def test_wrong_guesses_stop_at_once() -> None:
+    _, choices = run({True: 0.07, False: 0.1}, 200, right=0.2)
+    assert sum(choices) <= BLOCK * len(TRIAL)
+
+
+def test_no_guess_without_a_miss() -> None:
+    _, choices = run({True: 0.1, False: 0.1}, 100, missing=False)
+    assert not any(choices)
+
+
+def test_a_pause_between_answers_is_not_measured() -> None:
+    now = [0.0]
+    gate = PrefetchGate(lambda: now[0])
+    for step in range(BLOCK * (len(TRIAL) + 1) + 1):
+        guessing = gate._guessing
+        gate.step(1, True)
+        now[0] += 0.05 if guessing else 0.1
+        if step % 5 == 4:
+            now[0] += 1000.0  # somebody thinks
+    assert gate._wanted
