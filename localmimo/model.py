@@ -20,6 +20,8 @@ from localmimo.config import LayerSpec, ModelConfig
 from localmimo.plan import PREFILL_CHUNK
 from quant import QTensor, linear
 from quant.kernels import attention as native
+from quant.kernels.block import Block, Choice, Heads, Router, Span
+from quant.kernels.block import serves as fusible
 
 # ---- pure maths (differentiable: examples/train_mini.py trains with it) ----
 
@@ -231,6 +233,31 @@ class Transformer:
         self.dtype = dtype
         moe = config.moe_layers
         self._next_moe = dict(pairwise(moe))
+        self._fused = [self._fuse(*both) for both in zip(config.layers, weights.blocks, strict=True)]
+
+    def _fuse(self, spec: LayerSpec, block: BlockWeights) -> Block | None:
+        """The layer up to its experts as one native call, where its weights allow it."""
+        mlp = block.mlp if isinstance(block.mlp, MlpWeights) else None
+        matrices = (mlp.gate, mlp.up, mlp.down) if mlp is not None else ()
+        if self.dtype != torch.float32 or not fusible(block.attention.qkv, block.attention.o, *matrices):
+            return None
+        heads = Heads(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.v_head_dim, spec.window)
+        rest = self._router(block.mlp) if isinstance(block.mlp, RouterWeights) else matrices
+        return Block(
+            heads, block.attention.qkv, block.attention.o, block.attn_norm, block.mlp_norm, block.attention.sink,
+            rest, eps=self.config.eps, value_scale=self.config.value_scale,
+        )  # fmt: skip
+
+    def _router(self, router: RouterWeights) -> Router:
+        config = self.config
+        return Router(
+            router.weight,
+            router.bias,
+            config.top_k,
+            config.routed_scale,
+            config.norm_topk,
+            config.router_bf16,
+        )
 
     def forward(
         self,
@@ -284,22 +311,44 @@ class Transformer:
         self, layer: int, x: Tensor, groups: list[list[Piece]], experts: Experts, check: Callable[[], None]
     ) -> None:
         """One layer, added to x [n, hidden]: attention piece by piece, the experts once for all rows."""
-        block, routed = self.weights.blocks[layer], []
+        routed = []
         for group in groups:
             check()
-            rows = x[group[0].first : group[-1].first + group[-1].n]
-            rows += self._attention(layer, block, rows, group)
-            if isinstance(block.mlp, MlpWeights):
-                rows += silu_mlp(self._norm(rows, block.mlp_norm), block.mlp)
-            else:
-                normed = self._norm(rows, block.mlp_norm)
-                routed.append((normed, *self.route(block.mlp, normed)))
+            rows = x if len(groups) == 1 else x[group[0].first : group[-1].first + group[-1].n]
+            choice = self._attend_and_choose(layer, rows, group)
+            if choice is not None:
+                routed.append(choice)
         if routed:
             check()
             normed, chosen, weights = (
                 routed[0] if len(routed) == 1 else map(torch.cat, zip(*routed, strict=True))
             )
             x += experts.run(layer, normed, chosen, weights, self._guess(layer, x))
+
+    def _attend_and_choose(self, layer: int, x: Tensor, group: list[Piece]) -> Choice | None:
+        """Attention added to x, then a dense MLP too; or what a MoE layer's experts are to do."""
+        spec, block, fused = self.config.layers[layer], self.weights.blocks[layer], self._fused[layer]
+        if fused is not None:
+            return self._fused_run(fused, layer, spec, x, group)
+        x += self._attention(layer, block, x, group)
+        normed = self._norm(x, block.mlp_norm)
+        if isinstance(block.mlp, MlpWeights):
+            x += silu_mlp(normed, block.mlp)
+            return None
+        return normed, *self.route(block.mlp, normed)
+
+    def _fused_run(
+        self, fused: Block, layer: int, spec: LayerSpec, x: Tensor, group: list[Piece]
+    ) -> Choice | None:
+        places = [piece.cache.layers[layer].place(piece.n) for piece in group]
+        spans = [
+            Span(piece.n, piece.position, *piece.ropes[spec.rope], rows.keys, rows.values, rows.first)
+            for piece, rows in zip(group, places, strict=True)
+        ]
+        choice = fused.run(x, spans)
+        for piece, rows in zip(group, places, strict=True):
+            piece.cache.layers[layer].commit(rows, piece.n)
+        return choice
 
     def _guess(self, layer: int, x: Tensor) -> Guess | None:
         """The next MoE layer's router, run on x as it is before this layer's experts have been added."""

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "block.h"
 #include "compute.h"
 #include "crc32.h"
 #include "dispatch.h"
@@ -134,6 +135,39 @@ void py_attend(const std::vector<int64_t>& shape, Address joined, Address cos, A
   attend(call);
 }
 
+// sizes: hidden, heads, kv_heads, d_k, d_v, window. factors: eps, the logits' and the values' scale. norms: attention's,
+// the MLP's, the sink (0: none). matrices: qkv, o, and without a router gate, up, down.
+struct PackedBlock {
+  Block b;
+  PackedBlock(const std::vector<int64_t>& sizes, const std::vector<float>& factors, const std::vector<Address>& norms,
+              const std::vector<PackedMatrix>& matrices, int64_t n_experts, int64_t top_k, Address router, Address bias,
+              float routed_scale, bool normalise, bool rounded) {
+    const bool routed = n_experts > 0;
+    if (sizes.size() != 6 || factors.size() != 3 || norms.size() != 3 || matrices.size() != (routed ? 2u : 5u))
+      throw nb::value_error("a block has six sizes, three factors, three vectors and two or five matrices");
+    const Matrix none = matrices[0].w;
+    b = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], factors[0], factors[1], factors[2],
+         at<float>(norms[0]), at<float>(norms[1]), at<float>(norms[2]), matrices[0].w, matrices[1].w, routed,
+         n_experts, top_k, at<float>(router), at<float>(bias), routed_scale, normalise, rounded,
+         routed ? none : matrices[2].w, routed ? none : matrices[3].w, routed ? none : matrices[4].w};
+  }
+
+  // places: n, position, cos, sin, rotated dimensions, storage, keys, values, rows, the first's position of each piece.
+  void run(const std::vector<int64_t>& places, Address x, Address normed, Address chosen, Address weights) const {
+    if (places.empty() || places.size() % 10) throw nb::value_error("a piece has ten numbers");
+    std::vector<Piece> pieces;
+    for (size_t i = 0; i < places.size(); i += 10) {
+      const int64_t* p = places.data() + i;
+      if (p[5] < 0 || p[5] > 2) throw nb::value_error("unknown storage of keys and values");
+      const auto address = [&](int j) { return static_cast<Address>(p[j]); };
+      pieces.push_back({p[0], p[1], at<float>(address(2)), at<float>(address(3)), p[4], static_cast<Store>(p[5]),
+                        at<uint8_t>(address(6)), at<uint8_t>(address(7)), p[8], p[9]});
+    }
+    nb::gil_scoped_release release;
+    run_block(b, pieces, at<float>(x), at<float>(normed), at<int64_t>(chosen), at<float>(weights));
+  }
+};
+
 void py_rms_norm(Address x, Address add, Address weight, float eps, int64_t n, int64_t hidden, Address out) {
   nb::gil_scoped_release release;
   rms_norm(at<float>(x), at<float>(add), at<float>(weight), eps, n, hidden, at<float>(out));
@@ -192,6 +226,10 @@ NB_MODULE(_native, m) {
       .def(nb::init<int, int64_t, int64_t, const std::vector<int64_t>&>())
       .def("run", &PackedExperts::run)
       .def("run_places", &PackedExperts::run_places);
+  nb::class_<PackedBlock>(m, "Block")
+      .def(nb::init<const std::vector<int64_t>&, const std::vector<float>&, const std::vector<Address>&,
+                    const std::vector<PackedMatrix>&, int64_t, int64_t, Address, Address, float, bool, bool>())
+      .def("run", &PackedBlock::run);
   m.def("attend", &py_attend);
   m.def("rms_norm", &py_rms_norm);
   m.def("route", &py_route);
