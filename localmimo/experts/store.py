@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -21,12 +22,13 @@ from localmimo.experts.policy import Page, Policy
 from localmimo.experts.prefetch import PrefetchGate
 from localmimo.experts.tiers import DiskTier, RamTier
 from quant import Pack
-from quant.pack import PageAt
+from quant.pack import PageAt, experts_of
 from quant.page import PageLayout
 
 STALL_S = 60.0  # a disk that gives nothing for so long is taken for broken
 GROUP = 16  # pages of a prompt's stream handed over at a time
 RING_SHARE = 8  # one slot in so many is used to stream a prompt
+MOST = 0.9  # a prompt that wants so many of a layer's pages will want those of the next layer too
 
 
 @dataclass(slots=True)
@@ -85,6 +87,8 @@ class ExpertStore:
         stall_s: float = STALL_S,
     ) -> None:
         self._pack = pack
+        self._n_experts = experts_of(pack)
+        self._next_layer = dict(pairwise(self._n_experts))
         self._ram = RamTier(n_slots, slot_bytes)
         self._disk = DiskTier(trust=trust)
         self._policy = policy
@@ -95,6 +99,7 @@ class ExpertStore:
         self._pinned: set[Page] = set()
         self._guesses: dict[Page, Read] = {}  # pages read before they are asked for
         self._guessed: set[Page] = set()  # those of them that a router guessed, until their layer's turn
+        self._ahead: set[Page] = set()  # those of them that a prompt will stream through next
         self._landed: deque[Page] = deque()  # guesses whose reads are over, not taken in yet
         self._ring: deque[Page] = deque()  # pages that the last prompts streamed through, oldest first
         self._tail: dict[int, list[list[int]]] = {}
@@ -191,6 +196,7 @@ class ExpertStore:
 
     def _claim(self, page: Page) -> Read:
         """A guessed page is needed now: wait for its read if that has begun, else read it before all guesses."""
+        self._ahead.discard(page)
         guess = self._guesses.pop(page)
         return self._read(page, guess.slot) if guess.future.cancel() else guess
 
@@ -282,12 +288,14 @@ class ExpertStore:
         if page in self._ring:
             self._ring.remove(page)
         self._guessed.discard(page)
+        self._ahead.discard(page)
         return self._slots.pop(page)
 
     def _take_back_a_guess(self) -> int | None:
         """The slot of the last page to be warmed up whose read has not begun."""
         for page in reversed(self._guesses):
             if page not in self._guessed and self._guesses[page].future.cancel():
+                self._ahead.discard(page)
                 return self._guesses.pop(page).slot
         return None
 
@@ -321,8 +329,12 @@ class ExpertStore:
 
     def _guess(self, pages: Sequence[Page]) -> None:
         for page, slot in zip(pages, self._take_slots(len(pages)) if pages else (), strict=False):
-            self._guesses[page] = Read(self._disk.guess(self._at(page), self._ram.memory(slot)), slot)
-            self._guesses[page].future.add_done_callback(partial(self._note_landing, page))
+            self._guess_into(page, slot)
+
+    def _guess_into(self, page: Page, slot: int) -> None:
+        guess = Read(self._disk.guess(self._at(page), self._ram.memory(slot)), slot)
+        self._guesses[page] = guess
+        guess.future.add_done_callback(partial(self._note_landing, page))
 
     def _note_landing(self, page: Page, _: "Future[None]") -> None:
         self._landed.append(page)  # called by a reader's thread
@@ -345,7 +357,8 @@ class ExpertStore:
         try:
             self._take_in(page, read)
         except BadModel:
-            self._guessed.discard(page)  # a bad page is an error for whoever asks for it
+            self._guessed.discard(page)
+            self._ahead.discard(page)  # a bad page is an error for whoever asks for it
 
     def _close_account(self, due: set[Page], wanted: set[Page]) -> None:
         self._guessed -= due
@@ -387,10 +400,12 @@ class ExpertStore:
             self._settle(layer, [(layer, expert) for expert in experts])
             waiting = deque((layer, expert) for expert in experts)
             flying: dict[Page, Read] = {}
+            most = len(experts) >= MOST * self._n_experts[layer]
             try:
                 while waiting:
                     self._pinned = set(waiting)
-                    self._read_ahead(waiting, flying)
+                    if self._read_ahead(waiting, flying) and most:
+                        self._begin_next(layer, len(flying))
                     ready = self._ready(waiting, flying)
                     self._pinned.update(ready)
                     yield self._arrivals(ready)
@@ -408,7 +423,7 @@ class ExpertStore:
                     break
                 self._arrive(page, flying)
             elif page in self._slots:
-                self._traffic.ram_pages += 1
+                self._use_in_stream(page)
             else:
                 break
             ready.append(waiting.popleft())
@@ -419,13 +434,42 @@ class ExpertStore:
         if not flying[page].future.done():
             raise self._stalled(flying)
         self._take_in(page, flying.pop(page))
+        self._stream_through(page)
+
+    def _use_in_stream(self, page: Page) -> None:
+        if page in self._ahead:
+            self._ahead.discard(page)
+            self._stream_through(page)
+        else:
+            self._traffic.ram_pages += 1
+
+    def _stream_through(self, page: Page) -> None:
         self._traffic.disk_pages += 1
         self._ring.append(page)
         if len(self._ring) > self._ring_size:
             self._ring.popleft()
 
-    def _read_ahead(self, waiting: deque[Page], flying: dict[Page, Read]) -> None:
-        """Start reading the next missing pages, as many as the ring has slots for; the first one in any case."""
+    def _begin_next(self, layer: int, n_flying: int) -> None:
+        """The disk is done with a layer that wanted nearly all its pages: the next one will too, in file order."""
+        following = self._next_layer.get(layer)
+        if following is None:
+            return
+        n_begun = len(self._ahead)
+        for page in ((following, expert) for expert in range(self._n_experts[following])):
+            if page in self._slots or page in self._guesses:
+                continue
+            slot = self._ring_slot(n_flying + n_begun)
+            if slot is None:
+                return
+            self._guess_into(page, slot)
+            self._ahead.add(page)
+            n_begun += 1
+
+    def _read_ahead(self, waiting: deque[Page], flying: dict[Page, Read]) -> bool:
+        """Start reading the next missing pages, as many as the ring has slots for; the first one in any case.
+
+        True where all are being read.
+        """
         for page in waiting:
             if page in flying or page in self._slots:
                 continue
@@ -436,8 +480,9 @@ class ExpertStore:
             if slot is None and not flying:
                 slot = self._evict_last(waiting)
             if slot is None:
-                return
+                return False
             flying[page] = self._read(page, slot)
+        return True
 
     def _ring_slot(self, n_flying: int) -> int | None:
         """A slot for a streamed page: a free one, the one of the page streamed longest ago, or one that decode had."""

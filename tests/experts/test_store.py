@@ -135,6 +135,21 @@ def test_a_prompt_leaves_what_decode_keeps(pack: Pack) -> None:
     store.close()
 
 
+def test_a_prompt_reads_every_page_once_and_ahead_of_the_next_layer(pack: Pack) -> None:
+    """Four slots' worth of ring, layer after layer: each page is read once, and nothing is read for nothing."""
+    store = ExpertStore(pack, pack.page.bytes, 24, Lru(5, 8))
+    for layer in (1, 2, 3, 4):
+        store.note_prompt(layer, [[0, 1]])
+        got = streamed(store, layer, range(8))
+        assert all(torch.equal(gate, gate_of(pack, layer, expert)) for expert, gate in got)
+    assert (store.traffic.disk_pages, store.traffic.ram_pages) == (32, 0)
+    assert store.traffic.disk_bytes == sum(
+        pack.page_at(layer, expert).nbytes for layer in (1, 2, 3, 4) for expert in range(8)
+    )
+    assert owned(store) == 24
+    store.close()
+
+
 def test_a_disk_that_stalls_is_named_and_the_store_goes_on(
     pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
