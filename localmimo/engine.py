@@ -17,7 +17,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from localmimo import kv
 from localmimo.agent import Approve, Run, run_agent
 from localmimo.answer import Answer, Message
 from localmimo.chat import StreamParser
@@ -31,6 +30,7 @@ from localmimo.experts.run import ExpertRunner
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.store import ExpertStore
 from localmimo.generate import FinishReason, Generation, Rules, Stats, Step, Verbatim
+from localmimo.kv import SLACK
 from localmimo.machine import Machine, format_bytes, parse_bytes
 from localmimo.model import Transformer, load_weights
 from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, make_plan
@@ -47,6 +47,8 @@ from quant.matmul import backend
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Callable[..., Any] | Tool | Mapping[str, Any]]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Kv = Literal["auto", "bf16", "int8", "float32"]
+KV_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def load(
     vram: str | int | None = None,
     device: str = "auto",
     dtype: Dtype = "auto",
+    kv: Kv = "auto",
     window_keys: int | None = None,
     profile: str | None = "default",
     prefetch: bool = True,
@@ -76,8 +79,9 @@ def load(
 
     context: positions to make room for (default: 32,768 or the model's own limit). ram: bytes or "96GiB", for
     everything but the interpreter and its libraries (default: what is free, less a reserve). dtype: of the
-    activations; "float32" keeps the KV cache in float32 too, otherwise it is bfloat16. window_keys: keys that
-    a window layer sees, with the token itself (default: the config's sliding_window). profile: name of the router
+    activations. kv: of the KV cache, "bf16" unless dtype is "float32"; "int8" takes half of bf16, with a little
+    loss. window_keys: keys that a window layer sees, with the token itself (default: the config's).
+    profile: name of the router
     statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of the router
     while that pays. trust: skip the pages' checksums.
     Raises BadPack, BadModel, or DoesNotFit with the numbers.
@@ -88,13 +92,15 @@ def load(
         )
     if dtype not in ("auto", "float32", "bfloat16"):
         raise BadRequest(f'dtype is "{dtype}"; it is one of auto, float32, bfloat16.')
+    if kv != "auto" and kv not in KV_DTYPES:
+        raise BadRequest(f'kv is "{kv}"; it is one of auto, {", ".join(KV_DTYPES)}.')
     pack = Pack.open(Path(path).expanduser() if path is not None else embedded_pack())
     config = ModelConfig.parse(pack.config, window_keys)
     if pack.page is None or not config.moe_layers:
         raise BadModel(
             f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models."
         )
-    kv_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+    kv_dtype = KV_DTYPES[("float32" if dtype == "float32" else "bf16") if kv == "auto" else kv]
     plan = _plan(pack, pack.page.bytes, config, context, ram, kv_dtype)
     return Engine(
         pack,
@@ -136,7 +142,7 @@ def _plan(
         context=context,
         ram_bytes=budget,
         kv_item_bytes=kv_dtype.itemsize,
-        slack=kv.SLACK,
+        slack=SLACK,
     )
 
 

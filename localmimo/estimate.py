@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localmimo.config import ModelConfig
-from localmimo.plan import Plan
+from localmimo.plan import Plan, kv_row_bytes
 from localmimo.speeds import N_READERS, Speeds
 from localmimo.structure import Structure
 
@@ -168,7 +168,7 @@ def kv_read_bytes(config: ModelConfig, depth: int, item_bytes: int) -> int:
     """Keys and values that a token at this depth reads."""
     total = 0
     for spec in config.layers:
-        row = spec.n_kv_heads * (spec.head_dim + spec.v_head_dim) * item_bytes
+        row = kv_row_bytes(spec, item_bytes)
         total += row * (depth if spec.window is None else min(depth, spec.window))
     return total
 

@@ -19,6 +19,8 @@ LONGEST_STRETCH = (
 STRETCH_SHARE = 1 / 16  # of what is left of the budget: for the activations of longer stretches
 N_SNAPSHOTS = 4  # points of a conversation that can be come back to
 ATTENTION_WORKSPACE_BYTES = 8 << 20  # attention logits at a time
+EXPERT_ROWS = 2048  # rows of a prompt that experts work on at a time (experts/run.py)
+SCALE_BYTES = 4  # behind each int8 row of keys or values
 LINEAR_WORKSPACE_BYTES = 8 << 20  # packed weights unpacked at a time
 DEFAULT_CONTEXT = 32_768
 
@@ -103,9 +105,15 @@ def kv_bytes(config: ModelConfig, context: int, item_bytes: int, slack: int) -> 
     """KV of `context` tokens: global layers whole, window layers as rings, and the snapshots of the rings."""
     total = 0
     for spec in config.layers:
-        row = spec.n_kv_heads * (spec.head_dim + spec.v_head_dim) * item_bytes
+        row = kv_row_bytes(spec, item_bytes)
         total += row * (context if spec.window is None else spec.window + slack + N_SNAPSHOTS * spec.window)
     return total
+
+
+def kv_row_bytes(spec: LayerSpec, item_bytes: int) -> int:
+    """Keys and values of one position of one layer."""
+    scales = 2 * SCALE_BYTES if item_bytes == 1 else 0
+    return spec.n_kv_heads * ((spec.head_dim + spec.v_head_dim) * item_bytes + scales)
 
 
 def stretch_tokens(config: ModelConfig, context: int, spare_bytes: int) -> int:
@@ -118,17 +126,19 @@ def stretch_tokens(config: ModelConfig, context: int, spare_bytes: int) -> int:
 def workspace_bytes(config: ModelConfig, context: int, stretch: int) -> int:
     """Upper estimate of what a stretch and one chunk of it need at a time, in float32, over the weights and the KV."""
     n = min(PREFILL_CHUNK, context)
-    layer = max(_attention_floats(config, spec, n, context) for spec in config.layers)
-    chunk = n * config.hidden + max(layer, 3 * n * config.expert_inner, 3 * n * config.dense_inner)
+    layer = max(_attention_floats(config, spec, n) for spec in config.layers)
+    experts = EXPERT_ROWS * (3 * config.hidden + 2 * config.expert_inner)
+    chunk = 2 * n * config.hidden + max(layer, experts, 3 * n * config.dense_inner)
     floats = min(stretch, context) * _stretch_floats(config) + chunk + 4 * config.vocab_size
     return 4 * floats + 3 * ATTENTION_WORKSPACE_BYTES + 2 * LINEAR_WORKSPACE_BYTES
 
 
 def _stretch_floats(config: ModelConfig) -> int:
-    """Per token of a stretch: residual, normed input, sum, and the experts' outputs."""
-    return (config.top_k + 3) * config.hidden
+    """Per token of a stretch: residual, normed input (twice while pieces are joined), two sums; experts and weights."""
+    return 5 * config.hidden + 8 * config.top_k
 
 
-def _attention_floats(config: ModelConfig, spec: LayerSpec, n: int, context: int) -> int:
-    keys = context if spec.window is None else spec.window + n
-    return 2 * n * sum(spec.qkv_rows) + keys * spec.n_kv_heads * (spec.head_dim + spec.v_head_dim)
+def _attention_floats(config: ModelConfig, spec: LayerSpec, n: int) -> int:
+    """Queries, keys and values before and after rope, what attention gives, and a ring with the new rows behind."""
+    ring = 0 if spec.window is None else (spec.window + n) * kv_row_bytes(spec, 4) // 4
+    return n * (2 * sum(spec.qkv_rows) + spec.n_heads * spec.v_head_dim) + ring

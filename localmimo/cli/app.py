@@ -165,7 +165,7 @@ def plan(
     max_context: Annotated[
         bool, typer.Option("--max-context", help="Find the longest context that fits.")
     ] = False,
-    kv: Annotated[str, typer.Option(metavar="TYPE", help="Of the KV cache: bf16 or float32.")] = "bf16",
+    kv: Annotated[str, typer.Option(metavar="TYPE", help="Of the KV cache: bf16, int8, float32.")] = "bf16",
     ram: Annotated[
         str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
     ] = None,
@@ -331,6 +331,9 @@ def chat(
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="Of activations: auto, float32, bfloat16.")
     ] = "auto",
+    kv: Annotated[
+        str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
+    ] = "auto",
     plain: Annotated[bool, typer.Option("--plain", help="No Markdown, no redrawing.")] = False,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -349,6 +352,7 @@ def chat(
         context=context,
         ram=ram,
         dtype=dtype,
+        kv=kv,
         system=system,
         think=think,
         think_budget=think_budget,
@@ -397,6 +401,9 @@ def serve(
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="Of activations: auto, float32, bfloat16.")
     ] = "auto",
+    kv: Annotated[
+        str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
+    ] = "auto",
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
@@ -406,7 +413,7 @@ def serve(
     """
     from localmimo.cli.serve import Serving, model_name, run_serve
 
-    job = Serving(model_name(model), host, port, api_key, tuple(cors or ()), queue, context, ram, dtype)
+    job = Serving(model_name(model), host, port, api_key, tuple(cors or ()), queue, context, ram, dtype, kv)
     return _carry_out(lambda: run_serve(job, _ui(verbose, quiet)))
 
 

@@ -32,6 +32,7 @@ class Options:
     context: str | None = None
     ram: str | None = None
     dtype: str = "auto"
+    kv: str = "auto"
     system: str | None = None
     think: bool | None = None
     think_budget: int | None = None
@@ -143,7 +144,9 @@ def open_engine(model: str | None, options: Options, ui: Ui) -> Engine:
             ui.status.clear()  # the first use says what it does
         folder = folder or embedded_pack()
         ui.status.show(f"  opening {folder.name} ...", now=True)
-        return load(folder, context=context, ram=options.ram, dtype=options.dtype)  # type: ignore[arg-type]
+        return load(
+            folder, context=context, ram=options.ram, dtype=options.dtype, kv=options.kv,  # type: ignore[arg-type]
+        )  # fmt: skip
     finally:
         ui.status.clear()
 

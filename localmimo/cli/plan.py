@@ -19,7 +19,7 @@ from localmimo.speeds import Speeds, file_spots, measured_speeds
 from localmimo.structure import Structure, structure_of
 
 WINDOW_SLACK = 16  # rows of a window ring beyond the window; a test holds it against kv.SLACK
-KV_ITEM_BYTES = {"bf16": 2, "float32": 4}
+KV_ITEM_BYTES = {"bf16": 2, "int8": 1, "float32": 4}
 DRIVER_BYTES = 1 << 30  # of a GPU's memory, for the driver and for torch
 GIB = 1 << 30
 WORDS_PER_TOKEN = 0.7

@@ -42,6 +42,7 @@ class Serving:
     context: str | None = None
     ram: str | None = None
     dtype: str = "auto"
+    kv: str = "auto"
 
 
 def run_serve(job: Serving, ui: Ui) -> int:
@@ -105,7 +106,7 @@ async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> 
 
 
 async def _load(job: Serving, service: Service, ui: Ui) -> Engine:
-    options = Options(context=job.context, ram=job.ram, dtype=job.dtype)
+    options = Options(context=job.context, ram=job.ram, dtype=job.dtype, kv=job.kv)
     engine = await asyncio.to_thread(open_engine, job.model, options, ui)
     service.ready(engine)
     ui.parts(str(engine.plan).split(" · "))

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from localmimo import attend
+from localmimo import attend, kv
 from localmimo import plan as plans
 from localmimo.errors import BadRequest, DoesNotFit
+from localmimo.experts import run
 from localmimo.machine import Machine, _cgroup, format_bytes, parse_bytes
 from localmimo.plan import Plan, make_plan
 from tests.model.test_config import FLASH, parse
@@ -41,6 +43,13 @@ def test_kv_bytes_of_flash() -> None:
     assert grows == 10_000 * 23_040
     windows = flash_plan(96 << 30, 1).kv_bytes - 23_040
     assert windows == 25_559_040 * (1 + plans.N_SNAPSHOTS) + 39 * 16 * 5_120
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_plan_counts_what_the_cache_takes(dtype: torch.dtype) -> None:
+    for spec in parse(FLASH).layers:
+        assert plans.kv_row_bytes(spec, dtype.itemsize) == kv.row_bytes(spec, dtype)
+    assert plans.EXPERT_ROWS == run.ROWS_AT_A_TIME
 
 
 def test_too_small_is_refused_with_a_budget_that_works() -> None:

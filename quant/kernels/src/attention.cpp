@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kSmall = 200000;      // multiplications below which a hand-over to the pool costs more than it gains
 constexpr int64_t kUnitsPerThread = 4;  // units for which the sections of a query need not be spread
+constexpr int64_t kParts = 4 << 20;     // floats of states that sections leave behind, unless threads would have no work
 
 struct State {
   std::vector<float> queries, parts;
@@ -77,7 +78,9 @@ class Call {
     const int64_t seen = std::min(c_.position + c_.n, c_.window + c_.n);
     const int64_t work = c_.n * c_.heads * seen * (c_.d_k + c_.d_v);
     const std::vector<int64_t> edges = sections(std::max<int64_t>(0, c_.position - c_.window + 1), c_.position + c_.n);
-    if (pool_.threads() == 1 || edges.size() == 2 || units >= kUnitsPerThread * pool_.threads()) {
+    const int64_t parts = units * static_cast<int64_t>(edges.size() - 1) * states;
+    const int64_t enough = parts > kParts ? pool_.threads() : kUnitsPerThread * pool_.threads();
+    if (pool_.threads() == 1 || edges.size() == 2 || units >= enough) {
       each(units, work, [&](int64_t unit, int thread) {
         float* states_so_far = static_cast<float*>(pool_.scratch(thread));
         whole(unit, states_so_far, states_so_far + states, states_so_far + 2 * states);
