@@ -143,9 +143,7 @@ def _encode_four(kind: Codec, weight: Tensor, largest: float) -> tuple[dict[str,
     """By the native search where there is one: the same bytes as the reference's, sooner."""
     scale = fourbit.tensor_scale(kind.name, largest)
     covers, steps = fourbit.search_space(kind.name)
-    native = None
-    if 1e-12 < largest / scale < 1e12:  # it squares mxfp4 weights as they are, in float32
-        native = kernels.encode(kind.name, weight, scale, fourbit.book(kind.name), covers, steps)
+    native = kernels.encode(kind.name, weight, scale, fourbit.book(kind.name), covers, steps)
     if native is None:
         return fourbit.encode(kind, weight, scale)
     codes, scales, squared_error = native

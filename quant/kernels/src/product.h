@@ -166,6 +166,7 @@ void tile(const Panel* panels, int count, const Rows& x, int64_t first, float* o
       typename V::Sum sum[n_groups][n];
       for (int g = 0; g < n_groups; ++g)
         for (int t = 0; t < n; ++t) sum[g][t] = V::no_sum();
+      LM_UNROLL
       for (int s = p * (8 / n_parts); s < (p + 1) * (8 / n_parts); ++s) {
         const int at = b * kBlockCodes + s * kStepCodes;
         typename V::Step step[n_groups];
@@ -186,22 +187,29 @@ void tile(const Panel* panels, int count, const Rows& x, int64_t first, float* o
     for (int t = 0; t < n; ++t) V::store(out + t * kStrip + g * kLanes, total[g][t]);
 }
 
-template <class V, int n_parts, int n_groups, int n>
+template <class V, int n_parts, int n_groups, int most>
+void tile_any(const Panel* panels, int count, const Rows& x, int64_t first, int n, float* out) {
+  if constexpr (most > 1) {
+    if (n < most) return tile_any<V, n_parts, n_groups, most - 1>(panels, count, x, first, n, out);
+  }
+  tile<V, n_parts, n_groups, most>(panels, count, x, first, out);
+}
+
+// Tiles of at most `most` tokens, as equal as can be: small ones keep the arithmetic units less busy.
+template <class V, int n_parts, int n_groups, int most>
 void tiles(const Panel* panels, int count, const Rows& x, int64_t first, int n_tokens, float* out) {
-  int t = 0;
-  for (; t + n <= n_tokens; t += n)
-    tile<V, n_parts, n_groups, n>(panels, count, {x.codes + t, x.scales + t}, first, out + t * kStrip);
-  if constexpr (n > 1) {
-    if (t < n_tokens)
-      tiles<V, n_parts, n_groups, (n + 1) / 2>(panels, count, {x.codes + t, x.scales + t}, first, n_tokens - t,
-                                               out + t * kStrip);
+  const int n_tiles = (n_tokens + most - 1) / most, size = n_tokens / n_tiles, longer = n_tokens % n_tiles;
+  for (int i = 0, t = 0; i < n_tiles; ++i) {
+    const int n = size + (i < longer);
+    tile_any<V, n_parts, n_groups, most>(panels, count, {x.codes + t, x.scales + t}, first, n, out + t * kStrip);
+    t += n;
   }
 }
 
 // Many tokens: unpack a panel of both row groups once, then run register tiles over it.
 template <class V, Format f, int n_groups>
 void panelled(const Matrix& w, int64_t group, const Rows& x, int n_tokens, float* out, void* scratch) {
-  constexpr int kTile = V::kTile / n_groups;
+  constexpr int kTile = V::kTile / 2;
   constexpr int kParts = Reader<f>::kParts;
   Panel* panels = static_cast<Panel*>(scratch);
   const int64_t n_blocks = blocks(f, w.cols);
