@@ -25,7 +25,8 @@ void quantise_bf16(const Kernels& k, const uint16_t* x, int64_t cols, int top, i
 void Activations::resize(int64_t n, int64_t cols) {
   cols_ = cols;
   padded_ = padded_cols(cols);
-  const size_t codes = static_cast<size_t>(n * padded_), scales = codes / kBlock;
+  const size_t codes = static_cast<size_t>(n * (padded_ + kApart));
+  const size_t scales = static_cast<size_t>(n * padded_ / kBlock);
   if (codes > n_codes_) codes_.reset(new int16_t[n_codes_ = codes]);
   if (scales > n_scales_) scales_.reset(new float[n_scales_ = scales]);
 }

@@ -12,11 +12,13 @@ namespace localmimo {
 namespace {
 
 constexpr int kTokens = 192;  // tokens of one product call: a multiple of every register tile
-constexpr int64_t kUnitsPerThread = 32;
+constexpr int64_t kUnits = 32, kManyUnits = 8;  // per thread, at the least, where there are so many strips
 constexpr int64_t kLongest = 4;  // strips of a unit
 constexpr int64_t kAlone = 96 << 10;  // multiplications of some microseconds: one thread is done before two have met
-// Per thread: what product() uses, then two [kTokens][kStrip] tiles of floats.
-constexpr size_t kThreadBytes = kScratchBytes + 2 * sizeof(float) * kTokens * kStrip;
+constexpr int64_t kMany = 16;    // from so many tokens on the arithmetic takes longer than reading the weights
+// Per thread: what product() uses, then two arrays of floats [kLongest][kTokens][kStrip].
+constexpr size_t kOutputs = kLongest * kTokens * kStrip;
+constexpr size_t kThreadBytes = kScratchBytes + 2 * sizeof(float) * kOutputs;
 
 struct Scratch {
   void* panel;
@@ -24,7 +26,7 @@ struct Scratch {
   explicit Scratch(void* memory)
       : panel(memory),
         first(reinterpret_cast<float*>(static_cast<char*>(memory) + kScratchBytes)),
-        second(first + kTokens * kStrip) {}
+        second(first + kOutputs) {}
 };
 
 // Pointers to the quantised rows of a list of tokens.
@@ -59,21 +61,14 @@ const uint8_t* codes_at(const Matrix& w, int64_t strip) {
   return w.codes + group * blocks(w.format, w.cols) * codes_per_block(w.format);
 }
 
-// Strips of one unit: long stretches of memory suit the prefetcher, many units balance the threads.
-int64_t unit_strips(int64_t n_strips, int threads) {
-  return std::clamp<int64_t>(n_strips / (kUnitsPerThread * threads), 1, kLongest);
+// Strips of one unit: long stretches of memory suit the prefetcher, and strips that share activations save
+// reading them; many units balance the threads.
+int64_t unit_strips(int64_t n_strips, int threads, int64_t n_tokens) {
+  const int64_t per_thread = n_tokens >= kMany ? kManyUnits : kUnits;
+  return std::clamp<int64_t>(n_strips / (per_thread * threads), 1, kLongest);
 }
 
 int64_t strips(int64_t rows) { return ceil_div(rows, kStrip); }
-
-// Runs product on the strip that starts at row 32 * strip; returns how many of its rows are true ones.
-int64_t strip_product(const Kernels& k, const Matrix& w, int64_t strip, const Rows& x, int n, float* out,
-                      void* panel, const Stretch& stretch) {
-  const int64_t group = 2 * strip;
-  const int n_groups = static_cast<int>(std::min<int64_t>(2, row_groups(w.rows) - group));
-  k.product(w, group, n_groups, x, n, out, panel, stretch);
-  return std::min<int64_t>(kStrip, w.rows - strip * kStrip);
-}
 
 uint16_t to_bf16(float x) {  // to the nearest, ties to even
   uint32_t bits;
@@ -120,8 +115,7 @@ class LayerCall {
  private:
   void inner_phase() {
     const int64_t inner = padded_cols(shape_.inner) / kStrip;
-    const int64_t most = std::max<int64_t>(1, kTokens / std::max<int64_t>(1, most_tokens()));
-    const int64_t wide = std::min(most, unit_strips(inner * routing_.n_experts, pool_.threads()));
+    const int64_t wide = unit_strips(inner * routing_.n_experts, pool_.threads(), most_tokens());
     const int64_t per_expert = ceil_div(inner, wide);
     pool_.run(routing_.n_experts * per_expert, [&](int64_t unit, int64_t next, int thread) {
       const int64_t first = unit % per_expert * wide, last = std::min(first + wide, inner);
@@ -131,7 +125,7 @@ class LayerCall {
   }
 
   void outer_phase() {
-    const int64_t outer = strips(shape_.hidden), high = unit_strips(outer, pool_.threads());
+    const int64_t outer = strips(shape_.hidden), high = unit_strips(outer, pool_.threads(), most_tokens());
     pool_.run(ceil_div(outer, high), [&](int64_t unit, int64_t next, int thread) {
       const int64_t first = unit * high, last = std::min(first + high, outer);
       for (int64_t e = 0; e < routing_.n_experts; ++e) {
@@ -163,11 +157,11 @@ class LayerCall {
     const Stretch gates{codes_at(g, last), codes_at(u, first)}, ups{codes_at(u, last), next};
     for (int64_t i = begin; i < end; i += kTokens) {
       const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
-      const int64_t stop = std::min(last, strips(shape_.inner));
-      for (int64_t s = first; s < stop; ++s)
-        strip_product(k_, g, s, s_.rows.at(i), n, scratch.first + (s - first) * n * kStrip, scratch.panel, gates);
-      for (int64_t s = first; s < stop; ++s)
-        strip_product(k_, u, s, s_.rows.at(i), n, scratch.second + (s - first) * n * kStrip, scratch.panel, ups);
+      const int true_strips = static_cast<int>(std::min(last, strips(shape_.inner)) - first);
+      if (true_strips > 0) {
+        k_.product(g, first, true_strips, s_.rows.at(i), n, scratch.first, scratch.panel, gates);
+        k_.product(u, first, true_strips, s_.rows.at(i), n, scratch.second, scratch.panel, ups);
+      }
       for (int64_t s = first; s < last; ++s)
         for (int t = 0; t < n; ++t) {
           const int64_t at = ((s - first) * n + t) * kStrip;
@@ -195,16 +189,16 @@ class LayerCall {
     const int64_t begin = routing_.first[e], end = routing_.first[e + 1];
     const Matrix w = down(e);
     const Stretch stretch{codes_at(w, last), next};
-    for (int64_t s = first; s < last; ++s)
-      for (int64_t i = begin; i < end; i += kTokens) {
-        const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
-        const int64_t rows =
-            strip_product(k_, w, s, s_.inner_rows.at(i), n, scratch.first, scratch.panel, stretch);
-        for (int t = 0; t < n; ++t) deliver(scratch.first + t * kStrip, rows, i + t, s);
-      }
+    for (int64_t i = begin; i < end; i += kTokens) {
+      const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
+      k_.product(w, first, static_cast<int>(last - first), s_.inner_rows.at(i), n, scratch.first, scratch.panel, stretch);
+      for (int64_t s = first; s < last; ++s)
+        for (int t = 0; t < n; ++t) deliver(scratch.first + ((s - first) * n + t) * kStrip, i + t, s);
+    }
   }
 
-  void deliver(const float* from, int64_t rows, int64_t pair, int64_t strip) {
+  void deliver(const float* from, int64_t pair, int64_t strip) {
+    const int64_t rows = std::min<int64_t>(kStrip, shape_.hidden - strip * kStrip);
     float* to = out_ + routing_.to[pair] * shape_.hidden + strip * kStrip;
     const float weight = routing_.weight[pair];
     if (routing_.store) {
@@ -234,19 +228,19 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, void* y) {
   s.rows.clear();
   for (int64_t i = 0; i < n; ++i) s.rows.add(s.x, i);
   const int64_t n_strips = strips(w.rows);
-  const int64_t high = unit_strips(n_strips, pool.threads());
+  const int64_t high = unit_strips(n_strips, pool.threads(), n);
   pool.run(ceil_div(n_strips, high), [&](int64_t unit, int64_t next, int thread) {
     const Scratch scratch(pool.scratch(thread));
-    const int64_t last = std::min((unit + 1) * high, n_strips);
+    const int64_t first = unit * high, last = std::min(first + high, n_strips);
     const Stretch stretch{codes_at(w, last), next < 0 ? nullptr : codes_at(w, next * high)};
-    for (int64_t strip = unit * high; strip < last; ++strip)
-      for (int64_t i = 0; i < n; i += kTokens) {
-        const int count = static_cast<int>(std::min<int64_t>(kTokens, n - i));
-        const int64_t rows =
-            strip_product(k, w, strip, s.rows.at(i), count, scratch.first, scratch.panel, stretch);
+    for (int64_t i = 0; i < n; i += kTokens) {
+      const int count = static_cast<int>(std::min<int64_t>(kTokens, n - i));
+      k.product(w, first, static_cast<int>(last - first), s.rows.at(i), count, scratch.first, scratch.panel, stretch);
+      for (int64_t strip = first; strip < last; ++strip)
         for (int t = 0; t < count; ++t)
-          put(scratch.first + t * kStrip, rows, y, half, (i + t) * w.rows + strip * kStrip);
-      }
+          put(scratch.first + ((strip - first) * count + t) * kStrip, std::min<int64_t>(kStrip, w.rows - strip * kStrip),
+              y, half, (i + t) * w.rows + strip * kStrip);
+    }
   }, w.rows * w.cols * n <= kAlone);
 }
 

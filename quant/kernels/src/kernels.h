@@ -49,8 +49,8 @@ struct Kernels {
   const char* name;
   // x [cols] -> codes [padded], scales [padded / 32]; columns beyond `cols` become 0.
   void (*quantise)(const float* x, int64_t cols, int top, int16_t* codes, float* scales);
-  // out[t * kStrip + g * 16 + r] = row (group + g) * 16 + r of W times token t; n_groups is 1 or 2.
-  void (*product)(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
+  // out[(s * n_tokens + t) * kStrip + r] = row (strip + s) * kStrip + r of W times token t.
+  void (*product)(const Matrix& w, int64_t strip, int n_strips, const Rows& x, int n_tokens, float* out,
                   void* scratch, const Stretch& stretch);
   // gate[i] = silu(gate[i]) * up[i]
   void (*silu_mul)(float* gate, const float* up, int64_t n);

@@ -206,51 +206,56 @@ void tiles(const Panel* panels, int count, const Rows& x, int64_t first, int n_t
   }
 }
 
-// Many tokens: unpack a panel of both row groups once, then run register tiles over it.
+// One strip and the blocks of one panel: unpack it once for all tokens, then run register tiles over it.
 template <class V, Format f, int n_groups>
-void panelled(const Matrix& w, int64_t group, const Rows& x, int n_tokens, float* out, void* scratch) {
-  constexpr int kTile = V::kTile / 2;
-  constexpr int kParts = Reader<f>::kParts;
+void panel_of(const Matrix& w, int64_t group, int64_t first, int count, const Rows& x, int n_tokens, float* out,
+              Panel* panels) {
+  for (int g = 0; g < n_groups; ++g) unpack<V, f>(w, group + g, first, count, panels[g]);
+  tiles<V, Reader<f>::kParts, n_groups, V::kTile / 2>(panels, count, x, first, n_tokens, out);
+}
+
+// Many tokens: all strips take their turn at the activations of one panel's columns, which stay in the cache.
+template <class V, Format f>
+void panelled(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out, void* scratch) {
   Panel* panels = static_cast<Panel*>(scratch);
   const int64_t n_blocks = blocks(f, w.cols);
   for (int64_t first = 0; first < n_blocks; first += kPanelBlocks) {
     const int count = static_cast<int>(n_blocks - first < kPanelBlocks ? n_blocks - first : kPanelBlocks);
-    for (int g = 0; g < n_groups; ++g) unpack<V, f>(w, group + g, first, count, panels[g]);
-    tiles<V, kParts, n_groups, kTile>(panels, count, x, first, n_tokens, out);
+    for (int g = 0; g < n_groups; g += 2) {
+      float* to = out + g / 2 * n_tokens * kStrip;
+      if (g + 2 <= n_groups) panel_of<V, f, 2>(w, group + g, first, count, x, n_tokens, to, panels);
+      else panel_of<V, f, 1>(w, group + g, first, count, x, n_tokens, to, panels);
+    }
   }
   const typename V::F factor = V::set1(end_factor(w));
-  for (int t = 0; t < n_tokens; ++t)
-    for (int g = 0; g < n_groups; ++g) {
-      float* at = out + t * kStrip + g * kLanes;
-      V::store(at, V::mul(V::load(at), factor));
-    }
+  for (int i = 0; i < (n_groups + 1) / 2 * n_tokens * kStrip; i += kLanes)
+    V::store(out + i, V::mul(V::load(out + i), factor));
 }
 
 template <class V, Format f>
-void product_of(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
+void product_of(const Matrix& w, int64_t strip, int n_strips, const Rows& x, int n_tokens, float* out,
                 void* scratch, const Stretch& stretch) {
-  if (n_tokens > 2 * V::kDirect) {  // unpacking twice in registers beats unpacking once to memory
-    if (n_groups == 2) panelled<V, f, 2>(w, group, x, n_tokens, out, scratch);
-    else panelled<V, f, 1>(w, group, x, n_tokens, out, scratch);
-    return;
-  }
+  const int64_t group = 2 * strip, left = row_groups(w.rows) - group;
+  const int n_groups = static_cast<int>(left < 2 * n_strips ? left : 2 * n_strips);
+  if (n_tokens > 2 * V::kDirect)  // unpacking twice in registers beats unpacking once to memory
+    return panelled<V, f>(w, group, n_groups, x, n_tokens, out, scratch);
   const int part = n_tokens > V::kDirect ? (n_tokens + 1) / 2 : n_tokens;
   for (int g = 0; g < n_groups; ++g)
     for (int t = 0; t < n_tokens; t += part) {
       const int n = part < n_tokens - t ? part : n_tokens - t;
-      float* to = out + t * kStrip + g * kLanes;
+      float* to = out + (g / 2 * n_tokens + t) * kStrip + g % 2 * kLanes;
       direct_any<V, f, V::kDirect>(w, group + g, {x.codes + t, x.scales + t}, n, to, stretch);
     }
 }
 
 template <class V>
-void product(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out,
-             void* scratch, const Stretch& ahead) {
+void product(const Matrix& w, int64_t strip, int n_strips, const Rows& x, int n_tokens, float* out, void* scratch,
+             const Stretch& ahead) {
   switch (w.format) {
-    case Format::nf4: return product_of<V, Format::nf4>(w, group, n_groups, x, n_tokens, out, scratch, ahead);
-    case Format::nf4_16: return product_of<V, Format::nf4_16>(w, group, n_groups, x, n_tokens, out, scratch, ahead);
-    case Format::mxfp4: return product_of<V, Format::mxfp4>(w, group, n_groups, x, n_tokens, out, scratch, ahead);
-    case Format::int8: return product_of<V, Format::int8>(w, group, n_groups, x, n_tokens, out, scratch, ahead);
+    case Format::nf4: return product_of<V, Format::nf4>(w, strip, n_strips, x, n_tokens, out, scratch, ahead);
+    case Format::nf4_16: return product_of<V, Format::nf4_16>(w, strip, n_strips, x, n_tokens, out, scratch, ahead);
+    case Format::mxfp4: return product_of<V, Format::mxfp4>(w, strip, n_strips, x, n_tokens, out, scratch, ahead);
+    case Format::int8: return product_of<V, Format::int8>(w, strip, n_strips, x, n_tokens, out, scratch, ahead);
   }
 }
 
