@@ -26,9 +26,9 @@ from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
 from localmimo.experts.policy import Adaptive
 from localmimo.experts.pressure import Pressure, low_bytes
 from localmimo.experts.profile import profile_path
-from localmimo.experts.run import ExpertRunner
+from localmimo.experts.run import ExpertRunner, Record
 from localmimo.experts.stats import RouterStats
-from localmimo.experts.store import ExpertStore
+from localmimo.experts.store import ExpertStore, Traffic
 from localmimo.generate import FinishReason, Generation, Rules, Stats, Step, Verbatim
 from localmimo.kv import SLACK
 from localmimo.machine import Machine, format_bytes, parse_bytes
@@ -167,6 +167,7 @@ class Engine:
         self._dtype = dtype
         self._kv_dtype = kv_dtype
         self._prefetch = prefetch
+        self._trust = trust
         self._profile = None if profile is None else profile_path(pack.path, pack.id, profile)
         self._stats = _statistics(self._profile, config)
         self._store = ExpertStore(
@@ -229,9 +230,19 @@ class Engine:
             "direct_reads": self._store.direct,
             "slots_now": self._store.n_slots,
             "prefetch": self._prefetch,
+            "trust": self._trust,
             "profile": None if self._profile is None else str(self._profile),
             "plan": self.plan.as_dict(),
         }
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was asked of the expert store since the engine was opened."""
+        return self._store.traffic.copy()
+
+    def record(self, hear: Record | None) -> None:
+        """Tell `hear` of every choice of experts from now on: layer and experts [n, k]. None ends it."""
+        self._experts.record = hear
 
     # ---- text ----
 

@@ -46,8 +46,9 @@ generate
 answer
 agent prompt
 mini
-embedded
+corpus embedded
 engine
+measure
 serve
 cli"""
 

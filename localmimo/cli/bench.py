@@ -1,0 +1,404 @@
+"""`localmimo bench`: what is measured, under what conditions, and how the figures are shown.
+
+Knows flags, files and tables; the measuring is in `measure`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from localmimo import __version__
+from localmimo.cli.packs import EMBEDDED, pack_folder
+from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
+from localmimo.config import ModelConfig
+from localmimo.errors import BadRequest
+from localmimo.machine import Machine, format_bytes, parse_bytes
+from localmimo.plan import DEFAULT_CONTEXT
+
+if TYPE_CHECKING:
+    from localmimo.corpus import Corpus
+    from localmimo.engine import Engine
+    from localmimo.measure import Bench, Job, Run, Taken
+
+FORMATS = ("text", "md")
+INTERRUPTED = 130
+# Heads and widths of the table; every row is printed as soon as its depth is done.
+COLUMNS = (
+    ("depth", 7), ("prefill tok/s", 15), ("decode tok/s", 13), ("first token", 11), ("read/token", 10),
+    ("disk GB/s", 9), ("experts found in", 16),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The command line of `localmimo bench`."""
+
+    model: str = EMBEDDED
+    depths: tuple[int, ...] = (0,)
+    prompt_tokens: int = 512
+    max_tokens: int = 64
+    repeat: int = 3
+    context: int | None = None
+    ram: str | None = None
+    profile: str | None = None
+    prefetch: bool = True
+    trust: bool = False
+    cold: bool = False
+    stats_json: Path | None = None
+    form: str = "text"
+    as_json: bool = False
+
+    @property
+    def positions(self) -> int:
+        """The context that is needed."""
+        return max(self.depths) + self.prompt_tokens + self.max_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """Depths such as 0,2k,8k. Raises BadRequest."""
+    depths = tuple(parse_count(part, "--depths") for part in text.split(","))
+    if len(set(depths)) < len(depths):
+        raise BadRequest(f'--depths is "{text}"; it names a depth twice.')
+    return depths
+
+
+def run_bench(request: Request, ui: Ui) -> int:
+    """Carry the command out; the exit code."""
+    folder = _check_early(request)
+    context = _context(request, folder)
+    with ExitStack() as files:
+        log = None if request.stats_json is None else files.enter_context(_log(request.stats_json))
+        return Sheet(request, ui, log).fill(lambda: _open(request, folder, context, ui))
+
+
+def _check_early(request: Request) -> Path | None:
+    """What can be refused before the slow imports; the pack's folder."""
+    if request.form not in FORMATS:
+        raise BadRequest(f'--output is "{request.form}"; it is one of {", ".join(FORMATS)}.')
+    if request.prompt_tokens < 1:
+        raise BadRequest("--prompt-tokens is 0; a prompt has at least one token.")
+    if request.max_tokens < 2:
+        raise BadRequest(
+            f"--max-tokens is {request.max_tokens}; the first token comes with the prompt, so at least 2."
+        )
+    if request.ram is not None:
+        parse_bytes(request.ram)
+    if request.cold and request.profile is not None:
+        raise BadRequest("--cold starts from nothing: leave out --profile.")
+    if request.stats_json is not None and not request.stats_json.absolute().parent.is_dir():
+        raise BadRequest(f"--stats-json: there is no folder {request.stats_json.absolute().parent}.")
+    return None if request.model == EMBEDDED else pack_folder(request.model)
+
+
+def _context(request: Request, folder: Path | None) -> int:
+    """A context with room for what is asked: as chat has it, longer where that is too short."""
+    from localmimo.mini import CHECKPOINT
+
+    config = ModelConfig.parse(json.loads(((folder or CHECKPOINT) / "config.json").read_text()))
+    needed, most = request.positions, config.max_context
+    if needed > (request.context or most):
+        limit = f"--context is {request.context:,}" if request.context else f"this model has {most:,}"
+        raise BadRequest(
+            f"A depth of {max(request.depths):,} with {request.prompt_tokens:,} tokens of prompt and "
+            f"{request.max_tokens:,} of answer needs {needed:,} positions, and {limit}."
+        )
+    return request.context or max(needed, min(DEFAULT_CONTEXT, most))
+
+
+def _log(path: Path) -> IO[str]:
+    return path.open("a", encoding="utf-8")
+
+
+def _open(request: Request, folder: Path | None, context: int, ui: Ui) -> Engine:
+    from localmimo.embedded import embedded_pack
+    from localmimo.engine import load
+
+    folder = folder or embedded_pack()
+    ui.status.show(f"  opening {folder.name} ...", now=True)
+    try:
+        return load(
+            folder,
+            context=context,
+            ram=request.ram,
+            profile=request.profile,
+            prefetch=request.prefetch,
+            trust=request.trust,
+        )
+    finally:
+        ui.status.clear()
+
+
+class Sheet:
+    """Measures, and shows: the card when the pack is open, a row per depth, a line that lives in between."""
+
+    def __init__(self, request: Request, ui: Ui, log: IO[str] | None) -> None:
+        self.request = request
+        self.ui = ui
+        self._log = log
+        self._facts: dict[str, Any] = {}  # the card
+        self._show: Callable[[str], None] = ui.note if request.as_json else ui.data
+
+    def fill(self, open_engine: Callable[[], Engine]) -> int:
+        """Carry the job out; the exit code."""
+        from localmimo.measure import Bench
+
+        began, finished = time.perf_counter(), False
+        bench = Bench(self._job(), open_engine, self)
+        results: list[dict[str, Any]] = []
+        try:
+            for depth in bench.run():
+                results.append(self._row(bench, depth))
+            finished = True
+        except KeyboardInterrupt:
+            results += [self._row(bench, depth) for depth in _cut_short(bench, len(results))]
+        self._end(bench, results, finished, time.perf_counter() - began)
+        return 0 if finished else INTERRUPTED
+
+    def _job(self) -> Job:
+        from localmimo.measure import Job
+
+        it = self.request
+        return Job(it.depths, it.prompt_tokens, it.max_tokens, it.repeat, it.cold)
+
+    # ---- while it runs ----
+
+    def opened(self, engine: Engine, corpus: Corpus) -> None:
+        """The card, once."""
+        if self._facts:
+            return
+        self._facts = card(self.request, engine, corpus)
+        lines = list(card_lines(self._facts, engine))
+        markdown = self.request.form == "md"
+        self._show("\n".join([f"* {line}" for line in lines] + [""] if markdown else lines))
+        self._show(head(self.request.form))
+
+    def reading(self, depth: int, done: int, total: int) -> None:
+        self.ui.status.show(f" depth {depth:,} · reading {done:,} of {total:,} tokens {bar(done / total)}")
+
+    def took(self, run: Run, taken: Taken) -> None:
+        if self._log is not None:
+            self._log.write(json.dumps(run.line(taken)) + "\n")
+            self._log.flush()
+        if run.steps:
+            self.ui.status.show(live_line(run, self.request))
+
+    def _row(self, bench: Bench, depth: int) -> dict[str, Any]:
+        from localmimo.measure import figures
+
+        found = figures(depth, bench.runs_at(depth))
+        self._show(row(found, self.request.form))
+        return found
+
+    # ---- at the end ----
+
+    def _end(self, bench: Bench, results: list[dict[str, Any]], finished: bool, spent: float) -> None:
+        self.ui.status.clear()
+        if results:
+            self._show("\n".join(["", *self._below(bench, results)]))
+        if not finished:
+            n_runs = len([run for run in bench.runs if len(run.steps) == self.request.max_tokens - 1])
+            self.ui.note(f" Interrupted after {n_runs} whole runs of {self._n_runs}.")
+        if self.request.as_json:
+            peak = max((found["peak_rss_bytes"] for found in results), default=None)
+            memory = {"peak_rss_bytes": peak, "library_bytes": bench.library_bytes}
+            end = {"results": results, **memory, "finished": finished, "elapsed_s": round(spent, 3)}
+            self.ui.json(self._facts | end)
+
+    @property
+    def _n_runs(self) -> int:
+        return len(self.request.depths) * self.request.repeat
+
+    def _below(self, bench: Bench, results: list[dict[str, Any]]) -> Iterator[str]:
+        """What is said once, under the table."""
+        yield " read/token, disk and experts: of the answers; --json has those of the prompts too"
+        peak = max(found["peak_rss_bytes"] for found in results)
+        over = format_bytes(max(0, peak - bench.library_bytes))
+        budget = format_bytes(self._facts["effective"]["plan"]["ram_bytes"])
+        yield f" peak memory {format_bytes(peak)}, {over} of it over Python and its libraries; the budget: {budget}"
+        useful, wasted = (
+            sum(found["decode"][f"prefetch_{name}"] for found in results) for name in ("useful", "wasted")
+        )
+        if useful or wasted:
+            yield f" experts read ahead: {useful:,} were then needed, {wasted:,} were not"
+
+
+def _cut_short(bench: Bench, n_done: int) -> Sequence[int]:
+    """The depth that was being measured, if anything of it was."""
+    return [depth for depth in bench.job.depths[n_done : n_done + 1] if bench.runs_at(depth)]
+
+
+# ---- the card ----
+
+
+def card(request: Request, engine: Engine, corpus: Corpus) -> dict[str, Any]:
+    """Under what conditions the figures were found."""
+    machine = Machine.probe()
+    return {
+        "version": __version__,
+        "commit": commit(),
+        "machine": {
+            "system": f"{platform.system()} {platform.release()}",
+            "processor": processor(),
+            **asdict(machine),
+        },
+        "pack_bytes": engine.pack.n_bytes,
+        "text": {"from": str(corpus), "answer": "greedy" if corpus.is_text else "drawn"},
+        "requested": request.as_dict(),
+        "effective": engine.effective(),
+    }
+
+
+def card_lines(facts: dict[str, Any], engine: Engine) -> Iterator[str]:
+    """The card for people."""
+    machine, asked, effective = facts["machine"], facts["requested"], facts["effective"]
+    commit = f" ({facts['commit']})" if facts["commit"] else ""
+    yield " · ".join(
+        [
+            f"localmimo {facts['version']}{commit}",
+            machine["processor"],
+            f"{machine['n_cores']} cores",
+            f"{format_bytes(machine['ram_bytes'])} RAM",
+            machine["system"],
+        ]
+    )
+    yield " · ".join(
+        [
+            str(effective["model"]),
+            str(effective["experts"]),
+            f"{format_bytes(facts['pack_bytes'])} pack {str(effective['pack_id'])[:12]}",
+            f"context {effective['context']:,}",
+        ]
+    )
+    yield str(engine.plan)
+    yield "asked: " + " · ".join(_asked(asked))
+    yield "in force: " + " · ".join(_in_force(effective))
+    yield f"text: {facts['text']['from']}; the answer is " + (
+        "the likeliest token each time" if facts["text"]["answer"] == "greedy" else "drawn likewise"
+    )
+
+
+def _asked(asked: dict[str, Any]) -> Iterator[str]:
+    yield f"prompt {asked['prompt_tokens']:,}"
+    yield f"answer {asked['max_tokens']:,}"
+    yield f"{asked['repeat']} {'run' if asked['repeat'] == 1 else 'runs'}"
+    yield f"RAM {asked['ram'] or 'what is free'}"
+    if asked["cold"]:
+        yield "cold: each run opens the pack anew, no expert in memory, no profile, depth and prompt read together"
+    else:
+        yield "warm: after a prompt and answer that do not count"
+        yield f"profile {asked['profile'] or 'none'}"
+
+
+def _in_force(effective: dict[str, Any]) -> Iterator[str]:
+    yield f"{effective['device']}, {effective['threads']} threads"
+    yield f"kernels {effective['kernels']}"
+    yield f"activations {effective['dtype']}, KV {effective['kv_dtype']}"
+    yield f"{effective['slots_now']:,} slots"
+    yield f"prefetch {'on' if effective['prefetch'] else 'off'}"
+    yield "disk read directly" if effective["direct_reads"] else "disk read through the page cache"
+    yield "checksums checked" if not effective["trust"] else "checksums trusted"
+
+
+def commit() -> str | None:
+    """The commit of a source tree that this runs from."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+# ---- the table ----
+
+
+def head(form: str) -> str:
+    if form == "md":
+        return _markdown([name for name, _ in COLUMNS]) + "\n" + "|---" * len(COLUMNS) + "|"
+    return "\n" + _aligned([name for name, _ in COLUMNS])
+
+
+def row(found: dict[str, Any], form: str) -> str:
+    """The figures of a depth."""
+    decode = found["decode"]
+    cells = [
+        f"{found['depth']:,}",
+        _with_spread(found, "prefill_tps"),
+        _with_spread(found, "decode_tps"),
+        seconds(found["first_token_s"]),
+        "–" if decode["disk_bytes_per_token"] is None else format_bytes(decode["disk_bytes_per_token"]),
+        "–" if decode["disk_read"] is None else f"{decode['disk_read'] / 1e9:.2f}",
+        found_in(decode["hits"]),
+    ]
+    return _markdown(cells) if form == "md" else _aligned(cells)
+
+
+def found_in(shares: dict[str, float]) -> str:
+    """ram 79% disk 21%."""
+    return " ".join(f"{tier} {share:.0%}" for tier, share in shares.items()) or "–"
+
+
+def _with_spread(found: dict[str, Any], name: str) -> str:
+    mean, sd = found[name], found[f"{name}_sd"]
+    if mean is None:
+        return "–"
+    return _speed(mean) if sd is None else f"{_speed(mean)} ± {_speed(sd)}"
+
+
+def _speed(tps: float) -> str:
+    return f"{tps:.0f}" if tps >= 100 else f"{tps:.1f}" if tps >= 1 else f"{tps:.2f}"
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _aligned(cells: Sequence[str]) -> str:
+    return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
+
+
+def live_line(run: Run, request: Request) -> str:
+    """What is going on now, and what the tiers gave in this answer so far."""
+    from localmimo.measure import tier_figures
+
+    so_far = tier_figures(run.steps)
+    speed = len(run.steps) / sum(step.seconds for step in run.steps)
+    parts = [
+        f" depth {run.depth:,}",
+        f"run {run.number + 1}/{request.repeat}",
+        f"token {len(run.steps) + 1}/{request.max_tokens}",
+        f"{_speed(speed)} tok/s",
+        f"experts {found_in(so_far['hits'])}",
+    ]
+    if so_far["disk_read"]:
+        parts.append(f"disk {so_far['disk_read'] / 1e9:.2f} GB/s")
+    return rows(parts, 1000, indent=0)

@@ -1,0 +1,243 @@
+"""`localmimo bench`: what it prints, what it counts, what it refuses."""
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmimo.cli import app, bench
+from localmimo.cli.bench import Request, parse_depths, run_bench
+from localmimo.corpus import Corpus
+from localmimo.errors import BadRequest, DoesNotFit
+from localmimo.experts.store import Traffic
+from localmimo.measure import Recorder, Run, Taken, figures, hits
+from localmimo.mini import CHECKPOINT
+from localmimo.text import Tokenizer
+from quant import convert
+from tests.packs import make_pack
+from tests.tiny import make_checkpoint
+
+from .scripted import Capture
+from .test_app import localmimo
+
+SMALL: dict[str, Any] = {
+    "prompt_tokens": 24,
+    "max_tokens": 5,
+    "repeat": 2,
+    "depths": (0, 64),
+    "context": 256,
+    "ram": "96MiB",
+}
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("bench"), experts="nf4", dense="int8")
+
+
+def run(request: Request, **settings: Any) -> tuple[int, Capture]:
+    shown = Capture(width=200, **settings)
+    return run_bench(request, shown.ui), shown
+
+
+TABLE = r"""localmimo \S+( \(\S+\))? · .+ · \d+ cores · .+ RAM · Linux \S+
+mimo-mini · nf4 · 25\.4 MB pack [0-9a-f]{12} · context 256
+RAM .+ of 101 MB: dense .+ · kv .+ · workspace .+ · experts .+ \(224 of 224, 100%\)
+asked: prompt 24 · answer 5 · 2 runs · RAM 96MiB · warm: after a prompt and answer that do not count · profile none
+in force: cpu, \d+ threads · kernels \S+ · activations float32, KV bfloat16 · 224 slots · prefetch on · .+
+text: mimo-mini's held-out conversations; the answer is the likeliest token each time
+
+  depth    prefill tok/s   decode tok/s  first token  read/token  disk GB/s  experts found in
+ +0 +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +\d+\.\d s +\d+ kB +\S+  ram \d+% disk \d+%
+ +64 +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +\d+\.\d s +\d+ kB +\S+  ram \d+% disk \d+%
+
+ read/token, disk and experts: of the answers; --json has those of the prompts too
+ peak memory \S+ MB, \S+ MB of it over Python and its libraries; the budget: 101 MB
+( experts read ahead: \d+ were then needed, \d+ were not
+)?"""
+
+
+def test_the_table() -> None:
+    code, shown = run(Request(**SMALL))
+    assert code == 0 and shown.err == ""
+    assert re.fullmatch(TABLE, shown.out), shown.out
+
+
+def test_json_and_a_line_per_step(pack: Path, tmp_path: Path) -> None:
+    log = tmp_path / "steps.jsonl"
+    log.write_text("{}\n")  # lines are appended
+    request = Request(model=str(pack), stats_json=log, as_json=True, form="md", **SMALL)
+    code, shown = run(request)
+    (line,) = shown.out.splitlines()
+    facts = json.loads(line)
+    assert code == 0 and facts["finished"] and "\n| depth | prefill tok/s |" in shown.err
+    assert facts["requested"]["context"] == 256 == facts["effective"]["context"]
+    assert facts["text"]["answer"] == "drawn" and facts["machine"]["n_cores"] >= 1
+    assert facts["peak_rss_bytes"] >= facts["library_bytes"] > 1 << 25
+    assert [(it["depth"], it["n_runs"], it["prompt_tokens"]) for it in facts["results"]] == [
+        (0, 2, 24),
+        (64, 2, 24),
+    ]
+    lines = [json.loads(text) for text in log.read_text().splitlines()[1:]]
+    assert [(it["depth"], it["run"], it["step"]) for it in lines] == [
+        (depth, number, step) for depth in (0, 64) for number in range(2) for step in range(5)
+    ]
+    assert [it["phase"] for it in lines[:5]] == ["prefill"] + ["decode"] * 4
+    assert [it["tokens"] for it in lines[:5]] == [24, 1, 1, 1, 1]
+    n_pages = facts["effective"]["plan"]["n_pages"]
+    for found in facts["results"]:
+        mine = [it for it in lines if it["depth"] == found["depth"] and it["phase"] == "decode"]
+        assert found["decode"]["ram_pages"] == sum(it["ram_pages"] for it in mine)
+        assert found["decode"]["disk_bytes"] == sum(it["disk_bytes"] for it in mine)
+        assert found["decode"]["n_tokens"] == 8 and sum(found["decode"]["hits"].values()) == pytest.approx(1)
+        assert len(found["decode_tps_runs"]) == 2 and found["decode_tps"] > 0 and found["decode_tps_sd"] >= 0
+    assert sum(it["disk_pages"] for it in lines) <= n_pages  # everything fits: no page is read twice
+
+
+def test_cold_runs_start_from_nothing(pack: Path) -> None:
+    request = Request(model=str(pack), as_json=True, cold=True, **SMALL)
+    facts = json.loads(run(request)[1].out)
+    for found in facts["results"]:
+        assert found["prompt_tokens"] == found["depth"] + 24 and found["prefill"]["hits"]["disk"] == 1.0
+
+
+def test_no_words_for_the_vocabulary(tmp_path: Path) -> None:
+    """A pack without a tokenizer is measured with drawn tokens, and says so."""
+    for _ in convert(make_checkpoint(tmp_path / "hf"), tmp_path / "pack"):
+        pass
+    request = Request(model=str(tmp_path / "pack"), as_json=True, **(SMALL | {"repeat": 1}))
+    facts = json.loads(run(request)[1].out)
+    assert facts["text"] == {
+        "from": "tokens drawn at random: the pack has no tokenizer of its own",
+        "answer": "drawn",
+    }
+    assert facts["results"][0]["decode_tps_sd"] is None
+
+
+def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    took, calls = bench.Sheet.took, []
+
+    def press(sheet: bench.Sheet, run: Run, taken: Taken) -> None:
+        took(sheet, run, taken)
+        calls.append(run)
+        if len(calls) == 13:  # in the first answer at the second depth
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(bench.Sheet, "took", press)
+    code, shown = run(Request(model=str(pack), as_json=True, **SMALL))
+    facts = json.loads(shown.out)
+    assert code == 130 and not facts["finished"] and " Interrupted after 2 whole runs of 4.\n" in shown.err
+    assert [(it["depth"], it["n_runs"], it["decode"]["n_tokens"]) for it in facts["results"]] == [
+        (0, 2, 8),
+        (64, 1, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--depths", "0,deep"), 2, 'error: --depths is "deep"; write a number such as 4096 or 32k.'),
+        (("--depths", "1k,1024"), 2, 'error: --depths is "1k,1024"; it names a depth twice.'),
+        (("-p", "0"), 2, "error: --prompt-tokens is 0; a prompt has at least one token."),
+        (("-n", "1"), 2, "error: --max-tokens is 1; the first token comes with the prompt, so at least 2."),
+        (("-r", "0"), 2, "error: Invalid value for '-r' / '--repeat': "),
+        (("-o", "html"), 2, 'error: --output is "html"; it is one of text, md.'),
+        (("--ram", "much"), 2, 'error: "much" is not a size'),
+        (("--cold", "--profile", "x"), 2, "error: --cold starts from nothing: leave out --profile."),
+        (
+            ("--depths", "8k"),
+            2,
+            "error: A depth of 8,192 with 512 tokens of prompt and 64 of answer needs 8,768 positions, and this model",
+        ),
+        (("-c", "600", "--depths", "100"), 2, "error: A depth of 100 with 512 tokens of prompt and 64"),
+        (
+            ("--stats-json", "/no/such/folder/x"),
+            2,
+            "error: --stats-json: there is no folder /no/such/folder.",
+        ),
+        (("/no/such/pack",), 4, "error: There is no folder /no/such/pack."),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: tuple[str, ...], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["bench", *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(says) and err.count("\n") == 1
+
+
+def test_mistakes_need_no_torch() -> None:
+    code, out, err = localmimo("bench", "--depths", "8k")
+    assert (code, out) == (2, "") and err.endswith("heavy: []\n")
+
+
+def test_a_budget_that_is_too_small(pack: Path) -> None:
+    with pytest.raises(DoesNotFit, match=r"Give --ram \d+MiB"):
+        run(Request(model=str(pack), **(SMALL | {"ram": "1MiB"})))
+
+
+def test_depths() -> None:
+    assert parse_depths("0,2k,8k") == (0, 2048, 8192)
+    with pytest.raises(BadRequest):
+        parse_depths("")
+
+
+# ---- corpus ----
+
+
+def test_the_corpus_is_real_text_in_another_order_each_time() -> None:
+    tokenizer = Tokenizer.open(CHECKPOINT)
+    corpus = Corpus.open(lambda: tokenizer, tokenizer.vocab_size)
+    assert corpus.is_text
+    first, again, other = corpus.stretch(0, 40_000), corpus.stretch(0, 100), corpus.stretch(1, 100)
+    assert len(first) == 40_000 and first[:100] == again != other
+    assert "<|im_start|>system" in tokenizer.decode(first[:200])
+    half = len(corpus.stretch(0, 1)) and sum(map(len, corpus._documents))
+    assert first[:half] != first[half : 2 * half]
+
+
+def test_a_strange_vocabulary_is_drawn_from() -> None:
+    tokenizer = Tokenizer.open(CHECKPOINT)
+    corpus = Corpus.open(lambda: tokenizer, 2 * tokenizer.vocab_size)
+    drawn = corpus.stretch(3, 1000)
+    assert not corpus.is_text and drawn == corpus.stretch(3, 1000)
+    assert 0 <= min(drawn) < max(drawn) < 2 * tokenizer.vocab_size and len(set(drawn)) > 800
+
+
+# ---- figures ----
+
+
+def test_figures_of_known_runs() -> None:
+    prompt = Taken(100, 2.0, Traffic(disk_pages=10, disk_bytes=1000, read_s=0.5))
+    step = Taken(1, 0.25, Traffic(ram_pages=3, disk_pages=1, disk_bytes=100, read_s=0.1, prefetch_useful=1))
+    slow = Taken(1, 0.5, Traffic(ram_pages=4))
+    found = figures(0, [Run(0, 0, prompt, 2.0, [step, step], 5), Run(0, 1, prompt, 2.0, [slow], 7)])
+    assert (found["prefill_tps"], found["prefill_tps_sd"]) == (50.0, 0.0)
+    assert (found["decode_tps"], found["decode_tps_runs"]) == (3.0, [4.0, 2.0])
+    assert found["decode_tps_sd"] == pytest.approx(2**0.5)
+    assert (found["step_s_median"], found["step_s_max"], found["peak_rss_bytes"]) == (0.25, 0.5, 7)
+    assert found["prefill"]["disk_read"] == 2000.0 and found["prefill"]["hits"] == {"ram": 0.0, "disk": 1.0}
+    decode = found["decode"]
+    assert decode["hits"] == {"ram": 10 / 12, "disk": 2 / 12} and decode["prefetch_useful"] == 2
+    assert decode["disk_bytes_per_token"] == pytest.approx(200 / 3)
+    assert decode["disk_read"] == pytest.approx(1000.0)
+    assert hits(1, 1, 2) == {"gpu": 0.25, "ram": 0.25, "disk": 0.5} and hits(0, 0, 0) == {}
+    nothing = figures(0, [Run(0, 0, prompt, 2.0)])
+    assert nothing["decode_tps"] is None and nothing["step_s_max"] is None
+    assert "–" in bench.row(nothing, "text")
+
+
+def test_a_recorder_turns_layers_into_tokens() -> None:
+    import torch
+
+    lines: list[tuple[int, int, list[int]]] = []
+    recorder = Recorder(lambda *line: lines.append(line))  # type: ignore[arg-type]
+    for chosen in ([[1, 2]], [[3, 4], [5, 6]]):
+        for layer in (1, 2):
+            recorder.hear(layer, torch.tensor(chosen) + layer)
+        recorder.write()
+    assert [(step, layer) for step, layer, _ in lines] == [(s, layer) for s in range(3) for layer in (1, 2)]
+    assert lines[-1][2] == [7, 8]
