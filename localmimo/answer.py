@@ -10,9 +10,7 @@ from typing import Any
 from localmimo.errors import BadRequest
 from localmimo.generate import FinishReason, Stats, Step
 from localmimo.toolcall import ToolCall
-from localmimo.tools import LIMIT_S, MAX_CHARS, Tool
-
-DECLINED = "error: the user declined this call."
+from localmimo.tools import DECLINED, LIMIT_S, MAX_CHARS, Tool
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,7 +194,8 @@ class Engine:
         return ChatTemplate.open(self.pack.path, self.pack.config)
 
     @cached_property
-    def _prompts(self) -> Prompts:
+    def prompts(self) -> Prompts:
+        """The way from messages to tokens, with the memory of what was sampled."""
         return Prompts(self.template, self.tokenizer)
 
     @property
@@ -262,7 +263,7 @@ class Engine:
         think: bool | None = None,
     ) -> str:
         """The prompt that a conversation becomes."""
-        return self._prompts.render(messages, tools_of(tools)[0], think)
+        return self.prompts.render(messages, tools_of(tools)[0], think)
 
     # ---- answers ----
 
@@ -313,7 +314,7 @@ class Engine:
             finally:
                 if chat and tokens is None:
                     whole = answer.finish_reason in ("stop", "tool_calls") and not stop
-                    self._prompts.keep(asked, answer, whole=whole)
+                    self.prompts.keep(asked, answer, whole=whole)
 
     @overload
     def generate(self, prompt: str, **options: Any) -> Completion: ...
@@ -386,7 +387,7 @@ class Engine:
         self, prompt: str | Messages, tools: Sequence[Mapping[str, Any]] | None, think: bool | None
     ) -> Prompt:
         if not isinstance(prompt, str):
-            asked = self._prompts.write(prompt, tools, think)
+            asked = self.prompts.write(prompt, tools, think)
         elif prompt.strip():
             asked = Prompt(prompt, self.encode(prompt))
         else:

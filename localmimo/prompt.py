@@ -74,6 +74,10 @@ def _key(text: str) -> tuple[int, bytes]:
     return len(text), blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
+def _digest(text: str) -> str:
+    return _key(text)[1].hex()
+
+
 class Prompts:
     """One model's way from messages to tokens."""
 
@@ -116,6 +120,47 @@ class Prompts:
         tail = self._tail(prompt, text[:end], mark, answer.tokens, whole)
         if tail is not None:
             self._recall.keep(text[:end], [*prompt.tokens, *answer.tokens, *tail])
+
+    def held(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[str, list[int], list[int]]:
+        """(digest of the conversation's text, its tokens, how many there are at the end of each answer, 0: unknown)."""
+        mark, text = self._marked(messages, tools, add_generation_prompt=False)
+        known, tokens = self._recall.longest(text)
+        tokens += self._tokenizer.encode(text[known:], mark)
+        ends = []
+        for part in self._beginnings(messages, tools):
+            n_chars, kept = self._recall.longest(part)
+            ends.append(len(kept) if n_chars == len(part) and tokens[: len(kept)] == kept else 0)
+        return _digest(text), tokens, ends
+
+    def restore(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        digest: str,
+        tokens: Sequence[int],
+        ends: Sequence[int],
+    ) -> bool:
+        """Take up again what `held` gave; False where the conversation's text is another one now."""
+        _, text = self._marked(messages, tools, add_generation_prompt=False)
+        beginnings = self._beginnings(messages, tools)
+        if _digest(text) != digest or len(ends) != len(beginnings):
+            return False
+        for part, end in zip(beginnings, ends, strict=True):
+            if end:
+                self._recall.keep(part, tokens[:end])
+        return True
+
+    def _beginnings(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[str]:
+        """The conversation's text up to the end of each answer."""
+        return [
+            self._marked(messages[: number + 1], tools, add_generation_prompt=False)[1].rstrip()
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
 
     def _marked(
         self,

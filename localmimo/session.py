@@ -73,6 +73,7 @@ class Session:
         self._come_back(tokens)
         self.n_reused = self.position
         if self.position < len(tokens):
+            self.mark()  # where a question that is taken back began
             self._read(tokens[self.position :], progress, check)
         self.mark()
         hidden = self._trail.last(self.position)

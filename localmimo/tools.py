@@ -20,6 +20,7 @@ from localmimo.schema import Mismatch, fitted
 
 LIMIT_S = 60.0
 MAX_CHARS = 20_000  # of a result; the middle of a longer one is left out
+DECLINED = "error: the user declined this call."
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
 Runner = Callable[[dict[str, Any], float], Any]  # arguments, seconds that it may take -> result

@@ -44,7 +44,7 @@ experts.store
 experts.run session
 generate
 answer
-agent prompt
+agent prompt conversation
 mini
 corpus embedded
 engine

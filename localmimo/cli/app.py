@@ -421,6 +421,20 @@ def chat(
     kv: Annotated[
         str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
     ] = "auto",
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.py", help="Functions that the model may ask for; you are asked before each call."
+        ),
+    ] = None,
+    stats_json: Annotated[
+        str | None,
+        typer.Option(
+            "--stats-json",
+            metavar="FILE",
+            help="Append a JSON line per token: pages by tier, bytes, time.",
+        ),
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="No Markdown, no redrawing.")] = False,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -449,6 +463,8 @@ def chat(
         stats=stats,
         plain=plain,
         as_json=as_json,
+        tools=tuple(tools or ()),
+        stats_json=stats_json,
     )
     return _carry_out(lambda: run_chat(options, _ui(verbose, quiet)))
 

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from localmimo.cli.packs import EMBEDDED, pack_folder
+from localmimo.cli.toolbox import Ask, Toolbox
 from localmimo.cli.ui import Ui, parse_count
 from localmimo.errors import BadRequest
 from localmimo.machine import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from localmimo.cli.repl import Manner, Turn
+    from localmimo.answer import Answer
+    from localmimo.cli.commands import Command
+    from localmimo.cli.keys import Choices
+    from localmimo.cli.repl import Manner
     from localmimo.engine import Engine
 
 STDIN = "-"
@@ -42,6 +46,8 @@ class Options:
     stats: bool | None = None
     plain: bool = False
     as_json: bool = False
+    tools: tuple[str, ...] = ()
+    stats_json: str | None = None
 
 
 Opener = Callable[[str | None, Options, Ui], "Engine"]
@@ -59,7 +65,8 @@ def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: 
     with (opener or open_engine)(model, options, ui) as engine:
         if prompt is None:
             return _converse(engine, options, ui, system)
-        return _answer_once(engine, options, ui, system, _with_stdin(prompt, stdin, ui))
+        asked = _with_stdin(prompt, stdin, ui)
+        return _answer_once(engine, options, ui, system, asked, stdin)
 
 
 def model_and_prompt(arguments: tuple[str, ...]) -> tuple[str | None, str | None]:
@@ -91,6 +98,9 @@ def _check_early(options: Options) -> None:
         parse_count(options.context, "--context")
     if options.ram is not None:
         parse_bytes(options.ram)
+    for path in options.tools:
+        if not Path(path).expanduser().is_file():
+            raise BadRequest(f"--tools: there is no file {path}.")
 
 
 def _given_prompt(prompt: str | None, stdin: IO[str]) -> str | None:
@@ -153,6 +163,7 @@ def open_engine(model: str | None, options: Options, ui: Ui) -> Engine:
 
 def _manner(options: Options, ui: Ui) -> Manner:
     from localmimo.cli.repl import Manner
+    from localmimo.cli.steplog import StepLog
 
     stats = ui.err.is_terminal if options.stats is None else options.stats
     return Manner(
@@ -161,6 +172,7 @@ def _manner(options: Options, ui: Ui) -> Manner:
         think=options.think,
         think_budget=options.think_budget,
         stats=stats,
+        log=None if options.stats_json is None else StepLog(options.stats_json),
     )
 
 
@@ -172,12 +184,37 @@ def _converse(engine: Engine, options: Options, ui: Ui, system: str | None) -> i
 
     manner = _manner(options, ui)
     manner.stream_options()
-    reader = KeyReader(command.name for command in COMMANDS)
+    reader = KeyReader({command.name: _choices(command) for command in COMMANDS})
     screen = Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking, hint="/thoughts shows it")
-    repl = Repl(reader, ui, engine, manner=manner, screen=screen, system=system)
+    toolbox = _toolbox(options, ui, reader.ask)
+    repl = Repl(reader, ui, engine, manner=manner, screen=screen, system=system, toolbox=toolbox)
     greet(engine, manner, ui)
-    repl.run()
+    try:
+        repl.run()
+    finally:
+        toolbox.clear()
     return 0
+
+
+def _choices(command: Command) -> Choices:
+    """What Tab offers after a command's name."""
+    match command.choices:
+        case "paths":
+            return "paths"
+        case "sessions":
+            from localmimo.conversation import saved_names
+
+            return saved_names
+        case words:
+            return lambda: words
+
+
+def _toolbox(options: Options, ui: Ui, ask: Ask | None) -> Toolbox:
+    """The tools of --tools, opened before the model is waited for."""
+    toolbox = Toolbox(ui, ask)
+    for path in options.tools:
+        toolbox.open(path)
+    return toolbox
 
 
 def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
@@ -200,26 +237,38 @@ def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
     ui.note("  /help for commands, Ctrl-D to leave", style="dim")
 
 
-def _answer_once(engine: Engine, options: Options, ui: Ui, system: str | None, prompt: str) -> int:
-    from localmimo.cli.repl import answer, ending_of
+def _answer_once(
+    engine: Engine, options: Options, ui: Ui, system: str | None, prompt: str, stdin: IO[str]
+) -> int:
+    from localmimo.cli.repl import ending_of, exchange
     from localmimo.cli.screen import Screen, figures
 
     ui.configuration(engine)
     manner = _manner(options, ui)
-    messages = [{"role": "user", "content": prompt}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
     screen: Any = (
         Silent() if options.as_json else Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
     )
-    turn = answer(engine, messages, manner, screen)
-    ending = ending_of(turn, engine.context)
-    facts = figures(turn.stats, engine.context) if turn.stats and manner.stats else []
-    if ending or facts:
-        ui.parts([*([ending] if ending else []), *facts])
+    toolbox = _toolbox(options, ui, _asker(stdin, ui))
+    try:
+        for turn in exchange(engine, [{"role": "user", "content": prompt}], manner, screen, toolbox, system):
+            ending = ending_of(turn, engine.context)
+            facts = figures(turn.stats, engine.context) if turn.stats and manner.stats else []
+            if ending or facts:
+                ui.parts([*([ending] if ending else []), *facts])
+    finally:
+        toolbox.clear()
     if options.as_json:
         ui.json(as_object(turn, engine, manner))
     return 130 if turn.finish_reason == "cancelled" else 0
+
+
+def _asker(stdin: IO[str], ui: Ui) -> Ask | None:
+    """Asks at the terminal; None where there is none on both ends."""
+    if not (stdin.isatty() and ui.err.is_terminal):
+        return None
+    from localmimo.cli.keys import KeyReader
+
+    return KeyReader({}, remember=False).ask
 
 
 class Silent:
@@ -234,7 +283,7 @@ class Silent:
     def end(self) -> None: ...
 
 
-def as_object(turn: Turn, engine: Engine, manner: Manner) -> dict[str, Any]:
+def as_object(turn: Answer, engine: Engine, manner: Manner) -> dict[str, Any]:
     """An answer for machines: what was said, what it took, and the configuration in force."""
     from dataclasses import asdict
 

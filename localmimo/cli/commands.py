@@ -9,12 +9,14 @@ import difflib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from localmimo.cli.screen import figures
 from localmimo.cli.ui import parse_count
 from localmimo.errors import BadRequest, LocalMimoError
+from localmimo.machine import format_bytes
 
 if TYPE_CHECKING:
     from localmimo.cli.repl import Repl
@@ -28,6 +30,7 @@ class Command:
     usage: str
     help: str
     run: Callable[[Repl, str], bool | None]
+    choices: tuple[str, ...] | Literal["paths", "sessions"] = ()  # what Tab offers after its name
 
 
 ALIASES = {"quit": "exit", "bye": "exit", "?": "help"}
@@ -74,7 +77,7 @@ def _exit(_repl: Repl, _argument: str) -> bool:
 def _clear(repl: Repl, _argument: str) -> None:
     repl.messages.clear()
     repl.attached.clear()
-    repl.asked, repl.last = "", None
+    repl.asked, repl.name, repl.last = "", "", None
     repl.ui.note(
         "  The conversation is empty" + (", the system prompt stays." if repl.system else "."), style="dim"
     )
@@ -183,17 +186,82 @@ def _stats(repl: Repl, _argument: str) -> None:
 def _retry(repl: Repl, _argument: str) -> None:
     if not repl.asked:
         raise BadRequest("There is nothing to ask again.")
-    if repl.messages and repl.messages[-1]["role"] == "assistant":
+    if repl.messages and repl.messages[-1]["role"] != "user":
         repl.take_back()
     repl.ask(repl.asked)
 
 
 def _undo(repl: Repl, _argument: str) -> None:
-    if not repl.take_back():
+    if repl.take_back() is None:
         raise BadRequest("There is nothing to take back.")
     repl.last = None
     n_left = sum(message["role"] == "user" for message in repl.messages)
     repl.ui.note(f"  The last question and its answer are gone; {n_left} left.", style="dim")
+
+
+def _edit(repl: Repl, _argument: str) -> None:
+    question = repl.take_back() or repl.asked
+    if not question:
+        raise BadRequest("There is no question to edit.")
+    repl.draft, repl.last = question, None
+    repl.ui.note(
+        "  The last question is back at the prompt; Ctrl-X Ctrl-E opens it in an editor.", style="dim"
+    )
+
+
+def _save(repl: Repl, name: str) -> None:
+    from localmimo.conversation import folder_of, save, saved_names
+
+    name = name or repl.name or f"{datetime.now():%Y-%m-%d %H.%M}"
+    folder = folder_of(name)
+    if name != repl.name and name in saved_names() and not _agrees(repl, f"{name} exists; write over it?"):
+        return
+    sizes = save(repl.engine, name, repl.messages, repl.system, repl.toolbox.schemas)
+    n_tokens, n_bytes = next(sizes)
+    repl.ui.note(f"  {format_bytes(n_bytes)} for {n_tokens:,} tokens to {folder} ...", style="dim")
+    n_tokens, n_bytes = list(sizes)[-1]
+    repl.name = name
+    repl.ui.note(f"  saved, {format_bytes(n_bytes)}: /load {name}", style="dim")
+
+
+def _agrees(repl: Repl, question: str) -> bool:
+    return (repl.reader.ask(f"  {question} [y/N] ") or "").strip().lower() in ("y", "yes")
+
+
+def _load(repl: Repl, name: str) -> None:
+    from localmimo.conversation import load, saved_names
+
+    if not name:
+        names = saved_names()
+        repl.ui.note(
+            "  " + "\n  ".join(names) if names else "  Nothing is saved yet; /save keeps this conversation."
+        )
+        return
+    found, n_held, why = load(repl.engine, name, repl.toolbox.schemas)
+    repl.messages, repl.system, repl.name = found.messages, found.system, name
+    repl.attached.clear()
+    questions = [message["content"] for message in found.messages if message["role"] == "user"]
+    repl.asked, repl.last = str(questions[-1]) if questions else "", None
+    if why:
+        repl.ui.note(f"  {why} It is read again with your next message.", style="yellow")
+    counted = f"{len(questions)} question{'s' * (len(questions) != 1)}"
+    repl.ui.parts([counted, f"{n_held:,} tokens held", f"{len(found.tokens) - n_held:,} to read"])
+
+
+def _tools(repl: Repl, path: str) -> None:
+    if path == "off":
+        repl.toolbox.clear()
+    elif path:
+        repl.toolbox.open(path)
+    if not repl.toolbox.tools:
+        repl.ui.note("  No tools; /tools FILE.py takes the functions of a Python file.", style="dim")
+    for tool in repl.toolbox.tools.values():
+        parameters = ", ".join(tool.parameters["properties"])
+        unasked = "  (runs unasked)" if tool.name in repl.toolbox.always else ""
+        repl.ui.note(
+            f"  {tool.name}({parameters})  {tool.description}{unasked}",
+            style="dim",
+        )
 
 
 def _read(repl: Repl, argument: str) -> None:
@@ -233,11 +301,16 @@ COMMANDS = (
         "/set [NAME=VALUE ...]",
         "show or change sampling",
         _set,
+        choices=tuple(f"{name}=" for name in SETTINGS),
     ),
-    Command("think", "/think [on|off|N]", "think first? N: tokens at most", _think),
+    Command("think", "/think [on|off|N]", "think first? N: tokens at most", _think, choices=("on", "off")),
     Command("thoughts", "/thoughts", "show the last thinking", _thoughts),
     Command("stats", "/stats", "figures and configuration", _stats),
     Command("retry", "/retry", "ask the last question again", _retry),
     Command("undo", "/undo", "take the last question back", _undo),
-    Command("read", "/read FILE ...", "put files into the next message", _read),
+    Command("edit", "/edit", "change the last question", _edit),
+    Command("read", "/read FILE ...", "put files into the next message", _read, choices="paths"),
+    Command("save", "/save [NAME]", "keep this conversation, with what was read", _save, choices="sessions"),
+    Command("load", "/load [NAME]", "go on with a saved one; list them", _load, choices="sessions"),
+    Command("tools", "/tools [FILE.py|off]", "functions that the model may ask for", _tools, choices="paths"),
 )

@@ -6,7 +6,8 @@ Knows keys and files' names; nothing of conversations or engines.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -21,18 +22,21 @@ from localmimo.home import home
 
 PROMPT = "› "
 
+Choices = Callable[[], Iterable[str]] | Literal["paths"]  # what may follow a command's name
+
 
 class KeyReader:
     """The Reader of a terminal. Enter sends, Alt-Enter starts a new line, Ctrl-X Ctrl-E opens the editor."""
 
     def __init__(
         self,
-        commands: Iterable[str],
+        commands: Mapping[str, Choices],
         *,
         keys: Input | None = None,
         screen: Output | None = None,
         remember: bool = True,
     ) -> None:
+        self._input, self._output = keys, screen or create_output(stdout=sys.stderr)
         self._session: PromptSession[str] = PromptSession(
             history=_history() if remember else InMemoryHistory(),
             key_bindings=_bindings(),
@@ -41,23 +45,33 @@ class KeyReader:
             multiline=True,
             prompt_continuation=lambda width, _line, _wrapped: " " * width,
             enable_open_in_editor=True,
-            input=keys,
-            output=screen or create_output(stdout=sys.stderr),
+            input=self._input,
+            output=self._output,
         )
 
-    def read(self) -> str | None:
-        """The next entry, None at Ctrl-D; raises KeyboardInterrupt at Ctrl-C."""
+    def read(self, draft: str = "") -> str | None:
+        """The next entry, begun with `draft`; None at Ctrl-D; raises KeyboardInterrupt at Ctrl-C."""
         try:
-            return self._session.prompt(PROMPT)
+            return self._session.prompt(PROMPT, default=draft)
+        except EOFError:
+            return None
+
+    def ask(self, question: str) -> str | None:
+        """One line in answer to a question, not kept in the history; None at Ctrl-D."""
+        asking: PromptSession[str] = PromptSession(
+            history=InMemoryHistory(), input=self._input, output=self._output
+        )
+        try:
+            return asking.prompt(question)
         except EOFError:
             return None
 
 
 class EntryCompleter(Completer):
-    """Completes the names of commands at the start, and paths after /read."""
+    """Completes the names of commands at the start, and after a name what it takes: paths, or one of some words."""
 
-    def __init__(self, commands: Iterable[str]) -> None:
-        self._commands = sorted(commands)
+    def __init__(self, commands: Mapping[str, Choices]) -> None:
+        self._commands = dict(sorted(commands.items()))
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -66,10 +80,20 @@ class EntryCompleter(Completer):
             return
         name, space, argument = text[1:].partition(" ")
         if not space:
-            yield from (Completion(known, -len(name)) for known in self._commands if known.startswith(name))
-        elif name == "read":
-            path = argument.rpartition(" ")[2]
-            yield from self._paths.get_completions(Document(path, len(path)), complete_event)
+            yield from _beginning_with(name, self._commands)
+            return
+        match self._commands.get(name):
+            case None:
+                return
+            case "paths":
+                path = argument.rpartition(" ")[2]
+                yield from self._paths.get_completions(Document(path, len(path)), complete_event)
+            case choices:
+                yield from _beginning_with(argument, choices())
+
+
+def _beginning_with(typed: str, known: Iterable[str]) -> Iterable[Completion]:
+    return (Completion(word, -len(typed)) for word in known if word.startswith(typed))
 
 
 def _history() -> History:

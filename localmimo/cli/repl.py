@@ -13,20 +13,27 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.cli.screen import Screen, figures
+from localmimo.cli.toolbox import Toolbox
 from localmimo.cli.ui import Ui
 from localmimo.errors import Cancelled, ContextFull, LocalMimoError
 
 if TYPE_CHECKING:
-    from localmimo.chat import ToolCall
+    from localmimo.answer import Answer
+    from localmimo.cli.steplog import StepLog
     from localmimo.engine import Engine
-    from localmimo.generate import FinishReason, Stats
+
+
+MAX_ROUNDS = 50  # of calls after one question
 
 
 class Reader(Protocol):
     """Where the user's lines come from."""
 
-    def read(self) -> str | None:
-        """The next entry, None at the end; raises KeyboardInterrupt at Ctrl-C."""
+    def read(self, draft: str = "") -> str | None:
+        """The next entry, begun with `draft`; None at the end; raises KeyboardInterrupt at Ctrl-C."""
+
+    def ask(self, question: str) -> str | None:
+        """One line in answer to a question, not kept in the history; None at the end."""
 
 
 @dataclass(slots=True)
@@ -38,6 +45,7 @@ class Manner:
     think: bool | None = None
     think_budget: int | None = None
     stats: bool = True
+    log: StepLog | None = None
 
     def stream_options(self) -> dict[str, Any]:
         """Keyword arguments of Engine.stream; raises BadRequest where a value makes no sense."""
@@ -52,37 +60,30 @@ class Manner:
         }
 
 
-@dataclass(slots=True)
-class Turn:
-    """An answer as far as it came."""
-
-    content: str = ""
-    reasoning: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: FinishReason = "cancelled"
-    stats: Stats | None = None
-
-    def message(self) -> dict[str, Any]:
-        """The turn as it goes back into the conversation: the reasoning travels along."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [call.as_dict() for call in self.tool_calls]
-        return message
-
-
-def answer(engine: Engine, messages: list[dict[str, Any]], manner: Manner, screen: Screen) -> Turn:
+def answer(
+    engine: Engine,
+    messages: list[dict[str, Any]],
+    manner: Manner,
+    screen: Screen,
+    tools: list[dict[str, Any]] | None = None,
+) -> Answer:
     """Let the engine answer and show it; Ctrl-C stops it and keeps what there is."""
-    turn, cancel = Turn(), threading.Event()
+    from localmimo.answer import Answer
+
+    turn, cancel = Answer(), threading.Event()
     options = manner.stream_options()
     screen.begin()
+    if manner.log is not None:
+        manner.log.begin()
     try:
         with stopping(cancel):
-            for step in engine.stream(messages, cancel=cancel, progress=screen.reading, **options):
-                _collect(turn, step)
+            for step in engine.stream(
+                messages, cancel=cancel, progress=screen.reading, tools=tools, **options
+            ):
+                turn.add(step)
                 screen.show(step)
+                if manner.log is not None:
+                    manner.log.add(step)
     except (KeyboardInterrupt, Cancelled):
         turn.finish_reason = "cancelled"
     finally:
@@ -90,18 +91,27 @@ def answer(engine: Engine, messages: list[dict[str, Any]], manner: Manner, scree
     return turn
 
 
-def _collect(turn: Turn, step: Any) -> None:
-    turn.stats = step.stats
-    if step.token is not None:
-        turn.tokens.append(step.token)
-    if step.tool_call is not None:
-        turn.tool_calls.append(step.tool_call)
-    elif step.kind == "thinking":
-        turn.reasoning += step.text
-    else:
-        turn.content += step.text
-    if step.finish_reason is not None:
-        turn.finish_reason = step.finish_reason
+def exchange(
+    engine: Engine,
+    messages: list[dict[str, Any]],
+    manner: Manner,
+    screen: Screen,
+    toolbox: Toolbox,
+    system: str | None,
+) -> Iterator[Answer]:
+    """The answers to the last message, one after each round of calls that were run; `messages` grows."""
+    head = [{"role": "system", "content": system}] if system else []
+    for _ in range(MAX_ROUNDS):
+        turn = answer(engine, [*head, *messages], manner, screen, toolbox.schemas)
+        if turn.tokens or turn.finish_reason != "cancelled":
+            messages.append(turn.message().as_dict())
+        yield turn
+        if turn.finish_reason != "tool_calls":
+            return
+        results, going = toolbox.run(turn.tool_calls)
+        messages += results
+        if not going:
+            return
 
 
 @contextmanager
@@ -135,6 +145,7 @@ class Repl:
         manner: Manner,
         screen: Screen,
         system: str | None = None,
+        toolbox: Toolbox | None = None,
     ) -> None:
         self.reader = reader
         self.ui = ui
@@ -142,10 +153,13 @@ class Repl:
         self.manner = manner
         self.screen = screen
         self.system = system
+        self.toolbox = toolbox or Toolbox(ui, reader.ask)
         self.messages: list[dict[str, Any]] = []  # without the system prompt
         self.attached: list[str] = []  # files that go with the next message
         self.asked = ""  # the last question, for /retry
-        self.last: Turn | None = None
+        self.draft = ""  # what stands at the next prompt already, for /edit
+        self.name = ""  # of the saved session that this is
+        self.last: Answer | None = None
 
     def run(self) -> None:
         """Read and answer until the end of the input or /exit."""
@@ -154,7 +168,8 @@ class Repl:
         interrupts = 0
         while True:
             try:
-                entry = self.reader.read()
+                draft, self.draft = self.draft, ""
+                entry = self.reader.read(draft)
             except KeyboardInterrupt:
                 interrupts += 1
                 if interrupts > 1:
@@ -173,36 +188,32 @@ class Repl:
         """Put a question, show the answer, keep both; a question that got no answer at all is taken back."""
         self.asked = "\n\n".join([*self.attached, text])
         self.messages.append({"role": "user", "content": self.asked})
+        before = len(self.messages)
         try:
-            turn = answer(self.engine, self.prompt(), self.manner, self.screen)
+            for turn in exchange(
+                self.engine, self.messages, self.manner, self.screen, self.toolbox, self.system
+            ):
+                self.attached.clear()
+                self._close(turn)
         except LocalMimoError as error:
-            self.messages.pop()
-            room = " /undo or /clear makes room." if isinstance(error, ContextFull) and self.messages else ""
+            room = " /undo or /clear makes room." if isinstance(error, ContextFull) and before > 1 else ""
             self.ui.note(f"error: {error}{room}", style="red")
-            return
-        self.attached.clear()
-        if turn.tokens or turn.finish_reason != "cancelled":
-            self.messages.append(turn.message())
-            self.last = turn
-        else:
+        if len(self.messages) == before:
             self.messages.pop()
-        self._close(turn)
 
-    def prompt(self) -> list[dict[str, Any]]:
-        """The messages with the system prompt before them."""
-        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
-
-    def take_back(self) -> bool:
-        """Remove the last question and its answer."""
+    def take_back(self) -> str | None:
+        """Remove the last question and what followed it; the question."""
         while self.messages:
-            if self.messages.pop()["role"] == "user":
-                return True
-        return False
+            message = self.messages.pop()
+            if message["role"] == "user":
+                return str(message["content"])
+        return None
 
-    def _close(self, turn: Turn) -> None:
+    def _close(self, turn: Answer) -> None:
         if turn.finish_reason == "cancelled" and not turn.tokens:
             self.ui.note("  stopped before the first word; /retry asks again", style="dim")
             return
+        self.last = turn
         ending = ending_of(turn, self.engine.context)
         facts = figures(turn.stats, self.engine.context) if turn.stats and self.manner.stats else []
         if ending or facts:
@@ -211,7 +222,7 @@ class Repl:
             self.ui.note()
 
 
-def ending_of(turn: Turn, context: int) -> str:
+def ending_of(turn: Answer, context: int) -> str:
     """Why the answer is not whole, or nothing."""
     match turn.finish_reason:
         case "cancelled":

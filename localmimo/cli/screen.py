@@ -45,8 +45,9 @@ class Screen:
         """Prompt tokens read so far; an engine's progress callback."""
         if self._redraws and total:
             speed = done / max(1e-9, time.perf_counter() - self._began)
+            left = f"  left {seconds((total - done) / speed)}" if 0 < done < total and speed > 0 else ""
             self._ui.status.show(
-                f"  reading {total:,} tokens {bar(done / total)} {done / total:4.0%}  {speed:.0f} tok/s"
+                f"  reading {total:,} tokens {bar(done / total)} {done / total:4.0%}  {speed:.0f} tok/s{left}"
             )
 
     def show(self, step: Step) -> None:
@@ -56,8 +57,8 @@ class Screen:
                 self._think(step.text, step.token is not None)
             case "answer" if step.text:
                 self._say(step.text)
-            case "tool_call" if step.tool_call is not None:
-                self._say(step.text)
+            case "tool_call":  # shown where it is run
+                self._fold()
 
     def end(self) -> None:
         """The answer is over: nothing unfinished is left behind."""
@@ -249,5 +250,14 @@ def figures(stats: Stats, context: int) -> list[str]:
         facts.append(f"first token {seconds(stats.first_token_s)}")
     if stats.hits:
         facts.append("experts " + " ".join(f"{tier} {share:.0%}" for tier, share in stats.hits.items()))
-    held = min(context, stats.prompt_tokens + stats.generated_tokens)  # a last token may have found no room
-    return [*facts, f"context {held:,}/{context:,}"]
+    if stats.bytes_read and stats.read_s:
+        facts.append(f"disk {stats.bytes_read / stats.read_s / 1e9:.2g} GB/s")
+    return [
+        *facts,
+        f"context {min(context, held_tokens(stats)):,}/{context:,}",
+    ]  # a last token may find no room
+
+
+def held_tokens(stats: Stats) -> int:
+    """Tokens of the conversation after an answer."""
+    return stats.prompt_tokens + stats.generated_tokens

@@ -55,6 +55,7 @@ class ScriptedEngine:
         parser = StreamParser(options.get("tools"))
         stats = Stats(prompt_tokens=sum(len(self.encode(message["content"])) for message in messages))
         progress(stats.prompt_tokens, stats.prompt_tokens)
+        called = False
         for number, text in enumerate(answer):
             if text is INTERRUPT:
                 signal.raise_signal(signal.SIGINT)
@@ -62,10 +63,12 @@ class ScriptedEngine:
                 break
             stats = self._count(stats, number)
             for delta in parser.push(text):
+                called |= delta.tool_call is not None
                 yield Step(delta.text, number, delta.kind, stats, tool_call=delta.tool_call)
         for delta in parser.finish():
+            called |= delta.tool_call is not None
             yield Step(delta.text, None, delta.kind, stats, tool_call=delta.tool_call)
-        reason = "cancelled" if cancel.is_set() else "stop"
+        reason = "cancelled" if cancel.is_set() else "tool_calls" if called else "stop"
         if options["max_tokens"] is not None and len(answer) >= options["max_tokens"]:
             reason = "length"
         yield Step("", None, "answer", stats, finish_reason=reason)  # type: ignore[arg-type]
@@ -88,12 +91,19 @@ class ScriptedReader:
 
     def __init__(self, *entries: Any) -> None:
         self.entries = list(entries)
+        self.drafts: list[str] = []
+        self.questions: list[str] = []
 
-    def read(self) -> str | None:
+    def read(self, draft: str = "") -> str | None:
+        self.drafts.append(draft)
         entry = self.entries.pop(0) if self.entries else None
         if entry is INTERRUPT:
             raise KeyboardInterrupt
         return entry
+
+    def ask(self, question: str) -> str | None:
+        self.questions.append(question)
+        return self.read()
 
 
 class Capture:

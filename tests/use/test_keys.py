@@ -22,7 +22,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def pressed(keys: str, n_reads: int = 1) -> list[str | None]:
     with create_pipe_input() as pipe:
         pipe.send_text(keys)
-        reader = KeyReader(["help", "read"], keys=pipe, screen=DummyOutput())
+        reader = KeyReader({"help": list, "read": "paths"}, keys=pipe, screen=DummyOutput())
         return [reader.read() for _ in range(n_reads)]
 
 
@@ -54,13 +54,15 @@ def test_history_is_kept_for_the_next_time(tmp_path: Path) -> None:
 
 
 def completions(text: str) -> list[str]:
-    completer = EntryCompleter(["help", "read", "retry"])
+    completer = EntryCompleter(
+        {"help": list, "read": "paths", "retry": list, "load": lambda: ["my talk", "other"]}
+    )
     return [found.text for found in completer.get_completions(Document(text, len(text)), CompleteEvent())]
 
 
 def test_commands_complete() -> None:
     assert completions("/re") == ["read", "retry"]
-    assert completions("/") == ["help", "read", "retry"]
+    assert completions("/") == ["help", "load", "read", "retry"]
     assert completions("re") == []
     assert completions("/help x") == []
 
@@ -69,3 +71,28 @@ def test_paths_complete_after_read(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     assert completions(f"/read {tmp_path}/no") == ["tes.txt"]
     assert completions(f"/read a.txt {tmp_path}/no") == ["tes.txt"]
+
+
+def test_names_complete_after_load() -> None:
+    assert completions("/load ") == ["my talk", "other"]
+    assert completions("/load my t") == ["my talk"]
+
+
+def test_a_draft_can_be_changed() -> None:
+    with create_pipe_input() as pipe:
+        pipe.send_text("!" + ENTER)
+        reader = KeyReader({}, keys=pipe, screen=DummyOutput())
+        assert reader.read("why\nnot") == "why\nnot!"
+
+
+def test_questions_are_not_in_the_history() -> None:
+    with create_pipe_input() as pipe:
+        reader = KeyReader({}, keys=pipe, screen=DummyOutput())
+        pipe.send_text("first" + ENTER)
+        assert reader.read() == "first"
+        pipe.send_text("y" + ENTER)
+        assert reader.ask("run? ") == "y"
+        pipe.send_text(CTRL_D)
+        assert reader.ask("run? ") is None
+        pipe.send_text(UP + ENTER)
+        assert reader.read() == "first"

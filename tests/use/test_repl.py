@@ -1,5 +1,6 @@
 """Conversations, to the letter: entries and a scripted engine in, stdout and stderr out."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
+from localmimo.errors import BadRequest
 
 from .scripted import INTERRUPT, Capture, ScriptedEngine, ScriptedReader, full
 
@@ -190,9 +192,9 @@ def test_help_lists_every_command() -> None:
     _, shown = converse(ScriptedEngine(), "/help")
     lines = shown.err.splitlines()
     assert lines[0] == "  /help                  this list"
-    assert [line.split()[0] for line in lines[:11]] == [
-        "/help", "/exit", "/clear", "/system", "/set", "/think",
-        "/thoughts", "/stats", "/retry", "/undo", "/read",
+    assert [line.split()[0] for line in lines[:15]] == [
+        "/help", "/exit", "/clear", "/system", "/set", "/think", "/thoughts", "/stats", "/retry", "/undo",
+        "/edit", "/read", "/save", "/load", "/tools",
     ]  # fmt: skip
 
 
@@ -204,3 +206,132 @@ def test_stats_shows_the_configuration() -> None:
 def test_quiet_says_only_the_answer() -> None:
     _, shown = converse(ScriptedEngine(["<think>a</think>", "b"]), "q", stats=True, quiet=True)
     assert (shown.out, shown.err) == ("b\n", "")
+
+
+# ---- edit ----
+
+
+def test_edit_brings_the_question_back() -> None:
+    engine = ScriptedEngine(["one"], ["two"])
+    repl, shown = converse(engine, "a", "/edit", "b")
+    assert repl.reader.drafts == ["", "", "a", ""]  # type: ignore[attr-defined]
+    assert [message["content"] for message in engine.asked[1][0]] == ["b"]
+    assert "The last question is back at the prompt" in shown.err
+
+
+# ---- tools ----
+
+TOOLS = """
+def clock(at: int, note: str = "") -> str:
+    "The time."
+    return f"{at}:00" + "\\n." * 20 * bool(note)
+
+def wipe(path: str) -> str:
+    raise SystemExit(path)
+"""
+CALL = "<tool_call><function=clock><parameter=at>7</parameter></function></tool_call>"
+WIPE = "<tool_call><function=wipe><parameter=path>/\u202etxt</parameter></function></tool_call>"
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(TOOLS)
+    return str(tmp_path / "mine.py")
+
+
+def test_a_call_is_shown_asked_about_and_answered(tools: str) -> None:
+    engine = ScriptedEngine(["<think>", "hm", "</think>", "Well. ", CALL], ["It is seven."])
+    repl, shown = converse(engine, f"/tools {tools}", "time?", "y", "/tools off")
+    assert shown.out == "Well. \nIt is seven.\n"
+    assert shown.err == (
+        "  clock(at, note)  The time.\n  wipe(path)  \nthinking: hm\n  calls clock(at=7)\n  │ 7:00\n"
+        "  No tools; /tools FILE.py takes the functions of a Python file.\n"
+    )
+    assert repl.reader.questions == ["  run clock? [y/N/always] "]  # type: ignore[attr-defined]
+    said, result = engine.asked[1][0][-2:]
+    assert said["reasoning_content"] == "hm" and said["content"] == "Well. "
+    assert result == {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "7:00"}
+    assert [message["role"] for message in repl.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("answer", ["", "n", "no", "yess", None])
+def test_nothing_runs_without_a_yes(tools: str, answer: str | None) -> None:
+    engine = ScriptedEngine([WIPE], ["As you like."])
+    _, shown = converse(engine, f"/tools {tools}", "clean up", *([answer] if answer is not None else []))
+    assert '  calls wipe(path="/\\u202etxt")\n  not run\n' in shown.err
+    assert engine.asked[1][0][-1]["content"] == "error: the user declined this call."
+
+
+def test_always_holds_for_one_function(tools: str) -> None:
+    engine = ScriptedEngine([CALL + CALL], [CALL, WIPE], ["done"])
+    repl, _ = converse(engine, f"/tools {tools}", "go", "always", "n", "/tools")
+    assert len(repl.reader.questions) == 2  # type: ignore[attr-defined]
+    assert [m["content"] for m in repl.messages if m["role"] == "tool"] == [
+        "7:00", "7:00", "7:00", "error: the user declined this call."
+    ]  # fmt: skip
+
+
+def test_ctrl_c_at_the_question_ends_the_round(tools: str) -> None:
+    engine = ScriptedEngine([CALL + CALL], ["fine"])
+    repl, _ = converse(engine, f"/tools {tools}", "go", INTERRUPT, "next")
+    assert [m["content"] for m in repl.messages if m["role"] == "tool"] == [
+        "error: the user stopped this call.", "error: the user declined this call."
+    ]  # fmt: skip
+    assert repl.messages[-1]["content"] == "fine" and len(engine.asked) == 2
+
+
+def test_undo_takes_the_calls_along(tools: str) -> None:
+    engine = ScriptedEngine([CALL], ["seven"], ["again"])
+    repl, _ = converse(engine, f"/tools {tools}", "time?", "y", "/retry", "/undo")
+    assert [m["role"] for m in engine.asked[2][0]] == ["user"] and repl.messages == []
+
+
+def test_a_long_result_is_shown_in_part(tools: str) -> None:
+    call = CALL.replace("</function>", "<parameter=note>x\ny</parameter></function>")
+    engine = ScriptedEngine([call], ["seven"])
+    _, shown = converse(engine, f"/tools {tools}", "time?", "y")
+    assert '  calls clock(at=7, note="""\n    x\n    y""")\n' in shown.err
+    assert "  │ … 9 more lines, all of them for the model\n" in shown.err
+    assert engine.asked[1][0][-1]["content"].count("\n") == 20
+
+
+def test_a_call_of_no_tool_is_text(tools: str) -> None:
+    engine = ScriptedEngine([CALL.replace("clock", "other")])
+    repl, shown = converse(engine, f"/tools {tools}", "time?")
+    assert "<function=other>" in shown.out and len(repl.messages) == 2
+
+
+def test_a_file_that_is_no_tools_is_a_sentence(tmp_path: Path) -> None:
+    _, shown = converse(ScriptedEngine(), f"/tools {tmp_path}/none.py")
+    assert shown.err == f"error: There is no file {tmp_path}/none.py.\n"
+
+
+# ---- the log of steps ----
+
+
+def test_a_line_of_json_per_token(tmp_path: Path) -> None:
+    from localmimo.cli.steplog import StepLog
+
+    manner = Manner(stats=False, log=StepLog(tmp_path / "steps.jsonl"))
+    shown = Capture()
+    repl = Repl(
+        ScriptedReader("a", "b"), shown.ui, ScriptedEngine(["x", "y"], ["z"]),  # type: ignore[arg-type]
+        manner=manner, screen=Screen(shown.ui),
+    )  # fmt: skip
+    repl.run()
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [(line["answer"], line["step"], line["token"]) for line in lines] == [
+        (1, 1, 0),
+        (1, 2, 1),
+        (2, 1, 0),
+    ]
+    assert [line["generated_tokens"] for line in lines] == [1, 1, 1]
+    assert [line["pages_ram"] for line in lines] == [71, 71, 71]
+    assert lines[0]["prompt_tokens"] == 1 and lines[1]["prompt_tokens"] == 0 and lines[0]["s"] >= 0
+
+
+def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    from localmimo.cli.steplog import StepLog
+
+    with pytest.raises(BadRequest, match="--stats-json: .* cannot be written"):
+        StepLog(tmp_path)

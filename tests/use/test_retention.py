@@ -3,16 +3,21 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from localmimo import load
+from localmimo.cli.repl import Manner, Repl
+from localmimo.cli.screen import Screen
 from localmimo.engine import Engine
+from localmimo.prompt import Recall
 from quant import convert
 from tests.tiny import make_checkpoint
 
 from . import bpe
+from .scripted import Capture, ScriptedReader
 
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {"at": {"type": "integer"}}}}
 CALL = "<tool_call>\n<function=clock>\n\n<parameter=at> 0{}</parameter></function></tool_call>"
@@ -99,7 +104,141 @@ def test_a_dropped_thinking_is_another_conversation(engine: Engine, script: Scri
     again = [*messages, {"role": "assistant", "content": "the sea"}, *messages]
     second = engine.chat(again)
     assert second.stats.reused_tokens <= first.stats.prompt_tokens + 1  # <think> opens both
-    assert "hm" not in engine.decode(engine._prompts.write(again).tokens)
+    assert "hm" not in engine.decode(engine.prompts.write(again).tokens)
+
+
+# ---- the same at the terminal ----
+
+TOOLS = 'def clock(at: int) -> str:\n    "The time."\n    return f"{at}:00"\n'
+
+
+class Talk:
+    """A Repl over the real engine; how many tokens of each prompt were held already, and were not."""
+
+    def __init__(self, engine: Engine, script: Script, folder: Path) -> None:
+        (folder / "tools.py").write_text(TOOLS)
+        self.shown = Capture()
+        self.reader = ScriptedReader()
+        self.repl = Repl(
+            self.reader, self.shown.ui, engine, manner=Manner(stats=False), screen=Screen(self.shown.ui)
+        )
+        self.script = script
+        self.enter(f"/tools {folder / 'tools.py'}")
+
+    def enter(self, *entries: str, says: str = "") -> tuple[int, int]:
+        if says:
+            self.script.says(says)
+        self.reader.entries = list(entries)
+        self.repl.run()
+        stats = self.repl.last.stats if self.repl.last else None
+        return (stats.reused_tokens, stats.prompt_tokens - stats.reused_tokens) if stats else (0, 0)
+
+
+@pytest.fixture
+def talk(engine: Engine, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
+    monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path / "home"))
+    talk = Talk(engine, script, tmp_path)
+    yield talk
+    talk.repl.toolbox.clear()
+
+
+def test_the_repl_reads_nothing_twice(talk: Talk, engine: Engine) -> None:
+    script, held = talk.script, 0
+    for number in range(5):
+        script.says(f"<think>hm {number}</think>\n\n" + CALL.format(number))
+        answers = [*script.tokens]
+        script.says(f"<think>so</think>it is {number}")
+        script.tokens = answers + script.tokens
+        reused, _ = talk.enter(f"the <|im_end|> river {number}", "always" if not number else "")
+        assert reused > held
+        with engine.session() as session:
+            held = session.position
+    roles = [message["role"] for message in talk.repl.messages]
+    assert roles == ["user", "assistant", "tool", "assistant"] * 5
+
+
+def test_retry_and_undo_read_nothing(talk: Talk, engine: Engine) -> None:
+    long = " the river runs to the sea, and the sea is wide" * 3  # longer than a window
+    talk.enter("the river", says="<think>hm</think>" + long)
+    with engine.session() as session:
+        first = session.position
+    talk.enter("the sea", says="<think>hm</think>" + long)
+    assert talk.enter("/retry", says="<think>so</think>" + long)[1] == 0
+    _, read = talk.enter("/undo", "the sky", says="<think>no</think>wide")
+    with engine.session() as session:
+        assert session.n_reused == first
+    assert read < 30
+
+
+def test_a_saved_conversation_is_not_read_again(talk: Talk, engine: Engine, tmp_path: Path) -> None:
+    talk.enter("the river", says="<think>hm</think>the sea")
+    talk.enter("and the sky", "/save my talk", says="<think>hm</think>wide")
+    folder = tmp_path / "home" / "sessions" / "my talk"
+    assert sorted(path.name for path in folder.iterdir()) == ["kv.safetensors", "messages.json"]
+    assert "  saved, " in talk.shown.err and (folder / "messages.json").stat().st_mode & 0o077 == 0
+    with engine.session() as session:
+        held = list(session.tokens)
+    engine.prompts._recall = Recall()  # another process knows nothing
+    talk.script.says("no")
+    engine.chat([{"role": "user", "content": "something else"}])
+    other = Talk(engine, talk.script, tmp_path)
+    other.enter("/load", "/load my talk")
+    assert other.shown.err.endswith(f"  my talk\n  2 questions · {len(held)} tokens held · 1 to read\n")
+    reused, _ = other.enter("more", says="<think>hm</think>so")
+    assert reused == len(held) and len(other.repl.messages) == 6
+    other.repl.toolbox.clear()
+
+
+def test_what_keeps_a_saved_conversation_from_being_held(talk: Talk, tmp_path: Path) -> None:
+    talk.enter("the river", "/save talk", says="<think>hm</think>the sea")
+    talk.enter("/tools off", "/load talk")
+    assert (
+        "Its prompt is written differently now (other tools or another template). It is read"
+        in talk.shown.err
+    )
+    kv = tmp_path / "home" / "sessions" / "talk" / "kv.safetensors"
+    kv.write_bytes(kv.read_bytes()[:-9])
+    talk.enter(f"/tools {tmp_path / 'tools.py'}", "/load talk")
+    assert "It is read again with your next message." in talk.shown.err.splitlines()[-2]
+    assert talk.enter("more", says="<think>hm</think>so")[1] > 0 and len(talk.repl.messages) == 4
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("/save ../out", 'error: "../out" cannot be a session\'s name: use letters, digits'),
+        ("/save a/b", 'error: "a/b" cannot be a session'),
+        ("/load .", 'error: "." cannot be a session'),
+        ("/load none", "error: There is no saved session none."),
+        ("/save x", "error: The conversation is empty: there is nothing to save."),
+        ("/load", "  Nothing is saved yet; /save keeps this conversation."),
+    ],
+)
+def test_sessions_that_cannot_be(talk: Talk, entry: str, says: str) -> None:
+    talk.enter(entry)
+    assert talk.shown.err.splitlines()[-1].startswith(says)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"version": 7}', '{"version": 1, "system": null, "messages": [7]}']
+)
+def test_a_broken_file_is_a_sentence(talk: Talk, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "home" / "sessions" / "bad"
+    folder.mkdir(parents=True)
+    (folder / "messages.json").write_text(text)
+    talk.enter("/load bad")
+    assert "messages.json cannot be read as a session: " in talk.shown.err.splitlines()[-1]
+
+
+def test_writing_over_another_conversation_is_asked(talk: Talk) -> None:
+    talk.enter("the river", "/save one", says="<think>hm</think>the sea")
+    talk.enter("/clear")
+    talk.enter("the sea", "/save one", "n", "/save one", "y", "/save", says="<think>hm</think>the sea")
+    assert talk.reader.questions == ["  one exists; write over it? [y/N] "] * 2
+    assert talk.shown.err.count("  saved, ") == 3
+
+
+# ---- agents ----
 
 
 def test_an_agent_reads_nothing_twice(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

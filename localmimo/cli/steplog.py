@@ -1,0 +1,61 @@
+"""StepLog: a file with one JSON line per token: where its experts were found, the bytes read, the seconds.
+
+Knows steps and their Stats; nothing of how an answer looks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from localmimo.errors import BadRequest
+
+if TYPE_CHECKING:
+    from localmimo.generate import Step
+
+
+class StepLog:
+    """Appends to a file. The first line of an answer counts the reading of its prompt too."""
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self._file: IO[str] = Path(path).expanduser().open("a", encoding="utf-8")
+        except OSError as error:
+            raise BadRequest(f"--stats-json: {path} cannot be written ({error.strerror}).") from None
+        self._answer = self._step = 0
+        self._before: dict[str, Any] = {}
+        self._at = 0.0
+
+    def begin(self) -> None:
+        """Another answer starts."""
+        self._answer, self._step, self._before = self._answer + 1, 0, {}
+        self._at = time.perf_counter()
+
+    def add(self, step: Step) -> None:
+        """One line for a step that has a token; the numbers are those since the line before."""
+        if step.token is None:
+            return
+        self._step += 1
+        now, counts = time.perf_counter(), asdict(step.stats)
+        line = {"answer": self._answer, "step": self._step, "token": step.token, "kind": step.kind}
+        line |= _since(counts, self._before) | {"s": now - self._at}
+        self._file.write(json.dumps(line, default=str) + "\n")
+        self._file.flush()
+        self._before, self._at = counts, now
+
+
+def _since(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What each count has grown by."""
+    grown: dict[str, Any] = {}
+    for key, value in now.items():
+        earlier = before.get(key)
+        if isinstance(value, dict):
+            grown[key] = _since(value, earlier or {})
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            grown[key] = value - (earlier or 0)
+        else:
+            grown[key] = value
+    return grown
