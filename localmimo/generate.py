@@ -14,7 +14,7 @@ from torch import Tensor
 
 from localmimo.chat import Delta, Kind, ToolCall
 from localmimo.errors import BadRequest, Cancelled
-from localmimo.experts.store import Traffic
+from localmimo.experts.traffic import Traffic
 from localmimo.sample import Sampling, logprobs, pick
 from localmimo.session import Progress, Session
 from localmimo.text import Decoder, Tokenizer

@@ -36,10 +36,12 @@ config machine speeds attend sample text template
 chat
 kv plan structure saved trail
 estimate
-model experts.profile experts.prefetch experts.pressure experts.readers
+model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic
 experts.stats
 experts.policy
 experts.tiers
+experts.slots
+experts.guesses
 experts.store
 experts.run session
 generate

@@ -9,18 +9,20 @@ round, so that a long prompt does not push out what decode had kept.
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor
 
 from localmimo.errors import BadModel
+from localmimo.experts.guesses import Guesses
 from localmimo.experts.policy import Page, Policy
 from localmimo.experts.prefetch import PrefetchGate
+from localmimo.experts.slots import Read, Slots
 from localmimo.experts.tiers import DiskTier, RamTier
+from localmimo.experts.traffic import Traffic
 from quant import Pack
 from quant.pack import PageAt, experts_of
 from quant.page import PageLayout
@@ -28,28 +30,8 @@ from quant.page import PageLayout
 STALL_S = 60.0  # a disk that gives nothing for so long is taken for broken
 GROUP = 16  # pages of a prompt's stream handed over at a time
 RING_SHARE = 8  # one slot in so many is used to stream a prompt
+GUESS_SHARE = 4  # and one in so many holds a router's guesses at the most
 MOST = 0.9  # a prompt that wants so many of a layer's pages will want those of the next layer too
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What was asked of the store so far."""
-
-    gpu_pages: int = 0  # found on the GPU
-    ram_pages: int = 0  # found in RAM
-    disk_pages: int = 0  # read from disk, on demand or by a guess that was right
-    disk_bytes: int = 0  # read in all, wrong guesses included
-    read_s: float = 0.0  # time in which at least one read was under way
-    prefetch_useful: int = 0  # guessed pages that were then asked for
-    prefetch_wasted: int = 0  # guessed pages that were read for nothing
-
-    def since(self, before: "Traffic") -> "Traffic":
-        """The difference to an earlier reading."""
-        earlier = asdict(before)
-        return Traffic(**{name: value - earlier[name] for name, value in asdict(self).items()})
-
-    def copy(self) -> "Traffic":
-        return Traffic(**asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +41,6 @@ class Arrival:
     expert: int
     layout: PageLayout
     page: Tensor  # uint8 [slot bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A read under way, or waiting its turn, into a slot."""
-
-    future: "Future[None]"
-    slot: int
 
 
 class ExpertStore:
@@ -89,21 +63,16 @@ class ExpertStore:
         self._pack = pack
         self._n_experts = experts_of(pack)
         self._next_layer = dict(pairwise(self._n_experts))
-        self._ram = RamTier(n_slots, slot_bytes)
+        self._full = n_slots
         self._disk = DiskTier(trust=trust)
         self._policy = policy
-        self._slots: dict[Page, int] = {}
-        self._free = list(range(n_slots - 1, -1, -1))
-        self._revoked: list[int] = []  # slots whose memory the system has back
-        self._stuck: list[Read] = []  # reads that a stalled disk still owes
-        self._pinned: set[Page] = set()
-        self._guesses: dict[Page, Read] = {}  # pages read before they are asked for
-        self._guessed: set[Page] = set()  # those of them that a router guessed, until their layer's turn
-        self._ahead: set[Page] = set()  # those of them that a prompt will stream through next
-        self._landed: deque[Page] = deque()  # guesses whose reads are over, not taken in yet
-        self._ring: deque[Page] = deque()  # pages that the last prompts streamed through, oldest first
-        self._tail: dict[int, list[list[int]]] = {}
+        self._slots = Slots(RamTier(n_slots, slot_bytes), policy)
+        self._guesses = Guesses(self._disk, self._slots)
         self._gate = PrefetchGate() if prefetch and 4 <= n_slots < pack.n_pages else None
+        self._pinned: set[Page] = set()
+        self._ring: deque[Page] = deque()  # pages that the last prompts streamed through, oldest first
+        self._ahead: set[Page] = set()  # guesses for the layer that a prompt will stream through next
+        self._tail: dict[int, list[list[int]]] = {}
         self._stall_s = stall_s
         self._lock = threading.RLock()
         self._traffic = Traffic()
@@ -113,7 +82,7 @@ class ExpertStore:
     @property
     def n_slots(self) -> int:
         """Slots in use now: fewer than were given while the system is short of memory."""
-        return self._ram.n_slots - len(self._revoked)
+        return self._slots.n_slots
 
     @property
     def direct(self) -> bool:
@@ -133,7 +102,8 @@ class ExpertStore:
 
     def where(self) -> dict[Page, str]:
         """The tier of every page that is not on disk alone."""
-        return dict.fromkeys(self._slots, "ram")
+        with self._lock:
+            return dict.fromkeys(self._slots, "ram")
 
     # ---- a decode step ----
 
@@ -147,20 +117,18 @@ class ExpertStore:
             self._count_prompt()
             self._policy.request(layer, experts)
             self._settle(layer, pages)
-            yield from self._serve(pages)
+            yield from self._serve(layer, pages)
 
-    def _serve(self, pages: list[Page]) -> Iterator[list[Arrival]]:
+    def _serve(self, layer: int, pages: list[Page]) -> Iterator[list[Arrival]]:
         held = [page for page in pages if page in self._slots]
         missing = deque(page for page in pages if page not in self._slots)
         flying: dict[Page, Read] = {}
         if self._gate is not None:
-            self._gate.step(pages[0][0] if pages else 0, bool(missing))
+            self._gate.step(layer, bool(missing))
         try:
             self._pinned = set(held)
             self._start_reads(missing, flying)
-            self._traffic.ram_pages += len(held)
-            for page in self._pinned.intersection(self._ring):
-                self._ring.remove(page)  # decode uses it: now the policy decides
+            self._hit(held)
             yield self._arrivals(held)
             while flying or missing:
                 self._pinned.clear()
@@ -168,13 +136,17 @@ class ExpertStore:
                 yield self._arrivals(self._land(flying))
         finally:
             self._pinned.clear()
-            self._abandon(flying)
+            self._slots.owe(flying.values())
+
+    def _hit(self, held: Sequence[Page]) -> None:
+        self._traffic.ram_pages += len(held)
+        if self._ring:
+            for page in self._pinned.intersection(self._ring):
+                self._ring.remove(page)  # decode uses it: now the policy decides
 
     def _arrivals(self, pages: Sequence[Page]) -> list[Arrival]:
-        return [
-            Arrival(page[1], self._pack.layouts[self._at(page).codec], self._ram.tensor(self._slots[page]))
-            for page in pages
-        ]
+        layouts = self._pack.layouts
+        return [Arrival(page[1], layouts[self._at(page).codec], self._slots.tensor(page)) for page in pages]
 
     def _at(self, page: Page) -> PageAt:
         return self._pack.page_at(*page)
@@ -192,13 +164,13 @@ class ExpertStore:
             flying[page] = self._read(page, slot)
 
     def _read(self, page: Page, slot: int) -> Read:
-        return Read(self._disk.read(self._at(page), self._ram.memory(slot)), slot)
+        return Read(self._disk.read(self._at(page), self._slots.memory(slot)), slot)
 
     def _claim(self, page: Page) -> Read:
         """A guessed page is needed now: wait for its read if that has begun, else read it before all guesses."""
         self._ahead.discard(page)
-        guess = self._guesses.pop(page)
-        return self._read(page, guess.slot) if guess.future.cancel() else guess
+        guess = self._guesses.claim(page)
+        return self._read(page, guess.slot) if guess.future.cancelled() else guess
 
     def _land(self, flying: dict[Page, Read]) -> list[Page]:
         """Wait for at least one read; take in, pinned, all that have come."""
@@ -208,7 +180,6 @@ class ExpertStore:
             raise self._stalled(flying)
         for page in landed:
             self._take_in(page, flying.pop(page))
-            self._traffic.disk_pages += 1
         self._pinned = set(landed)
         return landed
 
@@ -216,54 +187,41 @@ class ExpertStore:
         try:
             read.future.result()
         except BaseException:
-            self._free.append(read.slot)
+            self._slots.give(read.slot)
             raise
-        self._slots[page] = read.slot
-        self._policy.admit(page)
+        self._slots.put(page, read.slot)
+        self._traffic.disk_pages += 1
         self._traffic.disk_bytes += self._at(page).nbytes
 
     def _stalled(self, flying: dict[Page, Read]) -> BadModel:
         page = next(iter(flying))
         at = self._at(page)
-        self._stuck += flying.values()  # their slots may still be written to
-        flying.clear()
         return BadModel(
             f"The disk has given nothing for {self._stall_s:.0f} s: expert {page[1]} of layer {page[0]}, "
             f"{at.nbytes:,} bytes at {at.offset:,} of {at.file}. Check the disk, then ask again."
         )
 
-    def _abandon(self, flying: dict[Page, Read]) -> None:
-        """Give back the slots of reads that nobody wants any more."""
-        for read in flying.values():
-            read.future.cancel()
-        self._stuck += flying.values()
-        flying.clear()
-        self._unstick()
-
-    def _unstick(self) -> None:
-        self._free += [read.slot for read in self._stuck if read.future.done()]
-        self._stuck = [read for read in self._stuck if not read.future.done()]
-
     # ---- slots ----
 
     def _take_slots(self, n: int) -> list[int]:
         """Up to n slots: free ones, of guesses that have not begun, of a prompt's pages, of pages that give way."""
-        self._unstick()
-        slots = [self._free.pop() for _ in range(min(n, len(self._free)))]
-        while len(slots) < n and (slot := self._take_back_a_guess()) is not None:
-            slots.append(slot)
+        slots = self._slots.take(n)
+        while len(slots) < n and (guess := self._guesses.take_back()) is not None:
+            self._ahead.discard(guess[0])
+            slots.append(guess[1])
         for page in [page for page in self._ring if page not in self._pinned][: n - len(slots)]:
             slots.append(self._evict(page))
         if len(slots) < n:
-            slots += map(self._evict, self._policy.victims(n - len(slots), self._pinned | self._guessed))
+            slots += map(
+                self._evict, self._slots.victims(n - len(slots), self._pinned | self._guesses.routed)
+            )
         return slots
 
     def _must_take_slot(self) -> int:
         """A slot where nothing but guesses and reads that nobody wants any more stand in the way."""
-        self._guessed.clear()
-        owed = [read.future for read in (*self._stuck, *self._guesses.values())]
-        wait(owed, self._stall_s, FIRST_COMPLETED)
-        self._landed.extend(page for page, read in self._guesses.items() if read.future.done())
+        self._guesses.routed.clear()
+        self._slots.wait_for_owed(self._guesses.futures, self._stall_s)
+        self._guesses.note_all_done()
         self._take_in_guesses()
         slots = self._take_slots(1)
         if not slots:
@@ -276,39 +234,27 @@ class ExpertStore:
     def resize(self, n_slots: int) -> None:
         """Use this many slots, at least one and at most those given at first; the others' memory goes back."""
         with self._lock:
-            n_slots = min(max(1, n_slots), self._ram.n_slots)
-            for slot in self._take_slots(max(0, self.n_slots - n_slots)):
-                self._ram.give_back(slot)
-                self._revoked.append(slot)
-            while self.n_slots < n_slots:
-                self._free.append(self._revoked.pop())
+            n_slots = min(max(1, n_slots), self._full)
+            self._slots.revoke(self._take_slots(max(0, self.n_slots - n_slots)))
+            self._slots.restore(n_slots - self.n_slots)
 
     def _evict(self, page: Page) -> int:
-        self._policy.drop(page)
         if page in self._ring:
             self._ring.remove(page)
-        self._guessed.discard(page)
+        self._guesses.routed.discard(page)
         self._ahead.discard(page)
-        return self._slots.pop(page)
-
-    def _take_back_a_guess(self) -> int | None:
-        """The slot of the last page to be warmed up whose read has not begun."""
-        for page in reversed(self._guesses):
-            if page not in self._guessed and self._guesses[page].future.cancel():
-                self._ahead.discard(page)
-                return self._guesses.pop(page).slot
-        return None
+        return self._slots.evict(page)
 
     # ---- guesses ----
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Read pages that a later layer will probably ask for, while the disk has nothing better to do."""
         with self._lock:
-            pages = [(layer, expert) for expert in experts]
-            pages = [page for page in pages if page not in self._slots and page not in self._guesses]
-            pages = pages[: max(0, self._ram.n_slots // 4 - len(self._guessed))]
-            self._guess(pages)
-            self._guessed.update(page for page in pages if page in self._guesses)
+            room = max(0, self._full // GUESS_SHARE - len(self._guesses.routed))
+            pages = self._absent((layer, expert) for expert in experts)[:room]
+            for page, slot in zip(pages, self._take_slots(len(pages)), strict=False):
+                self._guesses.begin(page, self._at(page), slot)
+                self._guesses.routed.add(page)
 
     def warm(self, pages: Sequence[Page]) -> None:
         """Fill free slots with these pages, hottest first, in the background, before anybody asks for them.
@@ -316,67 +262,40 @@ class ExpertStore:
         They are read in quarters, the hottest first, each in the order of the files.
         """
         with self._lock:
-            pages = [page for page in pages if page not in self._slots and page not in self._guesses]
-            pages = pages[: len(self._free)]
+            pages = self._absent(pages)[: self._slots.n_free]
             quarter = max(1, -(-len(pages) // 4))
-            for start in range(0, len(pages), quarter):
-                self._guess(sorted(pages[start : start + quarter]))
+            order = [page for i in range(0, len(pages), quarter) for page in sorted(pages[i : i + quarter])]
+            for page, slot in zip(order, self._slots.take(len(order)), strict=False):
+                self._guesses.begin(page, self._at(page), slot)
 
     def wait_until_warm(self, timeout_s: float | None = None) -> None:
         """Wait for the pages that are being read before anybody asked for them."""
         with self._lock:
-            wait([read.future for read in self._guesses.values()], timeout_s)
+            wait(self._guesses.futures, timeout_s)
 
-    def _guess(self, pages: Sequence[Page]) -> None:
-        for page, slot in zip(pages, self._take_slots(len(pages)) if pages else (), strict=False):
-            self._guess_into(page, slot)
-
-    def _guess_into(self, page: Page, slot: int) -> None:
-        guess = Read(self._disk.guess(self._at(page), self._ram.memory(slot)), slot)
-        self._guesses[page] = guess
-        guess.future.add_done_callback(partial(self._note_landing, page))
-
-    def _note_landing(self, page: Page, _: "Future[None]") -> None:
-        self._landed.append(page)  # called by a reader's thread
+    def _absent(self, pages: Iterable[Page]) -> list[Page]:
+        return [page for page in pages if page not in self._slots and page not in self._guesses]
 
     def _settle(self, layer: int, wanted: Sequence[Page]) -> None:
-        """Take in guesses that have landed, and close the account of those for `layer`."""
+        """Take in guesses that have landed, and close the account of the router's guesses for `layer`."""
         self._take_in_guesses()
-        due = {page for page in self._guessed if page[0] == layer}
-        if due:
-            self._close_account(due, set(wanted))
+        if due := self._guesses.due(layer):
+            self._close_account(due, due.intersection(wanted))
 
     def _take_in_guesses(self) -> None:
-        """Take in what has landed since."""
-        while self._landed:
-            page = self._landed.popleft()
-            if page in self._guesses and self._guesses[page].future.done():
-                self._take_in_guess(page, self._guesses.pop(page))
+        for page in self._guesses.landed():
+            self._traffic.disk_bytes += self._at(page).nbytes
 
-    def _take_in_guess(self, page: Page, read: Read) -> None:
-        try:
-            self._take_in(page, read)
-        except BadModel:
-            self._guessed.discard(page)
-            self._ahead.discard(page)  # a bad page is an error for whoever asks for it
-
-    def _close_account(self, due: set[Page], wanted: set[Page]) -> None:
-        self._guessed -= due
-        useful = len(due & wanted)
-        wasted = sum(1 for page in due - wanted if not self._drop_guess(page))
-        self._traffic.disk_pages += sum(1 for page in due & wanted if page in self._slots)
-        self._traffic.ram_pages -= sum(1 for page in due & wanted if page in self._slots)
-        self._traffic.prefetch_useful += useful
-        self._traffic.prefetch_wasted += wasted
+    def _close_account(self, due: set[Page], useful: set[Page]) -> None:
+        """Count what the guesses were worth. A right one that is in RAM already was still read from disk."""
+        n_wasted = sum(1 for page in due - useful if not self._guesses.drop(page))
+        n_there = sum(1 for page in useful if page in self._slots)
+        self._traffic.disk_pages += n_there
+        self._traffic.ram_pages -= n_there
+        self._traffic.prefetch_useful += len(useful)
+        self._traffic.prefetch_wasted += n_wasted
         if self._gate is not None:
-            self._gate.judge(useful, wasted)
-
-    def _drop_guess(self, page: Page) -> bool:
-        """Take back a guess that was wrong; False where its read has begun."""
-        if page not in self._guesses or not self._guesses[page].future.cancel():
-            return False
-        self._free.append(self._guesses.pop(page).slot)
-        return True
+            self._gate.judge(len(useful), n_wasted)
 
     # ---- a prompt ----
 
@@ -397,8 +316,8 @@ class ExpertStore:
         A page is valid until the next list is asked for. Raises BadModel where a page is bad.
         """
         with self._lock:
-            self._settle(layer, [(layer, expert) for expert in experts])
             waiting = deque((layer, expert) for expert in experts)
+            self._settle(layer, waiting)
             flying: dict[Page, Read] = {}
             most = len(experts) >= MOST * self._n_experts[layer]
             try:
@@ -411,7 +330,7 @@ class ExpertStore:
                     yield self._arrivals(ready)
             finally:
                 self._pinned.clear()
-                self._abandon(flying)
+                self._slots.owe(flying.values())
 
     def _ready(self, waiting: deque[Page], flying: dict[Page, Read]) -> list[Page]:
         """Take the first pages off `waiting`: at least one, and what has come after it without a gap."""
@@ -432,38 +351,22 @@ class ExpertStore:
     def _arrive(self, page: Page, flying: dict[Page, Read]) -> None:
         wait([flying[page].future], self._stall_s)
         if not flying[page].future.done():
-            raise self._stalled(flying)
+            raise self._stalled({page: flying[page]})
         self._take_in(page, flying.pop(page))
         self._stream_through(page)
 
     def _use_in_stream(self, page: Page) -> None:
-        if page in self._ahead:
-            self._ahead.discard(page)
-            self._stream_through(page)
-        else:
+        if page not in self._ahead:
             self._traffic.ram_pages += 1
+            return
+        self._ahead.discard(page)
+        self._traffic.disk_pages += 1
+        self._stream_through(page)
 
     def _stream_through(self, page: Page) -> None:
-        self._traffic.disk_pages += 1
         self._ring.append(page)
         if len(self._ring) > self._ring_size:
             self._ring.popleft()
-
-    def _begin_next(self, layer: int, n_flying: int) -> None:
-        """The disk is done with a layer that wanted nearly all its pages: the next one will too, in file order."""
-        following = self._next_layer.get(layer)
-        if following is None:
-            return
-        n_begun = len(self._ahead)
-        for page in ((following, expert) for expert in range(self._n_experts[following])):
-            if page in self._slots or page in self._guesses:
-                continue
-            slot = self._ring_slot(n_flying + n_begun)
-            if slot is None:
-                return
-            self._guess_into(page, slot)
-            self._ahead.add(page)
-            n_begun += 1
 
     def _read_ahead(self, waiting: deque[Page], flying: dict[Page, Read]) -> bool:
         """Start reading the next missing pages, as many as the ring has slots for; the first one in any case.
@@ -481,18 +384,30 @@ class ExpertStore:
                 slot = self._evict_last(waiting)
             if slot is None:
                 return False
+            self._ahead.discard(page)
             flying[page] = self._read(page, slot)
         return True
 
+    def _begin_next(self, layer: int, n_flying: int) -> None:
+        """The disk is done with a layer that wanted nearly all its pages: the next one will too, in file order."""
+        following = self._next_layer.get(layer)
+        if following is None:
+            return
+        for page in self._absent((following, expert) for expert in range(self._n_experts[following])):
+            slot = self._ring_slot(n_flying)
+            if slot is None:
+                return
+            self._guesses.begin(page, self._at(page), slot)
+            self._ahead.add(page)
+
     def _ring_slot(self, n_flying: int) -> int | None:
         """A slot for a streamed page: a free one, the one of the page streamed longest ago, or one that decode had."""
-        self._unstick()
-        if self._free:
-            return self._free.pop()
-        if len(self._ring) + n_flying >= self._ring_size:
+        if slots := self._slots.take(1):
+            return slots[0]
+        if len(self._ring) + len(self._ahead) + n_flying >= self._ring_size:
             gone = next((page for page in self._ring if page not in self._pinned), None)
             return None if gone is None else self._evict(gone)
-        victims = self._policy.victims(1, self._pinned | self._guessed)
+        victims = self._slots.victims(1, self._pinned | self._guesses.routed | self._ahead)
         return self._evict(victims[0]) if victims else None
 
     @property

@@ -49,7 +49,7 @@ def fetched(store: ExpertStore, layer: int, experts: Sequence[int]) -> dict[int,
 
 def owned(store: ExpertStore) -> int:
     """Slots that the store can account for."""
-    return sum(map(len, (store._slots, store._free, store._guesses, store._stuck, store._revoked)))
+    return store._slots.n_accounted + len(store._guesses)
 
 
 requests = st.lists(
@@ -102,8 +102,7 @@ def test_streams_fetches_guesses_and_fewer_slots_in_any_order(
 def test_a_right_guess_is_a_useful_read_and_a_wrong_one_a_wasted_one(pack: Pack) -> None:
     store = ExpertStore(pack, pack.page.bytes, 16, Lru(5, 8))
     store.prefetch(2, [1, 2, 3])
-    for read in store._guesses.values():
-        read.future.result()
+    store.wait_until_warm()
     fetched(store, 2, [1, 2, 5])
     traffic = store.traffic
     assert (traffic.prefetch_useful, traffic.prefetch_wasted) == (2, 1)
@@ -114,8 +113,7 @@ def test_a_right_guess_is_a_useful_read_and_a_wrong_one_a_wasted_one(pack: Pack)
 def test_warm_pages_are_there_before_they_are_asked_for(pack: Pack) -> None:
     store = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8))
     store.warm([(layer, expert) for layer in (1, 3) for expert in range(8)])
-    for read in list(store._guesses.values()):
-        read.future.result()
+    store.wait_until_warm()
     fetched(store, 1, range(8))
     fetched(store, 3, range(4))
     assert (store.traffic.ram_pages, store.traffic.disk_pages) == (12, 0)

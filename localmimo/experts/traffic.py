@@ -1,0 +1,25 @@
+"""Traffic: what was asked of the store, and where it was found. Counts alone."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Counters since the store was opened."""
+
+    gpu_pages: int = 0  # found on the GPU
+    ram_pages: int = 0  # found in RAM
+    disk_pages: int = 0  # read from disk, on demand or by a guess that was right
+    disk_bytes: int = 0  # read in all, wrong guesses included
+    read_s: float = 0.0  # time in which at least one read was under way
+    prefetch_useful: int = 0  # guessed pages that were then asked for
+    prefetch_wasted: int = 0  # guessed pages that were read for nothing
+    uploads: int = 0  # pages copied to the GPU
+
+    def since(self, before: "Traffic") -> "Traffic":
+        """The difference to an earlier reading."""
+        earlier = asdict(before)
+        return Traffic(**{name: value - earlier[name] for name, value in asdict(self).items()})
+
+    def copy(self) -> "Traffic":
+        return Traffic(**asdict(self))
