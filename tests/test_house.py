@@ -37,7 +37,8 @@ chat
 kv plan structure saved trail
 estimate
 model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic
-experts.stats
+experts.stats experts.recall experts.trace
+experts.adaptive
 experts.policy
 experts.tiers
 experts.slots

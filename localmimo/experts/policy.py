@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from localmimo.experts.stats import Page, RouterStats
+from localmimo.experts.adaptive import Adaptive
+from localmimo.experts.stats import Page
 
 __all__ = ["Adaptive", "Belady", "Lfu", "Lru", "Page", "Policy"]
 
@@ -75,76 +76,6 @@ def lowest(ranks: NDArray[np.int64], absent: int, n: int, keep: Collection[Page]
         order = part[flat[part].argsort(kind="stable")]
     pages = (divmod(int(place), width) for place in order if flat[place] != absent)
     return [page for page in pages if page not in keep][:n]
-
-
-class Adaptive:
-    """The page whose next use is expected to be farthest away gives way.
-
-    A page of layer l waits until l comes round again, and then (1 - p) / p tokens more, p being its chance
-    per token.
-    Times are absolute, in layers since the start, so that a layer's figures change only when it is asked for.
-    """
-
-    def __init__(self, stats: RouterStats) -> None:
-        self._stats = stats
-        self._n_rows = len(stats.layers)
-        shape = (self._n_rows, stats.n_experts)
-        self._due = np.zeros(shape, dtype=np.float64)  # when each page is expected to be used next
-        self._held_due = np.full(shape, -np.inf, dtype=np.float64)  # the same, for held pages
-        self._latest = np.full(self._n_rows, -np.inf, dtype=np.float64)  # of the held pages of each row
-        self._held = np.zeros(shape, dtype=bool)
-        self._token, self._row = 0, -1
-        for row in range(self._n_rows):
-            self._expect(row)
-
-    def request(self, layer: int, experts: Sequence[int]) -> None:
-        self._stats.request(layer, experts)
-        row = self._stats.row[layer]
-        if row <= self._row:
-            self._token += 1
-        self._row = row
-        self._expect(row)
-
-    def _expect(self, row: int) -> None:
-        """Work out when the pages of a row are due."""
-        stats = self._stats
-        views = stats.use[:, row] / np.maximum(stats.seen[:, row], 1e-9)[:, None]
-        chance = np.maximum(views.mean(0), 1e-4)
-        next_turn = (self._token + (row <= self._row)) * self._n_rows + row
-        self._due[row] = next_turn + self._n_rows * (1 / chance - 1)
-        self._held_due[row] = np.where(self._held[row], self._due[row], -np.inf)
-        self._latest[row] = self._held_due[row].max()
-
-    def admit(self, page: Page) -> None:
-        row, expert = self._stats.row[page[0]], page[1]
-        self._held[row, expert] = True
-        self._set(row, expert, self._due[row, expert])
-
-    def drop(self, page: Page) -> None:
-        row, expert = self._stats.row[page[0]], page[1]
-        self._held[row, expert] = False
-        self._set(row, expert, np.float64(-np.inf))
-
-    def _set(self, row: int, expert: int, due: np.float64) -> None:
-        self._held_due[row, expert] = due
-        self._latest[row] = self._held_due[row].max()
-
-    def victims(self, n: int, keep: Collection[Page]) -> list[Page]:
-        chosen: list[Page] = []
-        passed: list[tuple[int, int, np.float64]] = []
-        while len(chosen) < n:
-            row = int(self._latest.argmax())
-            if self._latest[row] == -np.inf:
-                break
-            expert = int(self._held_due[row].argmax())
-            passed.append((row, expert, self._held_due[row, expert]))
-            self._set(row, expert, np.float64(-np.inf))
-            page = (self._stats.layers[row], expert)
-            if page not in keep:
-                chosen.append(page)
-        for row, expert, due in passed:
-            self._set(row, expert, due)
-        return chosen
 
 
 class Lfu:

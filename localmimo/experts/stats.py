@@ -21,8 +21,8 @@ from localmimo.experts.profile import (
     write_profile,
 )
 
-HALF_LIVES = (4, 32, 256)  # tokens
-_HEAD_START = (0.5, 0.5, 0.2)  # weight of a profile's figures in the decayed ones at the start of a session
+HALF_LIVES = (2, 8, 32, 128)  # tokens
+HEAD_START = 0.3  # weight of a profile's figures in the decayed ones at the start of a session
 
 Page = tuple[int, int]  # (layer, expert)
 Array = NDArray[np.float32]
@@ -31,8 +31,8 @@ Array = NDArray[np.float32]
 class RouterStats:
     """Counts over the MoE `layers` (their indices in the model, ascending) of a model with `n_experts` a layer.
 
-    A row is a layer's place among `layers`. `use[h, row]` are sums over the tokens, decayed with HALF_LIVES[h] tokens,
-    and `seen[h, row]` is what they would be for an expert that every token uses.
+    A row is a layer's place among `layers`. `use[h, row]` is the chance per token that each expert is used: means that
+    are decayed with HALF_LIVES[h] tokens, over as much as was seen of them.
     """
 
     def __init__(self, layers: Sequence[int], n_experts: int) -> None:
@@ -41,7 +41,7 @@ class RouterStats:
         self.row = {layer: row for row, layer in enumerate(self.layers)}
         n_rows, n_half = len(self.layers), len(HALF_LIVES)
         self.use: Array = np.zeros((n_half, n_rows, n_experts), dtype=np.float32)
-        self.seen: Array = np.zeros((n_half, n_rows), dtype=np.float32)
+        self.seen: Array = np.zeros((n_half, n_rows), dtype=np.float32)  # the weight behind `use`, in tokens
         self.last_used = np.full((n_rows, n_experts), -1, dtype=np.int64)  # in steps of that layer; -1: never
         self.steps = np.zeros(n_rows, dtype=np.int64)  # of each layer, since the start
         self.warning: str | None = None  # why a profile could not be read or written
@@ -50,35 +50,47 @@ class RouterStats:
             n_rows, n_experts
         )  # its arrays: what this session saw since the last save
         self._fresh_steps = np.zeros(n_rows, dtype=np.int64)
-        self._decay = np.array([0.5 ** (1 / half) for half in HALF_LIVES], dtype=np.float32)
-        self._before: tuple[int, list[int]] = (-1, [])  # row and experts of the request before
+        self._decay = np.array([[0.5 ** (1 / half)] for half in HALF_LIVES], dtype=np.float32)
+        self._waiting: list[tuple[int, list[int]]] = []  # rows and experts not yet counted
+        self._before: tuple[int, list[int]] = (-2, [])  # of the last one counted
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
         """One decode step uses these experts of a layer."""
-        row, chosen = self.row[layer], list(experts)
-        use, seen = self.use[:, row], self.seen[:, row]
-        use *= self._decay[:, None]
-        seen *= self._decay
-        use[:, chosen] += 1
-        seen += 1
-        self.last_used[row, chosen] = self.steps[row]
-        self.steps[row] += 1
-        self._fresh_steps[row] += 1
-        self._fresh.uses[row, chosen] += 1
-        before, those = self._before
-        if before == row - 1:
-            self._fresh.follows[row][np.ix_(those, chosen)] += 1
-        self._before = (row, chosen)
+        row = self.row[layer]
+        if self._waiting and row <= self._waiting[-1][0]:
+            self.settle()
+        self._waiting.append((row, list(experts)))
+
+    def settle(self) -> None:
+        """Count what was requested. Several layers at once, because that costs little more than one."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        rows = np.array([row for row, _ in waiting])
+        places = np.repeat(rows, [len(experts) for _, experts in waiting])
+        chosen = np.concatenate([experts for _, experts in waiting]).astype(np.intp)
+        self.seen[:, rows] = self.seen[:, rows] * self._decay + 1
+        share = 1 / self.seen[:, rows]
+        self.use[:, rows] *= (1 - share)[:, :, None]
+        self.use[:, places, chosen] += np.repeat(share, [len(experts) for _, experts in waiting], axis=1)
+        self.last_used[places, chosen] = self.steps[places]
+        self.steps[rows] += 1
+        self._fresh_steps[rows] += 1
+        self._fresh.uses[places, chosen] += 1
+        for row, experts in waiting:
+            if self._before[0] == row - 1:
+                self._fresh.follows[row][np.array(self._before[1])[:, None], experts] += 1
+            self._before = (row, experts)
 
     # ---- what is likely ----
 
     def chances(self) -> Array:
         """Chance per token that an expert is used [rows, experts]: the mean of the recent views and the long run."""
+        self.settle()
         session = min(1.0, SESSION_TOKENS / max(1, self._fresh_steps.max(initial=0)))
         tokens = self._profile.tokens + session * self._fresh_steps[:, None]
         long_run = (self._profile.uses + session * self._fresh.uses) / np.maximum(tokens, 1e-9)
-        views = self.use / np.maximum(self.seen, 1e-9)[:, :, None]
-        return np.asarray((views.sum(0) + long_run) / (len(HALF_LIVES) + 1), dtype=np.float32)
+        return np.asarray((self.use.sum(0) + long_run) / (len(HALF_LIVES) + 1), dtype=np.float32)
 
     def hottest(self, n: int) -> list[Page]:
         """The n pages most likely to be used, likeliest first; only pages that were ever used."""
@@ -92,6 +104,7 @@ class RouterStats:
 
     def likely_next(self, layer: int, experts: Sequence[int], n: int) -> list[int]:
         """The n experts of the MoE layer after `layer` that most often followed `experts` of it, likeliest first."""
+        self.settle()
         row, chosen = self.row[layer] + 1, list(experts)
         if row == len(self.layers) or n <= 0:
             return []
@@ -119,19 +132,23 @@ class RouterStats:
     def _start_from(self, profile: Profile) -> None:
         self._profile = profile
         known = (profile.recent + profile.uses / max(profile.tokens, 1e-9)) / 2
-        for h, weight in enumerate(_HEAD_START):
-            full = weight / (1 - self._decay[h])
-            self.use[h], self.seen[h] = known * full, full
+        self.use[:] = known
+        self.seen[:] = HEAD_START / (1 - self._decay)
 
     def _session(self) -> Profile:
-        recent = self.use[-1] / np.maximum(self.seen[-1], 1e-9)[:, None]
-        return Profile(float(self._fresh_steps.max(initial=0)), self._fresh.uses, self._fresh.follows, recent)
+        return Profile(
+            float(self._fresh_steps.max(initial=0)),
+            self._fresh.uses,
+            self._fresh.follows,
+            self.use[-1].copy(),
+        )
 
     def save(self, path: Path) -> bool:
         """Add what was seen since the start, or the last save, to the profile at `path`; False: see `warning`.
 
         The file is read again first: what other processes added meanwhile stays.
         """
+        self.settle()
         if not self._fresh_steps.any():
             return True
         try:

@@ -1,0 +1,218 @@
+"""Adaptive: the policy that the store uses. It forecasts when each page is used next, and learns whom to believe.
+
+Two forecasts per page: its chance at its layer's next turn, and its chance per token after that. Both are mixtures of
+what the page did lately (decayed means of RouterStats), of what followed tokens like the present one (Recall) and of
+plain ignorance; the weights of the mixtures follow the traffic. Knows pages and their forecasts; no bytes.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmimo.experts.recall import SHARPNESS, Recall
+from localmimo.experts.stats import HALF_LIVES, Page, RouterStats
+
+N_ROUNDS = 8  # forecasts per token
+LINE = 64  # victims looked for in advance
+LEARNING = 0.05  # of a mixture's weights, per layer
+SNAPSHOT_TOKENS = 4  # forecasts of later tokens are judged by the tokens that follow a snapshot
+LEAST_CHANCE = 1e-4
+_N_MEANS = len(HALF_LIVES)
+_N_VIEWS = _N_MEANS + len(SHARPNESS) + 1  # the last one: every expert alike
+
+Array = NDArray[np.float32]
+Places = NDArray[np.intp]
+
+
+class Adaptive:
+    """The page whose next use is worth least now gives way: far away, or unlikely before it would be evicted anyway.
+
+    A use t tokens away is worth exp(-t / patience), where patience is about half of the time that a page survives
+    here unused: with few slots only the next token counts, with many the long run. A page's rank is its distance,
+    -patience * log(worth), in tokens from the beginning of the present one.
+    """
+
+    def __init__(self, stats: RouterStats) -> None:
+        self._stats = stats
+        self._n_rows, n_experts = len(stats.layers), stats.n_experts
+        self._recall = Recall(self._n_rows, n_experts)
+        self._forecast = Forecast(stats, self._recall)
+        self._turnover = Turnover()
+        self._place = {
+            layer: row * n_experts for row, layer in enumerate(stats.layers)
+        }  # of the layer's expert 0
+        self._distance = np.zeros(self._n_rows * n_experts, dtype=np.float32)
+        self._held = np.zeros(self._distance.size, dtype=bool)
+        self._line: list[
+            tuple[int, float]
+        ] = []  # held pages and their distances, best victims last; a few too many
+        self._waiting: list[tuple[int, list[int]]] = []  # rows and experts requested since the last forecast
+        self._round = -(-self._n_rows // N_ROUNDS)  # layers between forecasts
+        self._row = -1
+        self._just_used = 0.0  # usual distance of a page that was just used
+        self._look_ahead()
+
+    def request(self, layer: int, experts: Sequence[int]) -> None:
+        row = self._stats.row[layer]
+        if row <= self._row:
+            self._look_ahead()
+            self._recall.next_token()
+            self._turnover.next_token(int(self._held.sum()))
+        self._row = row
+        self._turnover.n_requests += len(experts)
+        self._stats.request(layer, experts)
+        self._waiting.append((row, list(experts)))
+        if len(self._waiting) >= self._round:
+            self._look_ahead()
+        else:
+            self._pass_turn(self._place[layer], list(experts))
+
+    def _pass_turn(self, begin: int, experts: list[int]) -> None:
+        """Until the next forecast: the row comes round in a token's time; pages used are as good as such are."""
+        row = self._distance[begin : begin + self._stats.n_experts]
+        row += 1
+        row[experts] = 1 + self._just_used
+
+    def _look_ahead(self) -> None:
+        """Learn from the layers that were requested, and forecast every page anew."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._forecast.learn([row for row, _ in waiting], [experts for _, experts in waiting])
+        turn = np.arange(self._n_rows, dtype=np.float32) / max(self._n_rows, 1)
+        turn[: self._row + 1] += 1
+        distances = self._forecast.distances(self._turnover.patience) + turn[:, None]
+        if waiting:
+            self._just_used = float(
+                np.mean([distances[row, experts].mean() - turn[row] for row, experts in waiting])
+            )
+        self._distance = distances.reshape(-1).astype(np.float32)
+        self._line_up(LINE)
+
+    def admit(self, page: Page) -> None:
+        self._turnover.n_admitted += 1
+        self._held[self._place[page[0]] + page[1]] = True
+
+    def drop(self, page: Page) -> None:
+        self._held[self._place[page[0]] + page[1]] = False
+
+    def victims(self, n: int, keep: Collection[Page]) -> list[Page]:
+        found = self._from_line(n, keep)
+        if len(found) < n:
+            self._line_up(n + len(keep) + LINE)
+            found = self._from_line(n, keep)
+        return found
+
+    def _line_up(self, n: int) -> None:
+        """Stand the n held pages with the greatest distances in line."""
+        ranks = np.where(self._held, self._distance, np.float32(-1))
+        n = min(n, int(self._held.sum()))
+        places = np.sort(np.argpartition(ranks, -n)[-n:]) if n else np.empty(0, dtype=np.intp)
+        places = places[np.argsort(ranks[places], kind="stable")]
+        self._line = list(zip(places.tolist(), ranks[places].tolist(), strict=True))
+
+    def _from_line(self, n: int, keep: Collection[Page]) -> list[Page]:
+        """The next n of the line that are still held, were not used meanwhile and may go."""
+        found: list[Page] = []
+        while self._line and not self._may_go(*self._line[-1]):
+            self._line.pop()
+        for place, distance in reversed(self._line):
+            if len(found) == n:
+                break
+            row, expert = divmod(place, self._stats.n_experts)
+            page = (self._stats.layers[row], expert)
+            if page not in keep and self._may_go(place, distance):
+                found.append(page)
+        return found
+
+    def _may_go(self, place: int, distance: float) -> bool:
+        return bool(self._held[place]) and self._distance[place] >= distance
+
+
+class Turnover:
+    """How long a page survives here without being used, from how many are held and how many come in per token."""
+
+    def __init__(self) -> None:
+        self.n_requests = self.n_admitted = 0  # of the present token
+        self._admitted_a_token = 0.0
+        self._requests_a_token = 0.0
+        self._seen = 0.0
+        self._n_held = 0
+
+    def next_token(self, n_held: int) -> None:
+        self._seen = self._seen * 0.75 + 1
+        self._admitted_a_token += (self.n_admitted - self._admitted_a_token) / self._seen
+        self._requests_a_token += (self.n_requests - self._requests_a_token) / self._seen
+        self._n_held = n_held
+        self.n_requests = self.n_admitted = 0
+
+    @property
+    def patience(self) -> float:
+        """In tokens."""
+        return max(0.5, 0.5 * self._n_held / max(self._admitted_a_token, 0.02 * self._requests_a_token, 1e-9))
+
+
+class Forecast:
+    """Chances of every page, next turn and later, as mixtures that learn their weights by expectation maximisation."""
+
+    def __init__(self, stats: RouterStats, recall: Recall) -> None:
+        self._stats, self._recall = stats, recall
+        self._n_tokens, self._last_row = 0, -1
+        self._next_mix = np.full(_N_VIEWS, 1 / _N_VIEWS, dtype=np.float32)
+        self._later_mix = self._next_mix.copy()
+        self._base_chance = 0.0  # of an expert nobody knows anything about
+        self._snapshot: tuple[Array, Array] | None = None  # means and weights of like tokens, some tokens ago
+        self._reach = 3.0
+
+    def learn(self, rows: Sequence[int], experts: Sequence[list[int]]) -> None:
+        """These rows of the present token use these experts."""
+        if rows[0] <= self._last_row:
+            self._n_tokens += 1
+            if self._n_tokens % SNAPSHOT_TOKENS == 0:
+                self._snapshot = (self._stats.use.copy(), self._recall.later_weights(self._reach))
+        self._last_row = rows[-1]
+        places = np.repeat(rows, [len(chosen) for chosen in experts])
+        pages = np.concatenate(experts).astype(np.intp)
+        who = self._recall.who(places, pages)
+        if self._recall.n_past > 2:
+            self._judge(places, pages, who, len(rows))
+        self._stats.settle()
+        for row, chosen in zip(rows, experts, strict=True):
+            self._recall.learn(row, chosen)
+        self._recall.compare(who)
+        self._base_chance = len(pages) / len(rows) / self._stats.n_experts
+
+    def _judge(self, rows: Places, pages: Places, who: Array, n_layers: int) -> None:
+        """Move both mixtures towards the views that expected what is now used."""
+        rate = 1 - (1 - LEARNING) ** n_layers
+        views = self._views(self._stats.use[:, rows, pages], self._recall.said(who))
+        self._next_mix += rate * (_credit(self._next_mix, views) - self._next_mix)
+        if self._snapshot is not None:
+            means, weights = self._snapshot
+            views = self._views(means[:, rows, pages], weights @ who.T)
+            self._later_mix += rate * (_credit(self._later_mix, views) - self._later_mix)
+
+    def _views(self, means: Array, recalled: Array) -> Array:
+        ignorance = np.full((1, means.shape[1]), self._base_chance, dtype=np.float32)
+        return np.concatenate((means, recalled, ignorance)) + np.float32(1e-6)
+
+    def distances(self, patience: float) -> Array:
+        """-patience * log of what each page's next use is worth, counted from its row's next turn [rows, experts]."""
+        self._reach = max(1.5, patience)
+        recalled, means = slice(_N_MEANS, -1), self._stats.use.reshape(_N_MEANS, -1)
+        mixes = np.stack((self._next_mix, self._later_mix))
+        first, later = (mixes[:, :_N_MEANS] @ means).reshape(2, *self._stats.use.shape[1:])
+        first += self._recall.next_uses(self._next_mix[recalled]) + self._next_mix[-1] * self._base_chance
+        later += self._recall.later_uses(self._later_mix[recalled], self._reach)
+        later += self._later_mix[-1] * self._base_chance
+        np.clip(first, LEAST_CHANCE, 1, out=first)
+        np.clip(later, LEAST_CHANCE, 1, out=later)
+        fade = np.float32(np.exp(-1 / patience))
+        worth = first + (1 - first) * (fade * later / (1 - fade * (1 - later)))
+        return np.asarray(-patience * np.log(worth), dtype=np.float32)
+
+
+def _credit(mix: Array, views: Array) -> Array:
+    """Each view's share in the mixture's forecasts of what came true [views]."""
+    shares = mix[:, None] * views
+    return np.asarray((shares / shares.sum(0)).mean(1), dtype=np.float32)
