@@ -8,29 +8,36 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from localmimo import __version__
+from localmimo.cli.frame import (
+    BAD_PACK,
+    FAILED,
+    INTERRUPTED,
+    NO_ROOM,
+    OK,
+    USAGE,
+    Json,
+    Quiet,
+    Settings,
+    Verbose,
+    carry_out,
+    complain,
+    ui_of,
+)
+from localmimo.cli.hardware import doctor, plan
 from localmimo.errors import BadModel, BadRequest, Cancelled, DoesNotFit, LocalMimoError
 
-OK, FAILED, USAGE, NO_ROOM, BAD_PACK, INTERRUPTED = 0, 1, 2, 3, 4, 130
+_ui, _carry_out = ui_of, carry_out
 
 # Public name of nothing in typer: BadParameter's parent is the usage error, and its parent every shown error.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 ShownError: type[Exception] = UsageError.__bases__[0]
-
-
-@dataclass(slots=True)
-class Settings:
-    """What -v and -q said, kept for the moment when something fails."""
-
-    verbose: int = 0
-    quiet: bool = False
 
 
 app = typer.Typer(
@@ -44,33 +51,6 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-def _set_verbose(context: typer.Context, value: int) -> int:
-    context.ensure_object(Settings).verbose = value
-    return value
-
-
-def _set_quiet(context: typer.Context, value: bool) -> bool:
-    context.ensure_object(Settings).quiet = value
-    return value
-
-
-Verbose = Annotated[
-    int,
-    typer.Option(
-        "-v",
-        "--verbose",
-        count=True,
-        callback=_set_verbose,
-        show_default=False,
-        help="Say more; tracebacks of failures.",
-    ),
-]
-Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="Say nothing but results and errors.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
 def _show_version(value: bool) -> None:
@@ -146,79 +126,11 @@ def quantize(
         discard_source,
         endpoint,
     )
-    return _carry_out(lambda: run_quantize(job, _ui(verbose, quiet)))
+    return carry_out(lambda: run_quantize(job, ui_of(verbose, quiet)))
 
 
-@app.command()
-def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A pack, a checkpoint folder, a config.json, or a name such as mimo-v2-flash.",
-        ),
-    ],
-    context: Annotated[
-        str | None,
-        typer.Option("-c", "--context", metavar="N", help="Positions of the context, such as 32k."),
-    ] = None,
-    max_context: Annotated[
-        bool, typer.Option("--max-context", help="Find the longest context that fits.")
-    ] = False,
-    kv: Annotated[str, typer.Option(metavar="TYPE", help="Of the KV cache: bf16, int8, float32.")] = "bf16",
-    ram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
-    ] = None,
-    vram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a GPU, such as 24GiB (arithmetic only).")
-    ] = None,
-    disk_read: Annotated[
-        str | None, typer.Option(metavar="SPEED", help="Of the disk, such as 7GB/s.  [default: measured]")
-    ] = None,
-    ram_read: Annotated[
-        str | None, typer.Option(metavar="SPEED", help="Of the memory, such as 80GB/s.  [default: measured]")
-    ] = None,
-    pcie: Annotated[
-        str | None, typer.Option(metavar="SPEED", help="From memory to that GPU.  [default: 25GB/s]")
-    ] = None,
-    experts: Annotated[
-        str, typer.Option(metavar="CODEC", help="Codec of the experts, where MODEL is no pack.")
-    ] = "nf4",
-    dense: Annotated[
-        str, typer.Option(metavar="CODEC", help="Codec of the dense layers, where MODEL is no pack.")
-    ] = "int8",
-    recipe: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A recipe, in place of --experts and --dense.")
-    ] = None,
-    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure disk and memory again.")] = False,
-    as_json: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
-    """Say what a model needs and how fast it should answer: here, or on a machine that you describe.
-
-    Works before anything is downloaded. Exits with 3 where the model does not fit, saying what would help.
-    """
-    from localmimo.cli.plan import Question, run_plan
-    from localmimo.cli.ui import parse_count
-
-    question = Question(
-        model=model,
-        context=None if context is None else parse_count(context, "--context"),
-        max_context=max_context,
-        kv=kv,
-        ram=ram,
-        vram=vram,
-        disk_read=disk_read,
-        ram_read=ram_read,
-        pcie=pcie,
-        experts=experts,
-        dense=dense,
-        recipe=recipe,
-        remeasure=remeasure,
-        as_json=as_json,
-    )
-    return _carry_out(lambda: run_plan(question, _ui(verbose, quiet)))
+app.command()(plan)
+app.command()(doctor)
 
 
 @app.command()
@@ -231,7 +143,7 @@ def verify(
     """Read a pack from end to end and compare every checksum."""
     from localmimo.cli.verify import run_verify
 
-    return _carry_out(lambda: run_verify(pack.expanduser(), _ui(verbose, quiet), as_json=as_json))
+    return carry_out(lambda: run_verify(pack.expanduser(), ui_of(verbose, quiet), as_json=as_json))
 
 
 @app.command()
@@ -261,7 +173,7 @@ def perplexity(
     from localmimo.cli.ui import parse_count
 
     job = Measurement(pack, file, against, parse_count(context, "--context"), ram, as_json)
-    return _carry_out(lambda: run_perplexity(job, _ui(verbose, quiet)))
+    return carry_out(lambda: run_perplexity(job, ui_of(verbose, quiet)))
 
 
 @app.command()
@@ -348,7 +260,7 @@ def bench(
         form=output,
         as_json=as_json,
     )
-    return _carry_out(lambda: run_bench(request, _ui(verbose, quiet)))
+    return carry_out(lambda: run_bench(request, ui_of(verbose, quiet)))
 
 
 @app.command()
@@ -466,7 +378,7 @@ def chat(
         tools=tuple(tools or ()),
         stats_json=stats_json,
     )
-    return _carry_out(lambda: run_chat(options, _ui(verbose, quiet)))
+    return carry_out(lambda: run_chat(options, ui_of(verbose, quiet)))
 
 
 @app.command()
@@ -517,21 +429,7 @@ def serve(
     from localmimo.cli.serve import Serving, model_name, run_serve
 
     job = Serving(model_name(model), host, port, api_key, tuple(cors or ()), queue, context, ram, dtype, kv)
-    return _carry_out(lambda: run_serve(job, _ui(verbose, quiet)))
-
-
-def _ui(verbose: int, quiet: bool) -> Any:
-    from localmimo.cli.ui import Ui
-
-    return Ui.of_process(quiet=quiet, verbose=verbose)
-
-
-def _carry_out(face: Callable[[], int]) -> int:
-    # Here and not around everything: typer turns a KeyboardInterrupt into a silent exit.
-    try:
-        return face()
-    except KeyboardInterrupt:
-        return _complain("interrupted.", INTERRUPTED)
+    return carry_out(lambda: run_serve(job, ui_of(verbose, quiet)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -552,7 +450,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted.", INTERRUPTED)
+        return complain("interrupted.", INTERRUPTED)
     except ShownError as error:
         return _usage(error)
     except Exception as error:  # the last resort of the command line
@@ -565,12 +463,12 @@ def _fail(error: Exception, settings: Settings) -> int:
         traceback.print_exc()
     code = exit_code(error)
     if code is not None:
-        return _complain(str(error), code)
+        return complain(str(error), code)
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        return _complain(f"{error.strerror}{where}.", FAILED)
+        return complain(f"{error.strerror}{where}.", FAILED)
     hint = "" if settings.verbose else " Run with -v for the traceback."
-    return _complain(f"{type(error).__name__}: {' '.join(str(error).split())}.{hint}", FAILED)
+    return complain(f"{type(error).__name__}: {' '.join(str(error).split())}.{hint}", FAILED)
 
 
 def exit_code(error: Exception) -> int | None:
@@ -594,9 +492,4 @@ def _usage(error: Any) -> int:
         typer.echo(context.get_help())
         return OK
     command = context.command_path if context else "localmimo"
-    return _complain(f"{error.format_message().rstrip('.')}. See {command} --help.", USAGE)
-
-
-def _complain(sentence: str, code: int) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return code
+    return complain(f"{error.format_message().rstrip('.')}. See {command} --help.", USAGE)

@@ -1,0 +1,332 @@
+"""`localmimo doctor`: is this machine fit to run a model, and what to do where it is not. Each line ok, warn or fail.
+
+Knows the machine and, where one is named, a pack; runs no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from localmimo.cli.ui import Ui
+from localmimo.errors import LocalMimoError
+from localmimo.machine import Machine, format_bytes
+
+Verdict = Literal["ok", "warn", "fail"]
+MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub")
+LEAST_RAM_BYTES = 13 << 30  # what V2-Flash needs with a short context
+SLOW_DISK = 1e9
+DEFAULT_PAGE = 13_373_440  # of V2-Flash at 4.25 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: what was looked at, how it is, and what would mend it."""
+
+    subject: str
+    verdict: Verdict
+    found: str
+    fix: str = ""
+    facts: dict[str, Any] | None = None
+
+
+Findings = Iterator[Finding]
+
+
+def run_doctor(pack: str | None, ui: Ui, *, as_json: bool, quick: bool) -> int:
+    """Carry the command out; the exit code: 1 where something fails."""
+    findings = []
+    for look in (_versions, _kernels, _gpu, _memory, _huge_pages, _pinned, _home, _disks(pack, quick)):
+        for finding in look():
+            findings.append(finding)
+            if not as_json:
+                ui.data(_line(finding))
+    if pack is not None:
+        findings += _shown(_integrity(pack, ui, quick), ui, as_json)
+    ui.status.clear()
+    failed = any(finding.verdict == "fail" for finding in findings)
+    if as_json:
+        ui.json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
+    return 1 if failed else 0
+
+
+def _shown(findings: Findings, ui: Ui, as_json: bool) -> list[Finding]:
+    out = []
+    for finding in findings:
+        out.append(finding)
+        if not as_json:
+            ui.data(_line(finding))
+    return out
+
+
+def _line(finding: Finding) -> str:
+    fix = f"\n   {'':<15} → {finding.fix}" if finding.fix else ""
+    return f" {MARKS[finding.verdict]} {finding.subject:<15} {finding.found}{fix}"
+
+
+# ---- software ----
+
+
+def _versions() -> Findings:
+    from localmimo import __version__
+
+    found = {"localmimo": __version__, "python": platform.python_version()}
+    missing = []
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    text = ", ".join(f"{name} {number}" for name, number in found.items())
+    if missing:
+        fix = f"pip install {' '.join(missing)}"
+        yield Finding("versions", "fail", f"{text}; missing: {', '.join(missing)}", fix, found)
+    else:
+        yield Finding("versions", "ok", text, facts=found)
+
+
+def _kernels() -> Findings:
+    """In a process of their own: importing torch takes seconds, and a broken install should only cost a line."""
+    code = (
+        "import json, torch; from quant import kernels; "
+        "print(json.dumps({'isa': kernels.isa(), 'supported': kernels.supported(), 'threads': kernels.threads()}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Finding("kernels", "fail", f"they cannot be loaded: {last}", "Reinstall localmimo.")
+        return
+    facts = json.loads(done.stdout)
+    if facts["isa"] == "torch-reference":
+        yield Finding(
+            "kernels",
+            "warn",
+            "the torch reference, which is many times slower: no native module was built",
+            "Install a C++17 compiler (apt install g++), then reinstall localmimo.",
+            facts,
+        )
+        return
+    why = f"the best of what this CPU runs ({', '.join(facts['supported'])})"
+    slow = facts["isa"] in ("portable", "scalar", "generic")
+    yield Finding(
+        "kernels",
+        "warn" if slow else "ok",
+        f"{facts['isa']}, {why}, on {facts['threads']} threads",
+        "A CPU with AVX2 or AVX-512 would be several times faster." if slow else "",
+        facts,
+    )
+
+
+# ---- hardware ----
+
+
+def _gpu() -> Findings:
+    tool = shutil.which("nvidia-smi")
+    note = "this version computes on the CPU alone"
+    if tool is None:
+        yield Finding("GPU", "ok", f"no NVIDIA driver found; {note}")
+        return
+    query = ["--query-gpu=name,memory.total,driver_version,pcie.link.gen.current,pcie.link.width.current"]
+    done = subprocess.run([tool, *query, "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        yield Finding("GPU", "warn", f"nvidia-smi fails: {reason[0]}", "Reinstall the driver, or reboot.")
+        return
+    for row in done.stdout.strip().splitlines():
+        name, memory, driver, generation, width = (cell.strip() for cell in row.split(","))
+        yield Finding("GPU", "ok", f"{name}, {memory}, driver {driver}, PCIe {generation} x{width}; {note}")
+
+
+def _memory() -> Findings:
+    import psutil
+
+    machine, swap = Machine.probe(), psutil.swap_memory()
+    limited = machine.ram_bytes < psutil.virtual_memory().total
+    facts = {
+        "ram_bytes": machine.ram_bytes,
+        "free_ram_bytes": machine.free_ram_bytes,
+        "automatic_ram_bytes": machine.automatic_ram_bytes,
+        "swap_used_bytes": swap.used,
+        "limited_by_cgroup": limited,
+        "n_cores": machine.n_cores,
+    }
+    found = (
+        f"{format_bytes(machine.free_ram_bytes)} free of {format_bytes(machine.ram_bytes)}, {machine.n_cores} cores; "
+        f"a budget of {format_bytes(machine.automatic_ram_bytes)} would be taken"
+    )
+    if limited:
+        found += "; the limit is that of a control group"
+    small = machine.free_ram_bytes < LEAST_RAM_BYTES
+    yield Finding(
+        "memory",
+        "warn" if small else "ok",
+        found,
+        f"V2-Flash needs about {format_bytes(LEAST_RAM_BYTES)}; smaller models run." if small else "",
+        facts,
+    )
+    if swap.total:
+        busy = swap.used > 1 << 30
+        fix = (
+            "Close other programs: pages that are swapped out are slower than pages on disk." if busy else ""
+        )
+        text = f"{format_bytes(swap.used)} in use of {format_bytes(swap.total)}"
+        yield Finding("swap", "warn" if busy else "ok", text, fix)
+
+
+def _huge_pages(root: Path = Path("/sys/kernel/mm/transparent_hugepage")) -> Findings:
+    try:
+        mode = (root / "enabled").read_text()
+    except OSError:
+        yield Finding(
+            "huge pages", "warn", "this kernel has none", "Small pages cost some of the memory speed."
+        )
+        return
+    chosen = mode.partition("[")[2].partition("]")[0]
+    if chosen == "never":
+        yield Finding(
+            "huge pages",
+            "warn",
+            "switched off: reading experts from memory will be slower",
+            f"echo madvise | sudo tee {root / 'enabled'}",
+        )
+    else:
+        yield Finding("huge pages", "ok", chosen)
+
+
+def _pinned() -> Findings:
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit == resource.RLIM_INFINITY:
+        yield Finding("pinned memory", "ok", "no limit")
+    else:
+        text = f"at most {format_bytes(limit)} (ulimit -l); only a GPU would need more"
+        yield Finding("pinned memory", "ok", text, facts={"limit_bytes": limit})
+
+
+def _home() -> Findings:
+    from localmimo.home import home
+
+    try:
+        place = home()
+    except OSError as error:
+        fix = "Set LOCALMIMO_HOME to a folder of yours."
+        yield Finding("home", "fail", f"LOCALMIMO_HOME cannot be made: {error.strerror}", fix)
+        return
+    free = shutil.disk_usage(place).free
+    if not os.access(place, os.W_OK):
+        yield Finding(
+            "home", "fail", f"{place} cannot be written", "Set LOCALMIMO_HOME to a folder of yours."
+        )
+    elif free < 1 << 30:
+        text = f"{place} has {format_bytes(free)} free"
+        yield Finding("home", "warn", text, "Free some space: sessions and statistics are kept there.")
+    else:
+        yield Finding("home", "ok", f"{place}, {format_bytes(free)} free")
+
+
+def _disks(pack: str | None, quick: bool) -> Callable[[], Findings]:
+    def disk() -> Findings:
+        from localmimo.home import home
+
+        place = Path(pack).expanduser() if pack else home()
+        if place.is_dir():
+            yield from _disk(place, quick)
+
+    return disk
+
+
+def _disk(place: Path, quick: bool) -> Findings:
+    from localmimo.speeds import disk_speed, file_spots, ram_speed
+
+    files = sorted(place.glob("experts-*.safetensors"))
+    page = _page_bytes(place)
+    kind = disk_kind(place)
+    try:
+        speed = disk_speed(file_spots(files, page), page, place, anew=not quick)
+    except OSError as error:
+        yield Finding("disk", "fail", f"{place} cannot be read: {error.strerror}", "Check the disk.")
+        return
+    facts = asdict(speed) | {"kind": kind, "page_bytes": page}
+    found = (
+        f"{kind}: {format_bytes(speed.together)}/s in reads of {format_bytes(page)} four at a time, "
+        f"{format_bytes(speed.alone)}/s one at a time"
+    )
+    if not speed.direct:
+        yield Finding(
+            "disk", "warn", f"{found}; direct reads are refused here", "Use ext4, xfs or btrfs.", facts
+        )
+    elif speed.together < SLOW_DISK:
+        token = 376 * DEFAULT_PAGE / speed.together
+        fix = f"V2-Flash with nothing in memory would take {token:.0f} s a token: prefer an NVMe drive."
+        yield Finding("disk", "warn", found, fix, facts)
+    else:
+        yield Finding("disk", "ok", found, facts=facts)
+    machine = Machine.probe()
+    ram = ram_speed(machine.n_cores, anew=not quick)
+    yield Finding("memory speed", "ok", f"{format_bytes(ram)}/s read by all cores", facts={"read": ram})
+
+
+def _page_bytes(place: Path) -> int:
+    """Of the pack in that folder; of V2-Flash where there is none."""
+    try:
+        page = json.loads((place / "manifest.json").read_text())["page"]
+        return int(page["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_PAGE
+
+
+def disk_kind(place: Path, root: Path = Path("/sys/dev/block")) -> str:
+    """What the file system of a folder lies on, as far as Linux tells."""
+    device = place.stat().st_dev
+    here = root / f"{os.major(device)}:{os.minor(device)}"
+    try:
+        path = here.resolve(strict=True)
+        disk = path if (path / "queue").is_dir() else path.parent
+        spins = (disk / "queue" / "rotational").read_text().strip() == "1"
+    except OSError:
+        return "a file system without a disk of its own"
+    if disk.name.startswith("nvme"):
+        return f"NVMe drive {disk.name}"
+    if disk.name.startswith(("vd", "xvd")):
+        return f"virtual disk {disk.name}"
+    return f"{'spinning disk' if spins else 'solid-state disk'} {disk.name}"
+
+
+# ---- the pack ----
+
+
+def _integrity(pack: str, ui: Ui, quick: bool) -> Findings:
+    from localmimo.cli.packs import pack_folder
+    from localmimo.cli.verify import read_back
+    from quant import Pack
+    from quant.errors import QuantError
+
+    try:
+        folder = pack_folder(pack)
+        if quick:
+            with Pack.open(folder) as opened:
+                size = format_bytes(opened.n_bytes)
+                yield Finding(
+                    "pack", "ok", f"{opened.name}, {size}: sizes and headers agree; nothing was read"
+                )
+            return
+        report = read_back(folder, ui)
+    except (LocalMimoError, QuantError) as error:
+        yield Finding("pack", "fail", str(error), "Convert again, or give the folder of a pack.")
+        return
+    if report.ok:
+        text = f"{report.name}, {format_bytes(report.n_bytes)}: every checksum holds"
+        yield Finding("pack", "ok", text)
+    else:
+        more = f" and {len(report.problems) - 1} more" if len(report.problems) > 1 else ""
+        yield Finding("pack", "fail", report.problems[0] + more, "Convert the checkpoint again.")

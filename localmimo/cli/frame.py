@@ -1,0 +1,69 @@
+"""What every command's line shares: -v, -q and --json, the exit codes, and how a failure is said.
+
+Knows no command and imports no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+OK, FAILED, USAGE, NO_ROOM, BAD_PACK, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+@dataclass(slots=True)
+class Settings:
+    """What -v and -q said, kept for the moment when something fails."""
+
+    verbose: int = 0
+    quiet: bool = False
+
+
+def _set_verbose(context: typer.Context, value: int) -> int:
+    context.ensure_object(Settings).verbose = value
+    return value
+
+
+def _set_quiet(context: typer.Context, value: bool) -> bool:
+    context.ensure_object(Settings).quiet = value
+    return value
+
+
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "-v",
+        "--verbose",
+        count=True,
+        callback=_set_verbose,
+        show_default=False,
+        help="Say more; tracebacks of failures.",
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="Say nothing but results and errors.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+
+def ui_of(verbose: int, quiet: bool) -> Any:
+    from localmimo.cli.ui import Ui
+
+    return Ui.of_process(quiet=quiet, verbose=verbose)
+
+
+def carry_out(face: Callable[[], int]) -> int:
+    # Here and not around everything: typer turns a KeyboardInterrupt into a silent exit.
+    try:
+        return face()
+    except KeyboardInterrupt:
+        return complain("interrupted.", INTERRUPTED)
+
+
+def complain(sentence: str, code: int) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return code
