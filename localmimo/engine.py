@@ -6,7 +6,7 @@ The Python API. Knows every room to its left; knows nothing of terminals or HTTP
 import hashlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from localmimo.agent import Approve, Run, run_agent
 from localmimo.answer import Answer, Message
+from localmimo.batch import Batch
 from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
+from localmimo.draft import MOST_DRAFTS, Draft, check_draft, pace_of
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
 from localmimo.experts.policy import Adaptive
@@ -29,10 +31,13 @@ from localmimo.experts.profile import profile_path
 from localmimo.experts.run import ExpertRunner, Record
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.store import ExpertStore, Traffic
-from localmimo.generate import FinishReason, Generation, Rules, Stats, Step, Verbatim
+from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
+from localmimo.grammar import Following, Grammar, Grammars, grammar_of
 from localmimo.kv import SLACK
 from localmimo.machine import Machine, format_bytes, parse_bytes
 from localmimo.model import Transformer, load_weights
+from localmimo.mtp import load_heads
+from localmimo.options import Options
 from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, make_plan
 from localmimo.prompt import Prompt, Prompts
 from localmimo.sample import Sampling
@@ -43,6 +48,8 @@ from localmimo.text import Tokenizer
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.matmul import backend
+
+MAX_BATCH = 64
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Callable[..., Any] | Tool | Mapping[str, Any]]
@@ -74,6 +81,8 @@ def load(
     profile: str | None = "default",
     prefetch: bool = True,
     trust: bool = False,
+    draft: Draft = "auto",
+    max_batch: int = 1,
 ) -> "Engine":
     """Open a pack; None opens the embedded model, mimo-mini.
 
@@ -83,7 +92,9 @@ def load(
     loss. window_keys: keys that a window layer sees, with the token itself (default: the config's).
     profile: name of the router
     statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of the router
-    while that pays. trust: skip the pages' checksums.
+    while that pays. trust: skip the pages' checksums. draft: tokens that the model's draft heads propose at a time, 0
+    to 3; "auto" measures what pays; 0 does not load them. max_batch: timelines that `generate` advances together,
+    each with room for the whole context.
     Raises BadPack, BadModel, or DoesNotFit with the numbers.
     """
     if device not in ("auto", "cpu") or vram is not None:
@@ -101,7 +112,8 @@ def load(
             f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models."
         )
     kv_dtype = KV_DTYPES[("float32" if dtype == "float32" else "bf16") if kv == "auto" else kv]
-    plan = _plan(pack, pack.page.bytes, config, context, ram, kv_dtype)
+    draft = check_draft(draft)
+    plan = _plan(pack, pack.page.bytes, config, context, ram, kv_dtype, draft, max_batch)
     return Engine(
         pack,
         config,
@@ -111,6 +123,7 @@ def load(
         profile=profile,
         prefetch=prefetch,
         trust=trust,
+        draft=draft,
     )
 
 
@@ -121,6 +134,8 @@ def _plan(
     context: int | None,
     ram: str | int | None,
     kv_dtype: torch.dtype,
+    draft: Draft,
+    max_batch: int,
 ) -> Plan:
     context = min(DEFAULT_CONTEXT, config.max_context) if context is None else context
     if not 1 <= context <= config.max_context:
@@ -133,16 +148,38 @@ def _plan(
         raise DoesNotFit(
             f"The RAM budget is {format_bytes(budget)} and this machine has {format_bytes(machine.ram_bytes)}."
         )
-    return make_plan(
-        config,
-        dense_bytes=sum(
-            tensor.nbytes for name, tensor in pack.tensors.items() if not name.startswith("mtp.")
-        ),
-        page_bytes=slot_bytes,
-        context=context,
-        ram_bytes=budget,
-        kv_item_bytes=kv_dtype.itemsize,
-        slack=SLACK,
+    if not 1 <= max_batch <= MAX_BATCH:
+        raise BadRequest(f"max_batch is {max_batch}; it is from 1 to {MAX_BATCH} timelines.")
+
+    def plan_with(n_drafts: int) -> Plan:
+        return make_plan(
+            config,
+            dense_bytes=_dense_bytes(pack, n_drafts),
+            page_bytes=slot_bytes,
+            context=context,
+            ram_bytes=budget,
+            kv_item_bytes=kv_dtype.itemsize,
+            slack=SLACK,
+            n_drafts=n_drafts,
+            max_batch=max_batch,
+        )
+
+    n_heads = sum(pack.has(f"mtp.{k}.proj") for k in range(MOST_DRAFTS))
+    try:
+        return plan_with(n_heads if draft == "auto" else min(draft, n_heads))
+    except DoesNotFit:
+        if draft != "auto":
+            raise
+        return plan_with(0)
+
+
+def _dense_bytes(pack: Pack, n_drafts: int) -> int:
+    """The dense tensors in memory: those of the main model and of so many draft heads."""
+    heads = tuple(f"mtp.{k}." for k in range(n_drafts))
+    return sum(
+        tensor.nbytes
+        for name, tensor in pack.tensors.items()
+        if name.startswith(heads) or not name.startswith("mtp.")
     )
 
 
@@ -160,6 +197,7 @@ class Engine:
         profile: str | None = "default",
         prefetch: bool = True,
         trust: bool = False,
+        draft: Draft = 0,
     ) -> None:
         self.pack = pack
         self.config = config
@@ -179,7 +217,10 @@ class Engine:
         )
         self._model = Transformer(config, load_weights(pack, config), dtype)
         self._experts = ExpertRunner(self._store)
-        self._own: Session | None = None
+        self._heads = load_heads(pack, self._model, plan.n_drafts)
+        self._draft = draft
+        self._pace = pace_of(draft, plan.n_drafts)
+        self._timelines: list[Session] = []
         self._holder: int | None = None  # the thread that is using the timeline
         self._lock = threading.Lock()
 
@@ -228,6 +269,8 @@ class Engine:
             "threads": torch.get_num_threads(),
             "window_keys": self.config.mtp_layer.window,
             "context": self.context,
+            "draft": {"setting": self._draft, "heads": self.plan.n_drafts},
+            "max_batch": self.plan.max_batch,
             "direct_reads": self._store.direct,
             "slots_now": self._store.n_slots,
             "prefetch": self._prefetch,
@@ -279,6 +322,8 @@ class Engine:
         think_budget: int | None = None,
         tools: Tools | None = None,
         logprobs: int | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        grammar: Grammar | str | None = None,
         session: Session | None = None,
         cancel: threading.Event | None = None,
         progress: Progress | None = None,
@@ -286,29 +331,32 @@ class Engine:
         """Answer a prompt (continued as it is) or messages (through the chat template), step by step.
 
         tools: functions (see tools) or their schemas; nothing is run here.
+        response_format, grammar: what the answer must look like (`localmimo.grammar`); thinking stays free.
         tokens: the same prompt where the caller has it as tokens already; nothing is rendered or encoded then.
         Closing the iterator stops the generation; setting `cancel` from any thread does so within a layer.
         Raises BadRequest, ContextFull.
         """
         chat = not isinstance(prompt, str)
         schemas, _ = tools_of(tools)
+        options = Options(
+            sampling=sampling or Sampling(),
+            max_tokens=max_tokens,
+            stop=stop,
+            think=think,
+            think_budget=think_budget,
+            tools=schemas,
+            logprobs=logprobs,
+            response_format=response_format,
+            grammar=grammar,
+            cancel=cancel or threading.Event(),
+            progress=progress,
+        )
         asked = self._asked(prompt, schemas, think) if tokens is None else Prompt("", list(tokens))
         self._check_tokens(asked.tokens)
-        thinking = chat and self._opens_thinking(asked.tokens)
-        rules = Rules(max_tokens, tuple(stop), think_budget, logprobs)
         answer = Answer()
         with self._borrow(session) as timeline:
             try:
-                for step in Generation(
-                    session=timeline,
-                    tokenizer=self.tokenizer,
-                    parser=StreamParser(schemas, thinking) if chat else Verbatim(),
-                    sampling=sampling or Sampling(),
-                    rules=rules,
-                    traffic=lambda: self._store.traffic,
-                    cancel=cancel or threading.Event(),
-                    progress=progress,
-                ).run(asked.tokens):
+                for step in self._generation(timeline, asked.tokens, options, chat=chat).run(asked.tokens):
                     answer.add(step)
                     yield step
             finally:
@@ -321,11 +369,28 @@ class Engine:
     @overload
     def generate(self, prompt: list[str], **options: Any) -> list[Completion]: ...
     def generate(self, prompt: str | list[str], **options: Any) -> Completion | list[Completion]:
-        """Continue a text, or each of a list of texts. Options as for `stream`."""
+        """Continue a text, or each of a list of texts, `max_batch` of them at a time. Options as for `stream`.
+
+        A text of a list becomes what it becomes alone; the stats of expert pages are those of all together.
+        """
         if isinstance(prompt, list):
-            return [self.generate(text, **options) for text in prompt]
-        answer = Answer.of(self.stream(prompt, **options))
-        return Completion(answer.content, answer.tokens, answer.finish_reason, answer.message().stats)
+            return self._generate_together(prompt, Options(**options))
+        return _completion(self.stream(prompt, **options))
+
+    def _generate_together(self, prompts: list[str], options: Options) -> list[Completion]:
+        tokens = [self._prompt_tokens(prompt) for prompt in prompts]
+        steps: list[list[Step]] = [[] for _ in prompts]
+        with self._borrow(None):
+            while len(self._timelines) < min(self.plan.max_batch, len(prompts)):
+                self._timelines.append(self._new_session())
+            batch = Batch(
+                tokens,
+                self._timelines,
+                lambda n, timeline: self._generation(timeline, tokens[n], options, chat=False),
+            )
+            for number, step in batch.run():
+                steps[number].append(step)
+        return [_completion(said) for said in steps]
 
     def chat(self, messages: Messages, *, tools: Tools | None = None, **options: Any) -> Message:
         """The assistant's next turn; its `run_tools` runs those tools that are functions. Options as for `stream`."""
@@ -411,13 +476,43 @@ class Engine:
             )
         return tokens
 
+    def _generation(
+        self, timeline: Session, tokens: list[int], options: Options, *, chat: bool
+    ) -> Generation:
+        thinking = chat and self._opens_thinking(tokens)
+        return Generation(
+            session=timeline,
+            tokenizer=self.tokenizer,
+            parser=StreamParser(options.tools, thinking) if chat else Verbatim(),
+            sampling=options.sampling,
+            rules=options.rules,
+            traffic=lambda: self._store.traffic,
+            cancel=options.cancel,
+            progress=options.progress,
+            pace=self._pace,
+            constraint=self._constraint(tokens, options, chat, thinking),
+        )
+
+    def _constraint(
+        self, tokens: list[int], options: Options, chat: bool, thinking: bool
+    ) -> Following | None:
+        grammar = grammar_of(options.grammar, options.response_format)
+        if grammar is None:
+            return None
+        closed = tokens[-1] == self.tokenizer.token_id("</think>")
+        return self._grammars.follow(grammar, thinking=thinking, may_think=chat and not closed)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.config.vocab_size)
+
     @contextmanager
     def _borrow(self, session: Session | None) -> Iterator[Session]:
         """The engine's own timeline, for one caller at a time: the plan counts one KV cache. Others wait.
 
         A plain lock, not a re-entrant one: a generator may be advanced from another thread than it was begun in.
         """
-        if session is not None and session is self._own and self._holder is not None:
+        if session is not None and session in self._timelines and self._holder is not None:
             yield session  # lent out by `session`, whose block is still open
             return
         if self._holder == threading.get_ident():
@@ -426,9 +521,10 @@ class Engine:
             )
         with self._lock:
             self._holder = threading.get_ident()
-            self._own = self._own or self._new_session()
+            if not self._timelines:
+                self._timelines.append(self._new_session())
             try:
-                yield self._own
+                yield self._timelines[0]
             finally:
                 self._holder = None
 
@@ -440,6 +536,7 @@ class Engine:
             self._kv_dtype,
             stretch=self.plan.stretch_tokens,
             identity=self.identity,
+            heads=self._heads,
         )
 
     def close(self) -> None:
@@ -448,7 +545,7 @@ class Engine:
         self._store.close()
         if self._profile is not None and not self._stats.save(self._profile):
             warnings.warn(str(self._stats.warning), stacklevel=2)
-        self._own = None
+        self._timelines.clear()
         if "template" in self.__dict__:
             self.template.close()
 
@@ -469,3 +566,8 @@ def _statistics(profile: Path | None, config: ModelConfig) -> RouterStats:
     if profile is None:
         return RouterStats(config.moe_layers, config.n_experts)
     return RouterStats.open(profile, config.moe_layers, config.n_experts)
+
+
+def _completion(steps: Iterable[Step]) -> Completion:
+    answer = Answer.of(steps)
+    return Completion(answer.content, answer.tokens, answer.finish_reason, answer.message().stats)

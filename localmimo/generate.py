@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from threading import Event
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from localmimo.chat import Delta, Kind, ToolCall
+from localmimo.draft import MOST_DRAFTS, DraftStats, Lookahead, Pace, Steady
 from localmimo.errors import BadRequest, Cancelled
 from localmimo.experts.traffic import Traffic
 from localmimo.sample import Sampling, logprobs, pick
@@ -38,6 +38,7 @@ class Stats:
     read_s: float = 0.0  # time in which the disk was being read
     prefetch_useful: int = 0  # pages read on a guess that were then asked for
     prefetch_wasted: int = 0  # pages read on a guess for nothing
+    drafts: DraftStats = field(default_factory=DraftStats)
 
     @property
     def prefill_tps(self) -> float:
@@ -61,6 +62,7 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         derived = {"prefill_tps": self.prefill_tps, "decode_tps": self.decode_tps, "hits": self.hits}
+        derived["drafts"] = self.drafts.as_dict()
         return asdict(self) | derived
 
 
@@ -149,6 +151,19 @@ class StopStrings:
         return text
 
 
+class Constraint(Protocol):
+    """What an answer must look like: a grammar's state along one answer."""
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits [vocab] with minus infinity where a token cannot follow."""
+
+    def accept(self, token: int) -> None:
+        """`token` was drawn."""
+
+    def allowed(self, logits: Tensor, drafts: Sequence[int]) -> Tensor:
+        """`mask` as it would be after the drafts; the state stays."""
+
+
 @dataclass(slots=True)
 class _Draw:
     """A drawn token with what is reported of it."""
@@ -160,7 +175,10 @@ class _Draw:
 
 @dataclass(slots=True)
 class Generation:
-    """One running answer: `run` yields its steps."""
+    """One running answer: `run` yields its steps; or `begin`, then `take` and a step of the session in turns.
+
+    The latter is for several generations that go on together; `end` gives the last step.
+    """
 
     session: Session
     tokenizer: Tokenizer
@@ -170,58 +188,113 @@ class Generation:
     traffic: Callable[[], Traffic]
     cancel: Event = field(default_factory=Event)
     progress: Progress | None = None
+    pace: Pace = field(default_factory=lambda: Steady(0))
+    constraint: Constraint | None = None
     stats: Stats = field(default_factory=Stats)
+    reason: FinishReason | None = None  # why it is over; None while it goes on
+    token: int = -1  # the last one drawn, which the session does not hold yet
+    _seen: list[int] = field(default_factory=list)
+    _seed: int = 0
+    _began: float = 0.0
+    _before: Traffic = field(default_factory=Traffic)
     _kind: Kind = "answer"
     _called: bool = False
     _thought: int = 0  # tokens of thinking
+    _decoder: Decoder = field(init=False)
+    _stops: StopStrings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._decoder, self._stops = Decoder(self.tokenizer), StopStrings(self.rules.stop)
 
     def run(self, prompt: Sequence[int]) -> Iterator[Step]:
         """Yield steps; the last one has a finish_reason. Raises ContextFull before anything is read."""
-        began, before = time.perf_counter(), self.traffic().copy()
-        self.stats.prompt_tokens = len(prompt)
-        decoder, stops = Decoder(self.tokenizer), StopStrings(self.rules.stop)
-        reason: FinishReason = "cancelled"
+        ahead = Lookahead(self.session, self.pace, self.stats.drafts, self._pages)
         try:
-            for draw in self._draws(prompt, began, before):
-                if draw.token in self.tokenizer.eos_ids:
-                    reason = "stop"
+            logits = self.begin(prompt)
+            while True:
+                yield from self.take(logits)
+                if self.reason is not None:
                     break
-                text = stops.push(decoder.push(draw.token))
-                yield from self._steps(self.parser.push(text), draw)
-                if stops.found or self.stats.generated_tokens == self.rules.max_tokens:
-                    reason = "stop" if stops.found else "length"
-                    break
-            else:
-                reason = "context"
+                logits = ahead.advance(self.token, self._room(), self._guess, self.check)
         except Cancelled:
-            pass
-        self._count(before)
-        yield from self._last(stops.push(decoder.flush()) + stops.flush(), reason)
+            self.reason = "cancelled"
+        finally:
+            ahead.settle()
+            self.session.mark()
+        yield from self.end()
 
-    def _draws(self, prompt: Sequence[int], began: float, before: Traffic) -> Iterator[_Draw]:
-        """Read the prompt, then draw tokens until the context is full."""
-        generator = _generator(self.sampling.seed)
-        logits = self.session.sync(prompt, self.progress, self._check)
+    def begin(self, prompt: Sequence[int]) -> Tensor:
+        """Read the prompt; the logits [vocab] after it."""
+        self._began, self._before = time.perf_counter(), self.traffic().copy()
+        self._seen, self._seed = list(prompt), self.sampling.new_seed()
+        self.stats.prompt_tokens = len(prompt)
+        logits = self.session.sync(prompt, self.progress, self.check)
         self.stats.reused_tokens = self.session.n_reused
-        self.stats.prefill_s = time.perf_counter() - began
-        seen = list(prompt)
-        while True:
-            draw = self._draw(logits, seen, generator)
-            seen.append(draw.token)
-            self.stats.generated_tokens += 1
-            self._clock(began, before)
-            yield draw
-            if self.session.position >= self.session.context:
-                return
-            logits = self.session.step(draw.token, self._check)
+        self.stats.prefill_s = time.perf_counter() - self._began
+        return logits
 
-    def _draw(self, logits: Tensor, seen: Sequence[int], generator: torch.Generator) -> _Draw:
+    def take(self, logits: Tensor) -> list[Step]:
+        """Draw the next token: `token` and the steps it gives; sets `reason` where it is the last."""
+        draw = self._draw(logits)
+        self.token = draw.token
+        self._seen.append(draw.token)
+        self.stats.generated_tokens += 1
+        self._clock()
+        if draw.token in self.tokenizer.eos_ids:
+            self.reason = "stop"
+            return []
+        if self.constraint is not None:
+            self.constraint.accept(draw.token)
+        text = self._stops.push(self._decoder.push(draw.token))
+        steps = self._steps(self.parser.push(text), draw)
+        self.reason = self._limit()
+        return steps
+
+    def end(self) -> Iterator[Step]:
+        """What is still held back, then the last step."""
+        self._count()
+        rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        for delta in [*self.parser.push(rest), *self.parser.finish()]:
+            self._called |= delta.tool_call is not None
+            yield Step(delta.text, None, delta.kind, self.stats, tool_call=delta.tool_call)
+        if self._called and self.reason == "stop":
+            self.reason = "tool_calls"
+        yield Step("", None, self._kind, self.stats, finish_reason=self.reason)
+
+    def check(self) -> None:
+        """Raise Cancelled where somebody asked for it: called between layers."""
+        if self.cancel.is_set():
+            raise Cancelled("The generation was stopped.")
+
+    def _limit(self) -> FinishReason | None:
+        """Why no further token can come, None where one can."""
+        if self._stops.found:
+            return "stop"
+        if self.stats.generated_tokens == self.rules.max_tokens:
+            return "length"
+        return "context" if len(self._seen) > self.session.context else None
+
+    def _room(self) -> int:
+        """How many tokens may still come after the next one."""
+        most = self.rules.max_tokens
+        return MOST_DRAFTS if most is None else most - self.stats.generated_tokens - 1
+
+    def _draw(self, logits: Tensor) -> _Draw:
         token = self._end_of_thinking()
-        token = pick(logits, self.sampling, seen, generator) if token is None else token
+        if token is None:
+            shown = logits if self.constraint is None else self.constraint.mask(logits)
+            token = pick(shown, self.sampling, self._seen, self._seed, len(self._seen))
         if self.rules.n_logprobs is None:
             return _Draw(token)
         logprob, top = logprobs(logits, token, self.rules.n_logprobs)
         return _Draw(token, logprob, tuple(top))
+
+    def _guess(self, logits: Tensor, drafts: Sequence[int]) -> int:
+        """The token that a draft head's logits would give here: drawn like any other, so that it often is the same."""
+        if self.constraint is not None:
+            logits = self.constraint.allowed(logits, drafts)
+        seen = [*self._seen, *drafts] if self.sampling.counts_tokens else self._seen
+        return pick(logits, self.sampling, seen, self._seed, len(self._seen) + len(drafts))
 
     def _end_of_thinking(self) -> int | None:
         """The token that closes a thinking block whose budget is spent."""
@@ -230,47 +303,30 @@ class Generation:
             return None
         return self.tokenizer.token_id("</think>")
 
-    def _check(self) -> None:
-        if self.cancel.is_set():
-            raise Cancelled("The generation was stopped.")
+    def _pages(self) -> int:
+        traffic = self.traffic()
+        return traffic.ram_pages + traffic.disk_pages
 
-    def _clock(self, began: float, before: Traffic) -> None:
-        now = time.perf_counter() - began
+    def _clock(self) -> None:
+        now = time.perf_counter() - self._began
         if self.stats.generated_tokens == 1:
             self.stats.first_token_s = now
         self.stats.decode_s = now - self.stats.first_token_s
-        self._count(before)
+        self._count()
 
-    def _count(self, before: Traffic) -> None:
-        traffic = self.traffic().since(before)
+    def _count(self) -> None:
+        traffic = self.traffic().since(self._before)
         self.stats.pages_ram, self.stats.pages_disk = traffic.ram_pages, traffic.disk_pages
         self.stats.bytes_read, self.stats.read_s = traffic.disk_bytes, traffic.read_s
         self.stats.prefetch_useful = traffic.prefetch_useful
         self.stats.prefetch_wasted = traffic.prefetch_wasted
 
-    def _steps(self, deltas: list[Delta], draw: _Draw) -> Iterator[Step]:
+    def _steps(self, deltas: list[Delta], draw: _Draw) -> list[Step]:
         """One step per delta; a token that gives no text yet gives an empty step."""
         for delta in deltas:
             self._kind = delta.kind
             self._called |= delta.tool_call is not None
         self._thought += self._kind == "thinking"
         first, *others = deltas or [Delta(self._kind, "")]
-        yield Step(first.text, draw.token, first.kind, self.stats, draw.logprob, draw.top, first.tool_call)
-        for delta in others:
-            yield Step(delta.text, None, delta.kind, self.stats, tool_call=delta.tool_call)
-
-    def _last(self, rest: str, reason: FinishReason) -> Iterator[Step]:
-        for delta in [*self.parser.push(rest), *self.parser.finish()]:
-            self._called |= delta.tool_call is not None
-            yield Step(delta.text, None, delta.kind, self.stats, tool_call=delta.tool_call)
-        reason = "tool_calls" if self._called and reason == "stop" else reason
-        yield Step("", None, self._kind, self.stats, finish_reason=reason)
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+        step = Step(first.text, draw.token, first.kind, self.stats, draw.logprob, draw.top, first.tool_call)
+        return [step] + [Step(d.text, None, d.kind, self.stats, tool_call=d.tool_call) for d in others]

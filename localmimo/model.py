@@ -107,7 +107,7 @@ def load_weights(source: DenseSource, config: ModelConfig) -> Weights:
         embed=_plain(source, "embed"),
         norm=_wide(source, "norm"),
         head=_packed(source, "head"),
-        blocks=tuple(_block(source, f"layers.{i}", spec) for i, spec in enumerate(config.layers)),
+        blocks=tuple(load_block(source, f"layers.{i}", spec) for i, spec in enumerate(config.layers)),
     )
 
 
@@ -127,7 +127,8 @@ def _packed(source: DenseSource, name: str) -> QTensor:
     return tensor
 
 
-def _block(source: DenseSource, prefix: str, spec: LayerSpec) -> BlockWeights:
+def load_block(source: DenseSource, prefix: str, spec: LayerSpec) -> BlockWeights:
+    """One block of the main model, or of a draft head: "layers.3", "mtp.0"."""
     sink = _wide(source, f"{prefix}.attn.sink") if spec.sink else None
     attention = AttentionWeights(
         _packed(source, f"{prefix}.attn.qkv"), _packed(source, f"{prefix}.attn.o"), sink

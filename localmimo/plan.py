@@ -38,6 +38,8 @@ class Plan:
     n_pages: int  # experts of the model
     n_slots: int  # experts that fit
     stretch_tokens: int  # tokens of a prompt that go through each layer before the next layer begins
+    n_drafts: int = 0  # draft heads in memory, among the dense bytes
+    max_batch: int = 1  # timelines that may go on at the same time, each with a KV of its own
 
     @property
     def slots_bytes(self) -> int:
@@ -71,13 +73,19 @@ def make_plan(
     ram_bytes: int,
     kv_item_bytes: int = 2,
     slack: int,
+    n_drafts: int = 0,
+    max_batch: int = 1,
 ) -> Plan:
     """Spend `ram_bytes`: what every token needs first, expert slots with the rest.
+
+    dense_bytes: the draft heads that are used are counted in.
 
     Raises DoesNotFit where less than one token's experts would fit.
     """
     n_pages = config.n_experts * len(config.moe_layers)
-    kv = kv_bytes(config, context, kv_item_bytes, slack)
+    kv = max_batch * (
+        kv_bytes(config, context, kv_item_bytes, slack) + draft_bytes(config, kv_item_bytes, slack, n_drafts)
+    )
     least = dense_bytes + kv + workspace_bytes(config, context, PREFILL_CHUNK)
     spare = ram_bytes - least - config.pages_per_token * page_bytes
     if spare < 0:
@@ -85,7 +93,19 @@ def make_plan(
     stretch = stretch_tokens(config, context, spare)
     workspace = workspace_bytes(config, context, stretch)
     slots = min(n_pages, (ram_bytes - dense_bytes - kv - workspace) // page_bytes) if n_pages else 0
-    return Plan(context, ram_bytes, dense_bytes, kv, workspace, page_bytes, n_pages, slots, stretch)
+    return Plan(
+        context,
+        ram_bytes,
+        dense_bytes,
+        kv,
+        workspace,
+        page_bytes,
+        n_pages,
+        slots,
+        stretch,
+        n_drafts,
+        max_batch,
+    )
 
 
 def _too_small(
@@ -114,6 +134,16 @@ def kv_row_bytes(spec: LayerSpec, item_bytes: int) -> int:
     """Keys and values of one position of one layer."""
     scales = 2 * SCALE_BYTES if item_bytes == 1 else 0
     return spec.n_kv_heads * ((spec.head_dim + spec.v_head_dim) * item_bytes + scales)
+
+
+def draft_bytes(config: ModelConfig, item_bytes: int, slack: int, n_drafts: int) -> int:
+    """What a timeline keeps for its draft heads: a ring each, and hidden states in float32, the marks' too."""
+    if not n_drafts:
+        return 0
+    spec = config.mtp_layer
+    window = spec.window or 1
+    ring = (window + slack) * kv_row_bytes(spec, item_bytes)
+    return n_drafts * ring + 4 * config.hidden * (2 * (window + slack) + N_SNAPSHOTS * window)
 
 
 def stretch_tokens(config: ModelConfig, context: int, spare_bytes: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from localmimo.errors import BadRequest, BadSession, ContextFull
 from localmimo.kv import SLACK, GlobalKV, KVCache, Snapshot, WindowKV
 from localmimo.model import Experts, Transformer, nothing_to_check, nothing_to_report
+from localmimo.mtp import Choose, Drafter, DraftHead
 from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
 from localmimo.saved import Identity, SavedSession, write
 from localmimo.trail import Trail
@@ -39,6 +40,7 @@ class Session:
         kv_dtype: torch.dtype,
         stretch: int = PREFILL_CHUNK,
         identity: Identity | None = None,
+        heads: Sequence[DraftHead] = (),
     ) -> None:
         self.context = context
         self.tokens: list[int] = []
@@ -49,12 +51,19 @@ class Session:
         self._cache = KVCache(model.config.layers, context, kv_dtype)
         self._marks: list[Mark] = []
         self._stretch = stretch  # tokens of a prompt that are read layer by layer: a matter of memory alone
-        self._trail = Trail(SLACK + 1, model.config.hidden)
+        # Draft heads look back over a window of hidden states; without them one gives the logits again.
+        self._looks_back = (model.config.mtp_layer.window or 1) if heads else 1
+        self._trail = Trail(self._looks_back + SLACK, model.config.hidden)
+        self._drafter = Drafter(heads, kv_dtype)
 
     @property
     def position(self) -> int:
         """Tokens held."""
         return len(self.tokens)
+
+    def common(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens are held."""
+        return _common_prefix(self.tokens, tokens)
 
     def sync(
         self,
@@ -82,9 +91,23 @@ class Session:
 
     def step(self, token: int, check: Callable[[], None] = nothing_to_check) -> Tensor:
         """Append one token; logits [vocab] after it."""
-        if self.position >= self.context:
-            raise ContextFull(_too_long(self.position + 1, self.context))
-        return self._model.logits(self._forward([token], check))[0]
+        return self.extend([token], check)[0]
+
+    def extend(self, tokens: Sequence[int], check: Callable[[], None] = nothing_to_check) -> Tensor:
+        """Append a few tokens (as many as `rewind` can take back cheaply); logits [n, vocab] after each."""
+        self._demand_room(len(tokens))
+        return self._model.logits(self._forward(tokens, check))
+
+    @property
+    def n_heads(self) -> int:
+        """Draft heads: as many tokens can be drafted at a time."""
+        return len(self._drafter.heads)
+
+    def draft(self, token: int, n: int, choose: Choose) -> list[int]:
+        """n tokens that may come after what is held and `token`; nothing is appended."""
+        return self._drafter.propose(
+            [*self.tokens[-self._looks_back - SLACK :], token], self._trail, n, choose
+        )
 
     def logits(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[Tensor]:
         """Start over with `tokens`; logits float32 [m, vocab] after each, `chunk` tokens at a time."""
@@ -93,16 +116,20 @@ class Session:
             yield self._model.logits(self._forward(tokens[start : start + chunk], nothing_to_check))
 
     def rewind(self, n: int) -> None:
-        """Take back the last n tokens."""
-        kept = self.tokens[: max(0, self.position - n)]
-        self._come_back(kept, whole=True)
-        if self.position < len(kept):  # the window there is gone: read again from where it is not
+        """Take back the last n tokens: at once within the rings' slack or to a mark, else by reading again."""
+        length = max(0, self.position - n)
+        kept = self.tokens[:length]
+        if self._cache.rewind(length):
+            self._truncate(length)
+        else:
+            self._restore(self._mark_before(length))
             self._read(kept[self.position :], None, nothing_to_check)
 
     def mark(self) -> None:
         """Remember this place: coming back to it reads nothing. The oldest of a few such places is forgotten."""
-        if self.position and all(mark.snapshot.length != self.position for mark in self._marks):
-            self._marks.append(Mark(self._cache.snapshot(), self._trail.tail(1)))
+        known = self._trail.last(self.position) is not None
+        if known and all(mark.snapshot.length != self.position for mark in self._marks):
+            self._marks.append(Mark(self._cache.snapshot(), self._trail.tail(self._looks_back)))
             del self._marks[:-N_SNAPSHOTS]
 
     # ---- files ----
@@ -171,18 +198,20 @@ class Session:
             window.restore(n, targets[f"layers.{i}.keys"], targets[f"layers.{i}.values"])
         self._cache.length = n
         self._trail.restart(n, targets["hidden"])
+        self._drafter.restart()
         self.tokens = tokens
         self._marks = [self._loaded_mark(m, length, targets) for m, length in enumerate(lengths)]
 
     def _targets(self, saved: SavedSession, n: int) -> dict[str, Tensor]:
         """A place for each tensor of the file: in the cache itself where it can be, else fresh and small."""
         n_marks, hidden = saved.count("marks"), self._model.config.hidden
+        most = (self._model.config.mtp_layer.window or 1) + SLACK  # whether or not drafts are on here
         if n_marks > N_SNAPSHOTS:
             raise BadSession(f"{saved.path} holds {n_marks} marks; a session has at most {N_SNAPSHOTS}.")
         out = {
             "tokens": torch.empty(n, dtype=torch.int32),
             "marks": torch.empty(n_marks, dtype=torch.int32),
-            "hidden": torch.empty(_rows(saved, "hidden", 0, min(n, self._trail.rows)), hidden),
+            "hidden": torch.empty(_rows(saved, "hidden", 0, min(n, most), least=0), hidden),
         }
         for i, layer in enumerate(self._cache.layers):
             if isinstance(layer, GlobalKV):
@@ -191,7 +220,7 @@ class Session:
             self._add_window(out, saved, f"layers.{i}", window, window.rows)
         for m in range(n_marks):
             name = f"marks.{m}.hidden"
-            out[name] = torch.empty(_rows(saved, name, 0, 1), hidden)
+            out[name] = torch.empty(_rows(saved, name, 0, most), hidden)
             for i, window in self._windows():
                 self._add_window(out, saved, f"marks.{m}.layers.{i}", window, window.window)
         return out
@@ -215,21 +244,25 @@ class Session:
         """The window layers with their places."""
         return [(i, layer) for i, layer in enumerate(self._cache.layers) if isinstance(layer, WindowKV)]
 
-    def _come_back(self, tokens: Sequence[int], whole: bool = False) -> int:
-        """Go back to the longest prefix of `tokens` that can be had; how many tokens are common.
-
-        Where that is all of them, the logits behind it are known, unless `whole` says that they need not be.
-        """
+    def _come_back(self, tokens: Sequence[int]) -> None:
+        """Go back to the longest prefix of `tokens` that can be had with the logits behind it, if it is all."""
         common = _common_prefix(self.tokens, tokens)
-        mark = next((mark for mark in reversed(self._marks) if mark.snapshot.length <= common), None)
-        known = common < len(tokens) or whole or self._trail.last(common) is not None
+        mark = self._mark_before(common)
+        known = common < len(tokens) or self._trail.last(common) is not None
         if mark is not None and mark.snapshot.length == len(tokens) and not known:
             self._restore(mark)
         elif self._cache.rewind(common if known else common - 1):
             self._truncate(self._cache.length)
         else:
             self._restore(mark)
-        return common
+
+    def _mark_before(self, length: int) -> Mark | None:
+        """The last mark at `length` or before it."""
+        return next((mark for mark in reversed(self._marks) if mark.snapshot.length <= length), None)
+
+    def _demand_room(self, n: int) -> None:
+        if self.position + n > self.context:
+            raise ContextFull(_too_long(self.position + n, self.context))
 
     def _restore(self, mark: Mark | None) -> None:
         if mark is None:
@@ -237,11 +270,13 @@ class Session:
         else:
             self._cache.restore(mark.snapshot)
         self._trail.restart(self._cache.length, None if mark is None else mark.hidden)
+        self._drafter.restart()
         self._truncate(self._cache.length)
 
     def _truncate(self, length: int) -> None:
         del self.tokens[length:]
         self._trail.truncate(length)
+        self._drafter.truncate(length)
         self._marks = [mark for mark in self._marks if mark.snapshot.length <= length]
 
     def _read(self, tokens: Sequence[int], progress: Progress | None, check: Callable[[], None]) -> None:
@@ -278,16 +313,39 @@ def _share(progress: Progress, start: int, n: int, total: int) -> Callable[[floa
     return lambda done: progress(start + int(n * done), total)
 
 
+def step_together(
+    sessions: Sequence[Session], tokens: Sequence[int], check: Callable[[], None] = nothing_to_check
+) -> Tensor:
+    """Append one token to each of several sessions of one model, in one pass; logits [n, vocab] after them.
+
+    They share what the pass reads: projections, and the experts that several of them want.
+    """
+    first = sessions[0]
+    timelines = [(torch.tensor([token]), one._cache) for one, token in zip(sessions, tokens, strict=True)]
+    for one in sessions:
+        one._demand_room(1)
+    try:
+        hidden = first._model.forward_many(timelines, first._experts, check)
+    except BaseException:
+        for one in sessions:
+            one._cache.rewind(one._cache.length)
+        raise
+    for one, token, row in zip(sessions, tokens, hidden, strict=True):
+        one._trail.append(row)
+        one.tokens.append(token)
+    return first._model.logits(torch.cat(hidden))
+
+
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     limit = min(len(a), len(b))
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
-def _rows(saved: SavedSession, name: str, axis: int, most: int) -> int:
+def _rows(saved: SavedSession, name: str, axis: int, most: int, least: int = 1) -> int:
     """How many rows a tensor of the file has, at most `most`."""
     shape = saved.shape(name)
-    rows = shape[axis] if axis < len(shape) else 0
-    if not 1 <= rows <= most:
+    rows = shape[axis] if axis < len(shape) else -1
+    if not least <= rows <= most:
         raise BadSession(f"{saved.path}: {name} has {rows:,} rows, and there is room for {most:,}.")
     return rows
 

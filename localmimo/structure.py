@@ -5,7 +5,7 @@ Nothing is read but headers and manifests, and nothing at all of what is not her
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Structure:
     lookup_bytes: int  # of it, embeddings: a token reads one row of them
     page_bytes: int
     member: Member | None
+    head_bytes: tuple[int, ...] = ()  # of each draft head
     files: tuple[Path, ...] = ()  # that lie here and can be read to measure the disk
     notes: tuple[str, ...] = ()
 
@@ -70,7 +71,8 @@ def _of_pack(path: Path) -> Structure:
         if pack.page is None:
             raise BadModel(f"{path} has no routed experts: there is nothing to plan.")
         config = ModelConfig.parse(pack.config)
-        dense = {name: t.nbytes for name, t in pack.tensors.items() if not name.startswith("mtp.")}
+        sizes = {name: t.nbytes for name, t in pack.tensors.items()}
+        dense = {name: size for name, size in sizes.items() if not name.startswith("mtp.")}
         layers = pack.manifest["layers"]
         recipe = pack.manifest["recipe"]
         return Structure(
@@ -85,6 +87,7 @@ def _of_pack(path: Path) -> Structure:
             ),
             source_bytes=None,
             dense_bytes=sum(dense.values()),
+            head_bytes=_head_bytes(sizes),
             lookup_bytes=dense["embed"],
             page_bytes=pack.page.bytes,
             member=member_like(pack.config),
@@ -139,12 +142,21 @@ def _of_source(
         pack_bytes=listing.total_bytes,
         source_bytes=listing.from_bytes,
         dense_bytes=sum(size for name, size in _dense(listing)),
+        head_bytes=_head_bytes({entry.name: entry.nbytes for entry in listing.entries}),
         lookup_bytes=sum(size for name, size in _dense(listing) if name == "embed"),
         page_bytes=listing.page.bytes,
         member=member,
         files=tuple(files),
         notes=(*notes, *listing.notes),
     )
+
+
+def _head_bytes(sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Bytes of each draft head, in order."""
+    heads = [
+        name.removesuffix("proj") for name in sizes if name.startswith("mtp.") and name.endswith(".proj")
+    ]
+    return tuple(sum(n for name, n in sizes.items() if name.startswith(head)) for head in sorted(heads))
 
 
 def _dense(listing: Listing) -> list[tuple[str, int]]:

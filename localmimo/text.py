@@ -29,7 +29,9 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        added = tokenizer.get_added_tokens_decoder().values()
+        decoder = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(decoder)  # tags, which are no ordinary text
+        added = decoder.values()
         self.added = frozenset(token.content for token in added)  # spellings of all that is no ordinary text
         self.control = frozenset(token.content for token in added if token.special)
         self._split = re.compile(f"({'|'.join(map(re.escape, sorted(self.added, key=len, reverse=True)))})")

@@ -47,6 +47,15 @@ class Trail:
             self.append(hidden)
             self.length = length
 
+    @property
+    def first(self) -> int:
+        """The first position whose row is known."""
+        return self.length - self._held
+
+    def rows_from(self, position: int) -> Tensor:
+        """The rows [n, hidden] from a known position on; a view, good until the next change."""
+        return self._buffer[self._end - (self.length - position) : self._end]
+
     def tail(self, n: int) -> Tensor:
         """A copy of the last n rows [at most n, hidden], those that are known."""
         return self._buffer[self._end - min(n, self._held) : self._end].clone()

@@ -33,6 +33,7 @@ files marks messages schema
 tools
 toolfile
 config machine speeds attend sample text template
+grammar
 chat
 kv plan structure saved trail
 estimate
@@ -44,9 +45,12 @@ experts.tiers
 experts.slots
 experts.guesses
 experts.store
-experts.run session
+experts.run
+mtp
+session
+draft
 generate
-answer
+options batch answer
 agent prompt conversation
 mini
 corpus embedded

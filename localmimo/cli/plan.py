@@ -173,18 +173,27 @@ class Desk:
         return usable if usable >= self._fixed(self.context) else 0
 
     def _plan(self, ram: int, context: int) -> Plan:
+        """As `load` plans: with the draft heads, and without them where they have no room."""
         try:
-            return make_plan(
-                self.model.config,
-                dense_bytes=self.model.dense_bytes,
-                page_bytes=self.model.page_bytes,
-                context=context,
-                ram_bytes=ram + self._gpu_bytes(),
-                kv_item_bytes=self.kv_item_bytes,
-                slack=WINDOW_SLACK,
-            )
+            return self._plan_with(len(self.model.head_bytes), ram, context)
+        except DoesNotFit:
+            pass
+        try:
+            return self._plan_with(0, ram, context)
         except DoesNotFit as error:
             raise DoesNotFit(f"{error} {self._smallest_change()}".strip()) from None
+
+    def _plan_with(self, n_drafts: int, ram: int, context: int) -> Plan:
+        return make_plan(
+            self.model.config,
+            dense_bytes=self.model.dense_bytes + sum(self.model.head_bytes[:n_drafts]),
+            page_bytes=self.model.page_bytes,
+            context=context,
+            ram_bytes=ram + self._gpu_bytes(),
+            kv_item_bytes=self.kv_item_bytes,
+            slack=WINDOW_SLACK,
+            n_drafts=n_drafts,
+        )
 
     def _fixed(self, context: int) -> int:
         config = self.model.config

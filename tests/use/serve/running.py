@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from localmimo import generate
+from localmimo.draft import Steady
 from localmimo.engine import Engine
 from localmimo.serve.address import listen
 from localmimo.serve.app import make_app
@@ -122,5 +123,6 @@ class Scripted:
 def scripted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
     script = Scripted(engine)
     monkeypatch.setattr(generate, "pick", script.pick)
+    monkeypatch.setattr(engine, "_pace", Steady(0))  # drafts would be picked from the script too
     yield script
     assert not script.texts, "the script was not said to its end"

@@ -1,0 +1,244 @@
+"""Drafts change no token: what is drawn is what would have been drawn, whatever is proposed. And they cost little."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from localmimo import BadRequest, DoesNotFit, Sampling, load
+from localmimo.draft import Draft, Lookahead, Measured, Steady
+from localmimo.engine import Engine
+from localmimo.generate import Generation
+from localmimo.sample import candidates, pick
+from localmimo.session import Session
+from tests.packs import make_pack
+
+GREEDY = Sampling(temperature=0)
+N = 24
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    pack = make_pack(tmp_path_factory.mktemp("draft"), seed=12, experts="nf4", dense="int8")
+    return load(pack, context=120, draft=3)
+
+
+@contextmanager
+def drafting(engine: Engine, depth: int) -> Iterator[None]:
+    before, engine._pace = engine._pace, Steady(depth)
+    try:
+        yield
+    finally:
+        engine._pace = before
+
+
+@contextmanager
+def prophecy(truth: list[int], n_prompt: int, right: float, seed: int) -> Iterator[None]:
+    """Heads that foresee the text, each token with a chance: every course of accepting and taking back comes up."""
+    rng, real = random.Random(seed), Session.draft
+
+    def foresee(self: Session, token: int, n: int, choose: Callable) -> list[int]:
+        at = self.position + 1 - n_prompt
+        told = [t if rng.random() < right else rng.randrange(3, 97) for t in truth[at : at + n]]
+        return [*told, *[5] * n][:n]
+
+    Session.draft = foresee  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Session.draft = real  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=1.2, top_p=0.9, seed=5, presence_penalty=0.3)]
+)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_same_tokens_with_drafts_and_without(engine: Engine, sampling: Sampling, depth: int) -> None:
+    plain = engine.generate("Hello", max_tokens=N, sampling=sampling)
+    for right in (0.0, 0.7, 1.0):
+        with drafting(engine, depth), prophecy(plain.tokens, 5, right, seed=depth):
+            ahead = engine.generate("Hello", max_tokens=N, sampling=sampling)
+        assert ahead.tokens == plain.tokens and ahead.text == plain.text
+        assert ahead.finish_reason == plain.finish_reason
+        drafts = ahead.stats.drafts
+        if right == 1.0:
+            assert drafts.accepted == drafts.drafted and drafts.passes == pytest.approx(
+                N / (depth + 1), abs=1
+            )
+        if right == 0.0:
+            assert drafts.acceptance[0] < 0.2
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_checkpoints_own_heads(engine: Engine, depth: int) -> None:
+    """Random heads foresee nothing, but they run: through prompts, steps and what is taken back."""
+    plain = engine.generate("Hello", max_tokens=N, sampling=GREEDY)
+    with drafting(engine, depth):
+        ahead = engine.generate("Hello", max_tokens=N, sampling=GREEDY)
+    assert ahead.tokens == plain.tokens
+    assert ahead.stats.drafts.drafted[:depth] != [0] * depth
+
+
+def test_draws_follow_the_distribution_with_drafts(engine: Engine) -> None:
+    """Over many seeds, the first three tokens after a pass with drafts are drawn as their distributions say."""
+    sampling = Sampling(temperature=0.8, top_p=0.9)
+    n, n_passes = 1500, 120
+    with engine.session() as session:
+        after = session.sync(engine.encode("abc"))
+        first, second = [], []
+        for seed in range(n):
+            ahead = Lookahead(session, Steady(2), engine_stats(), lambda: 0)
+            a = pick(after, sampling, [], seed, 3)
+
+            def choose(logits: torch.Tensor, drafts: list[int], seed: int = seed) -> int:
+                return pick(logits, sampling, [], seed, 4 + len(drafts))
+
+            first.append(a)
+            if seed < n_passes:  # a pass of the model each
+                logits = ahead.advance(97, 2, choose)
+                second.append(pick(logits, sampling, [], seed, 4))
+                ahead.settle()
+                session.rewind(1)
+        expected_after = session.step(97)
+    for draws, logits in ((first, after), (second, expected_after)):
+        tokens, scores = candidates(logits, sampling)
+        expected = torch.zeros(len(logits)).scatter_(0, tokens, scores.softmax(-1)) * len(draws)
+        found = torch.tensor(draws).bincount(minlength=len(logits))
+        assert found[expected == 0].sum() == 0
+        kept = expected > 0
+        chi2 = ((found[kept] - expected[kept]).square() / expected[kept]).sum()
+        freedom = int(kept.sum()) - 1
+        assert chi2 < freedom + 5 * (2 * freedom) ** 0.5 + 5
+
+
+def engine_stats():  # type: ignore[no-untyped-def]
+    from localmimo.draft import DraftStats
+
+    return DraftStats()
+
+
+def test_the_session_holds_what_was_said_however_it_ends(engine: Engine) -> None:
+    whole = engine.generate("Hello", max_tokens=N, sampling=GREEDY)
+    prompt = engine.encode("Hello")
+    for n in range(1, 9):
+        with drafting(engine, 3), prophecy(whole.tokens, 5, 1.0, seed=n):
+            engine.generate("Hello", max_tokens=n, sampling=GREEDY)
+        with engine.session() as session:
+            assert session.tokens == [*prompt, *whole.tokens[: n - 1]]
+    stop = whole.text[3:5]
+    with drafting(engine, 3), prophecy(whole.tokens, 5, 1.0, seed=0):
+        cut = engine.generate("Hello", max_tokens=N, sampling=GREEDY, stop=[stop])
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    with engine.session() as session:
+        assert session.tokens == [*prompt, *cut.tokens][: session.position]
+        assert session.position == len(prompt) + len(cut.tokens) - 1
+
+
+@pytest.mark.parametrize("call", range(1, 40, 6))
+def test_a_cancel_between_any_layers_leaves_whole_tokens(engine: Engine, call: int) -> None:
+    whole = engine.generate("Hello", max_tokens=N, sampling=GREEDY)
+    cancel, calls = threading.Event(), 0
+    real = Generation.check
+
+    def check(self: Generation) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6 + call:  # after the prompt's layers
+            threading.Thread(target=cancel.set).start()
+            cancel.wait()
+        real(self)
+
+    Generation.check = check  # type: ignore[method-assign]
+    try:
+        with drafting(engine, 3), prophecy(whole.tokens, 5, 0.7, seed=call):
+            steps = list(engine.stream("Hello", max_tokens=N, sampling=GREEDY, cancel=cancel))
+    finally:
+        Generation.check = real  # type: ignore[method-assign]
+    assert calls == 6 + call, "the cancel was heard at once: no further layer ran"
+    assert steps[-1].finish_reason == "cancelled"
+    said = [step.token for step in steps if step.token is not None]
+    assert said == whole.tokens[: len(said)]
+    with engine.session() as session:
+        assert session.tokens == [*engine.encode("Hello"), *said][: session.position]
+        assert session.position >= 5 + len(said) - 1 or not said
+
+
+def test_a_context_is_filled_to_its_end(engine: Engine) -> None:
+    plain = engine.generate("a" * 100, sampling=GREEDY)
+    with drafting(engine, 3), prophecy(plain.tokens, 100, 0.9, seed=1):
+        ahead = engine.generate("a" * 100, sampling=GREEDY)
+    assert ahead.tokens == plain.tokens and ahead.finish_reason == plain.finish_reason
+
+
+def test_settings(engine: Engine) -> None:
+    for draft in (4, -1, "some", 1.5):
+        with pytest.raises(BadRequest, match="auto or a number of tokens from 0 to 3"):
+            load(engine.pack.path, context=64, draft=draft)  # type: ignore[arg-type]
+    asked: Draft = 2
+    with load(engine.pack.path, context=64, draft=asked) as two:
+        assert two.effective()["draft"] == {"setting": 2, "heads": 2}
+    with load(engine.pack.path, context=64, draft=0) as none:
+        least = none.plan.used_bytes - none.plan.slots_bytes + 8 * none.plan.page_bytes
+        tight = least + 4096
+        with load(engine.pack.path, context=64, ram=tight) as auto:
+            assert auto.effective()["draft"] == {"setting": "auto", "heads": 0}  # they have no room
+        with pytest.raises(DoesNotFit):
+            load(engine.pack.path, context=64, ram=tight, draft=3)
+
+
+# ---- the pace, on a simulated machine ----
+
+
+def simulate(
+    cost: Callable[[int], float],
+    right: tuple[float, float, float],
+    tokens: int,
+    seed: int,
+    noise: float = 0.25,
+) -> tuple[float, list[int]]:
+    """Seconds to say so many tokens where a pass costs cost(depth) and head k is right with a chance; the depths."""
+    rng, pace, seconds, said, depths = random.Random(seed), Measured(3), 0.0, 0, []
+    while said < tokens:
+        depth = pace.depth()
+        right_run = next((k for k in range(depth) if rng.random() >= right[k]), depth)
+        took = cost(depth) * rng.lognormvariate(-(noise**2) / 2, noise)
+        pace.took(depth, took, right_run + 1)
+        seconds, said = seconds + took, said + right_run + 1
+        depths.append(depth)
+    return seconds, depths
+
+
+def mean_seconds(cost: Callable[[int], float], right: tuple[float, float, float], tokens: int = 256) -> float:
+    return sum(simulate(cost, right, tokens, seed)[0] for seed in range(60)) / 60
+
+
+@pytest.mark.parametrize(
+    ("step", "right"),
+    [(0.9, (0.9, 0.7, 0.6)), (1.0, (0.5, 0.3, 0.2)), (0.95, (0.0, 0.0, 0.0)), (0.3, (0.1, 0.1, 0.1))],
+)
+def test_where_drafts_do_not_pay_they_cost_less_than_two_percent(
+    step: float, right: tuple[float, float, float]
+) -> None:
+    assert mean_seconds(lambda depth: 1 + step * depth, right) < 1.02 * 256
+
+
+def test_where_drafts_pay_they_are_used() -> None:
+    """Three drafts cost a third more, two of three are right: 2.2 times as fast at the best."""
+    seconds, depths = simulate(lambda depth: 1 + 0.11 * depth, (0.95, 0.75, 0.7), 2000, seed=1)
+    assert seconds < 2000 / 1.8
+    assert sum(depth == 3 for depth in depths) > 0.7 * len(depths)
+
+
+def test_the_pace_follows_when_the_machine_changes() -> None:
+    """A cold start makes passes without drafts look slow; they are looked at again."""
+    rng, pace, depths = random.Random(2), Measured(3), []
+    for n in range(400):
+        depth = pace.depth()
+        base = 3.0 if n < 12 else 1.0
+        accepted = next((k for k in range(depth) if rng.random() >= 0.4), depth)
+        pace.took(depth, base * (1 + 0.8 * depth) * rng.lognormvariate(0, 0.1), accepted + 1)
+        depths.append(depth)
+    assert sum(depth > 0 for depth in depths[60:]) < 0.15 * len(depths[60:])
