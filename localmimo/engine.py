@@ -378,7 +378,7 @@ class Engine:
         return _completion(self.stream(prompt, **options))
 
     def _generate_together(self, prompts: list[str], options: Options) -> list[Completion]:
-        tokens = [self._prompt_tokens(prompt) for prompt in prompts]
+        tokens = [self._check_tokens(self._asked(prompt, None, None).tokens) for prompt in prompts]
         steps: list[list[Step]] = [[] for _ in prompts]
         with self._borrow(None):
             while len(self._timelines) < min(self.plan.max_batch, len(prompts)):
