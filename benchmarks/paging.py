@@ -21,7 +21,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from localmimo import Engine, load
+from localmimo.experts.readers import Task
 from localmimo.experts.tiers import N_READERS, DiskTier, RamTier
 from localmimo.session import Session
 from quant import Pack
@@ -46,20 +46,25 @@ def probe_disk(pack: Pack, n_pages: int, seed: int) -> float:
     disk, ram = DiskTier(trust=True), RamTier(2 * N_READERS, pack.page.bytes)
     draw = random.Random(seed)
     pages = [(layer, expert) for layer, n in experts_of(pack).items() for expert in range(n)]
-    flying: deque[Future[None]] = deque()
+    flying: deque[Task] = deque()
     total = 0
     began = time.perf_counter()
     for i in range(n_pages):
         page = pack.page_at(*draw.choice(pages))
         if len(flying) == N_READERS:
-            flying.popleft().result()
+            finish(disk, flying.popleft())
         flying.append(disk.read(page, ram.memory(i % (2 * N_READERS))))
         total += page.nbytes
     for read in flying:
-        read.result()
+        finish(disk, read)
     took = time.perf_counter() - began
     disk.close()
     return total / took
+
+
+def finish(disk: DiskTier, read: Task) -> None:
+    disk.wait([read], None)
+    read.result()
 
 
 def random_tokens(engine: Engine, n: int, seed: int) -> list[int]:

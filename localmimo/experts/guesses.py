@@ -6,11 +6,11 @@ that a prompt will stream through next. Knows pages, slots and reads; not who gu
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from functools import partial
 
 from localmimo.errors import BadModel
 from localmimo.experts.policy import Page
+from localmimo.experts.readers import Task
 from localmimo.experts.slots import Read, Slots
 from localmimo.experts.tiers import DiskTier
 from quant.pack import PageAt
@@ -34,29 +34,25 @@ class Guesses:
         return len(self._reads)
 
     @property
-    def futures(self) -> list["Future[None]"]:
-        return [read.future for read in self._reads.values()]
+    def tasks(self) -> list[Task]:
+        return [read.task for read in self._reads.values()]
 
     def begin(self, page: Page, at: PageAt, slot: int) -> None:
         """Read `page` into `slot` when the disk is idle."""
-        guess = Read(self._disk.guess(at, self._slots.memory(slot)), slot)
-        self._reads[page] = guess
-        guess.future.add_done_callback(partial(self._note_landing, page))
-
-    def _note_landing(self, page: Page, _: "Future[None]") -> None:
-        self._landed.append(page)  # called by a reader's thread
+        task = self._disk.guess(at, self._slots.memory(slot), partial(self._landed.append, page))
+        self._reads[page] = Read(task, slot)
 
     def claim(self, page: Page) -> Read:
-        """Take over the read of a page that is needed now; the caller reads it anew if the future is cancelled."""
+        """Take over the read of a page that is needed now; the caller reads it anew if the task is cancelled."""
         guess = self._reads.pop(page)
-        guess.future.cancel()
+        self._disk.cancel(guess.task)
         return guess
 
     def landed(self) -> Iterator[Page]:
         """Put the pages that have been read since into their slots, and name them."""
         while self._landed:
             page = self._landed.popleft()
-            if page in self._reads and self._reads[page].future.done():
+            if page in self._reads and self._reads[page].task.done():
                 read = self._reads.pop(page)
                 if self._succeeded(read):
                     self._slots.put(page, read.slot)
@@ -66,11 +62,11 @@ class Guesses:
 
     def note_all_done(self) -> None:
         """See to it that `landed` finds every read that is over."""
-        self._landed.extend(page for page, read in self._reads.items() if read.future.done())
+        self._landed.extend(page for page, read in self._reads.items() if read.task.done())
 
     def _succeeded(self, read: Read) -> bool:
         try:
-            read.future.result()
+            read.task.result()
         except BadModel:  # an error for whoever asks for the page
             self._slots.give(read.slot)
             return False
@@ -78,7 +74,7 @@ class Guesses:
 
     def drop(self, page: Page) -> bool:
         """Take back a guess that was wrong; False where its read has begun."""
-        if page not in self._reads or not self._reads[page].future.cancel():
+        if page not in self._reads or not self._disk.cancel(self._reads[page].task):
             return False
         self._slots.give(self._reads.pop(page).slot)
         return True
@@ -86,7 +82,7 @@ class Guesses:
     def take_back(self) -> tuple[Page, int] | None:
         """The last page that no router guessed and whose read has not begun, with its slot, which is the caller's."""
         for page in reversed(self._reads):
-            if page not in self.routed and self._reads[page].future.cancel():
+            if page not in self.routed and self._disk.cancel(self._reads[page].task):
                 return page, self._reads.pop(page).slot
         return None
 

@@ -4,12 +4,12 @@ Knows pages as names and slots as numbers; not how a page is read or who asks fo
 """
 
 from collections.abc import Collection, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from localmimo.experts.policy import Page, Policy
+from localmimo.experts.readers import Task
 from localmimo.experts.tiers import RamTier
 
 
@@ -17,7 +17,7 @@ from localmimo.experts.tiers import RamTier
 class Read:
     """A read under way, or waiting its turn, into a slot."""
 
-    future: "Future[None]"
+    task: Task
     slot: int
 
 
@@ -91,19 +91,18 @@ class Slots:
 
     def owe(self, reads: Collection[Read]) -> None:
         """Nobody wants these reads any more: their slots come back when they are over."""
-        for read in reads:
-            read.future.cancel()
         self._owed += reads
         self._collect()
 
-    def wait_for_owed(self, others: Collection["Future[None]"], timeout_s: float) -> None:
-        """Wait until one of the owed reads, or of these others, is over."""
-        wait([read.future for read in self._owed] + list(others), timeout_s, FIRST_COMPLETED)
+    @property
+    def owed(self) -> list[Task]:
+        """Reads that nobody wants, under way."""
+        return [read.task for read in self._owed]
 
     def _collect(self) -> None:
         if self._owed:
-            self._free += [read.slot for read in self._owed if read.future.done()]
-            self._owed = [read for read in self._owed if not read.future.done()]
+            self._free += [read.slot for read in self._owed if read.task.done()]
+            self._owed = [read for read in self._owed if not read.task.done()]
 
     def revoke(self, slots: Collection[int]) -> None:
         """Give the memory of slots that the caller has taken back to the system."""

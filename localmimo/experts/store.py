@@ -10,7 +10,6 @@ round, so that a long prompt does not push out what decode had kept.
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -63,6 +62,7 @@ class ExpertStore:
         self._pack = pack
         self._n_experts = experts_of(pack)
         self._next_layer = dict(pairwise(self._n_experts))
+        self._one_layout = next(iter(pack.layouts.values())) if len(pack.layouts) == 1 else None
         self._full = n_slots
         self._disk = DiskTier(trust=trust)
         self._policy = policy
@@ -136,7 +136,7 @@ class ExpertStore:
                 yield self._arrivals(self._land(flying))
         finally:
             self._pinned.clear()
-            self._slots.owe(flying.values())
+            self._abandon(flying)
 
     def _hit(self, held: Sequence[Page]) -> None:
         self._traffic.ram_pages += len(held)
@@ -170,14 +170,13 @@ class ExpertStore:
         """A guessed page is needed now: wait for its read if that has begun, else read it before all guesses."""
         self._ahead.discard(page)
         guess = self._guesses.claim(page)
-        return self._read(page, guess.slot) if guess.future.cancelled() else guess
+        return self._read(page, guess.slot) if guess.task.cancelled() else guess
 
     def _land(self, flying: dict[Page, Read]) -> list[Page]:
         """Wait for at least one read; take in, pinned, all that have come."""
-        wait([read.future for read in flying.values()], self._stall_s, FIRST_COMPLETED)
-        landed = sorted(page for page, read in flying.items() if read.future.done())
-        if not landed:
+        if not self._disk.wait([read.task for read in flying.values()], self._stall_s):
             raise self._stalled(flying)
+        landed = sorted(page for page, read in flying.items() if read.task.done())
         for page in landed:
             self._take_in(page, flying.pop(page))
         self._pinned = set(landed)
@@ -185,13 +184,19 @@ class ExpertStore:
 
     def _take_in(self, page: Page, read: Read) -> None:
         try:
-            read.future.result()
+            read.task.result()
         except BaseException:
             self._slots.give(read.slot)
             raise
         self._slots.put(page, read.slot)
         self._traffic.disk_pages += 1
         self._traffic.disk_bytes += self._at(page).nbytes
+
+    def _abandon(self, flying: dict[Page, Read]) -> None:
+        """Give back the slots of reads that nobody wants any more, when they are over."""
+        for read in flying.values():
+            self._disk.cancel(read.task)
+        self._slots.owe(flying.values())
 
     def _stalled(self, flying: dict[Page, Read]) -> BadModel:
         page = next(iter(flying))
@@ -220,7 +225,7 @@ class ExpertStore:
     def _must_take_slot(self) -> int:
         """A slot where nothing but guesses and reads that nobody wants any more stand in the way."""
         self._guesses.routed.clear()
-        self._slots.wait_for_owed(self._guesses.futures, self._stall_s)
+        self._disk.wait([*self._slots.owed, *self._guesses.tasks], self._stall_s)
         self._guesses.note_all_done()
         self._take_in_guesses()
         slots = self._take_slots(1)
@@ -271,7 +276,7 @@ class ExpertStore:
     def wait_until_warm(self, timeout_s: float | None = None) -> None:
         """Wait for the pages that are being read before anybody asked for them."""
         with self._lock:
-            wait(self._guesses.futures, timeout_s)
+            self._disk.wait(self._guesses.tasks, timeout_s, every=True)
 
     def _absent(self, pages: Iterable[Page]) -> list[Page]:
         return [page for page in pages if page not in self._slots and page not in self._guesses]
@@ -330,7 +335,7 @@ class ExpertStore:
                     yield self._arrivals(ready)
             finally:
                 self._pinned.clear()
-                self._slots.owe(flying.values())
+                self._abandon(flying)
 
     def _ready(self, waiting: deque[Page], flying: dict[Page, Read]) -> list[Page]:
         """Take the first pages off `waiting`: at least one, and what has come after it without a gap."""
@@ -338,7 +343,7 @@ class ExpertStore:
         while waiting and len(ready) < GROUP:
             page = waiting[0]
             if page in flying:
-                if ready and not flying[page].future.done():
+                if ready and not flying[page].task.done():
                     break
                 self._arrive(page, flying)
             elif page in self._slots:
@@ -349,8 +354,7 @@ class ExpertStore:
         return ready
 
     def _arrive(self, page: Page, flying: dict[Page, Read]) -> None:
-        wait([flying[page].future], self._stall_s)
-        if not flying[page].future.done():
+        if not self._disk.wait([flying[page].task], self._stall_s):
             raise self._stalled({page: flying[page]})
         self._take_in(page, flying.pop(page))
         self._stream_through(page)

@@ -8,7 +8,7 @@ import mmap
 import os
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from localmimo.errors import BadModel
-from localmimo.experts.readers import Readers
+from localmimo.experts.readers import Job, Readers, Task
 from quant.kernels import crc32
 from quant.pack import PageAt
 
@@ -65,13 +65,21 @@ class DiskTier:
         self._began_s = 0.0
         self._busy_s = 0.0
 
-    def read(self, page: PageAt, into: memoryview) -> "Future[None]":
-        """Start reading `page` into a slot; the future raises BadModel where the bytes are not the page's."""
+    def read(self, page: PageAt, into: memoryview) -> Task:
+        """Start reading `page` into a slot; the task's result raises BadModel where the bytes are not the page's."""
         return self._readers.demand(partial(self._read, page, into[: page.nbytes]))
 
-    def guess(self, page: PageAt, into: memoryview) -> "Future[None]":
-        """The same once the disk has nothing better to do; the future can be cancelled until then."""
-        return self._readers.guess(partial(self._read, page, into[: page.nbytes]))
+    def guess(self, page: PageAt, into: memoryview, on_end: Job | None = None) -> Task:
+        """The same once the disk has nothing better to do; a reader's thread calls `on_end` then."""
+        return self._readers.guess(partial(self._read, page, into[: page.nbytes]), on_end)
+
+    def cancel(self, read: Task) -> bool:
+        """Take a read back; False where it has begun."""
+        return self._readers.cancel(read)
+
+    def wait(self, reads: Collection[Task], timeout_s: float | None, *, every: bool = False) -> bool:
+        """Wait until one of the reads, or every one, is over; False when the time is."""
+        return self._readers.wait(reads, timeout_s, every=every)
 
     @property
     def busy_s(self) -> float:
