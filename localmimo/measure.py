@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.corpus import Corpus
-from localmimo.experts.store import Traffic
+from localmimo.experts.traffic import Traffic
 
 if TYPE_CHECKING:
     from torch import Tensor
