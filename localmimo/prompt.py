@@ -84,7 +84,7 @@ class Prompts:
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self._template = template
         self._tokenizer = tokenizer
-        self._marker = Marker(tokenizer.added, tokenizer.control)
+        self.marker = Marker(tokenizer.added, tokenizer.control)
         self._recall = Recall()
 
     def render(
@@ -170,7 +170,7 @@ class Prompts:
         think: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> tuple[str, str]:
-        marked = self._marker.mark(check_messages(messages), check_tools(tools))
+        marked = self.marker.mark(check_messages(messages), check_tools(tools))
         text = self._template.render(
             marked.messages, tools=marked.tools, think=think, add_generation_prompt=add_generation_prompt
         )

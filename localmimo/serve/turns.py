@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localmimo.messages import check_messages
+from localmimo.marks import Marker
+from localmimo.messages import check_messages, check_tools
 from localmimo.serve.reply import Reply
 from localmimo.template import ChatTemplate
 
@@ -58,10 +59,15 @@ class Turns:
     """The turns of this process, the least recently used forgotten first."""
 
     def __init__(
-        self, template: ChatTemplate, encode: Callable[[str], list[int]], limit_bytes: int = LIMIT_BYTES
+        self,
+        template: ChatTemplate,
+        encode: Callable[[str, str], list[int]],
+        marker: Marker,
+        limit_bytes: int = LIMIT_BYTES,
     ) -> None:
         self._template = template
-        self._encode = encode
+        self._encode = encode  # text and the mark in it (see localmimo.marks)
+        self._marker = marker
         self._limit = limit_bytes
         self._turns: OrderedDict[bytes, Turn] = OrderedDict()
         self._n_bytes = 0
@@ -82,14 +88,17 @@ class Turns:
         """The tokens of a conversation, turns that are known exactly as they were sampled. Raises BadRequest."""
         messages = check_messages(messages)
         known = self._known(messages)
+        spelled = self._marker.mark(messages, check_tools(tools))
         if known and self._frame:
             marked = [
-                self._marked(n, message) if n in known else message for n, message in enumerate(messages)
+                self._marked(n, message) if n in known else message
+                for n, message in enumerate(spelled.messages)
             ]
-            text = self._template.render(marked, tools=tools, think=think)
-            if (tokens := self._spliced(text, known, self._frame)) is not None:
+            text = self._template.render(marked, tools=spelled.tools, think=think)
+            if (tokens := self._spliced(text, spelled.mark, known, self._frame)) is not None:
                 return tokens
-        return self._encode(self._template.render(messages, tools=tools, think=think))
+        text = self._template.render(spelled.messages, tools=spelled.tools, think=think)
+        return self._encode(text, spelled.mark)
 
     def _known(self, messages: Sequence[Message]) -> dict[int, Turn]:
         found = {}
@@ -116,7 +125,7 @@ class Turns:
             ]
         return marked
 
-    def _spliced(self, text: str, known: Mapping[int, Turn], frame: _Frame) -> list[int] | None:
+    def _spliced(self, text: str, spelled: str, known: Mapping[int, Turn], frame: _Frame) -> list[int] | None:
         """The tokens of a rendered text with marks; None where the template did not write them as foreseen."""
         tokens: list[int] = []
         done = 0
@@ -127,10 +136,10 @@ class Turns:
             before = text[done:at].removesuffix(frame.empty)
             if at < 0 or end < 0 or not before.endswith(frame.head):
                 return None
-            tokens += self._encode(before + turn.opening)
+            tokens += self._encode(before + turn.opening, spelled)
             tokens += turn.tokens
             done = end
-        return tokens + self._encode(text[done:]) if self._mark not in text[done:] else None
+        return tokens + self._encode(text[done:], spelled) if self._mark not in text[done:] else None
 
     # ---- out of an answer ----
 

@@ -47,7 +47,7 @@ class Worker:
 
     def __init__(self, engine: Engine, finished: Callable[[Job], None] = lambda job: None) -> None:
         self.engine = engine
-        self.turns = Turns(engine.template, engine.encode)
+        self.turns = Turns(engine.template, engine.tokenizer.encode, engine.prompts.marker)
         self.current: Job | None = None
         self._finished = finished
         self._thread = ThreadPoolExecutor(1, "localmimo-engine")
