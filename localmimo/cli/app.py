@@ -23,8 +23,11 @@ from localmimo.cli.frame import (
     OK,
     USAGE,
     Json,
+    NoPrefetch,
+    Profile,
     Quiet,
     Settings,
+    Trust,
     Verbose,
     carry_out,
     complain,
@@ -215,8 +218,8 @@ def bench(
             help="Router statistics to start from and to add to (chat's: default).  [default: none]",
         ),
     ] = None,
-    no_prefetch: Annotated[bool, typer.Option("--no-prefetch", help="Do not read experts ahead.")] = False,
-    trust: Annotated[bool, typer.Option("--trust", help="Do not check the pages' checksums.")] = False,
+    no_prefetch: NoPrefetch = False,
+    trust: Trust = False,
     cold: Annotated[
         bool,
         typer.Option(
@@ -333,6 +336,9 @@ def chat(
     kv: Annotated[
         str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
     ] = "auto",
+    profile: Profile = "default",
+    no_prefetch: NoPrefetch = False,
+    trust: Trust = False,
     tools: Annotated[
         list[str] | None,
         typer.Option(
@@ -366,6 +372,9 @@ def chat(
         ram=ram,
         dtype=dtype,
         kv=kv,
+        profile=profile,
+        prefetch=not no_prefetch,
+        trust=trust,
         system=system,
         think=think,
         think_budget=think_budget,
@@ -419,6 +428,9 @@ def serve(
     kv: Annotated[
         str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
     ] = "auto",
+    profile: Profile = "default",
+    no_prefetch: NoPrefetch = False,
+    trust: Trust = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
@@ -426,9 +438,11 @@ def serve(
 
     Requests are answered one at a time, first come, first served. SIGTERM or Ctrl-C finishes what came in.
     """
+    from localmimo.cli.chat import Options
     from localmimo.cli.serve import Serving, model_name, run_serve
 
-    job = Serving(model_name(model), host, port, api_key, tuple(cors or ()), queue, context, ram, dtype, kv)
+    opening = Options((), context, ram, dtype, kv, profile, not no_prefetch, trust)
+    job = Serving(model_name(model), host, port, api_key, tuple(cors or ()), queue, opening)
     return carry_out(lambda: run_serve(job, ui_of(verbose, quiet)))
 
 

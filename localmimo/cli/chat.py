@@ -37,6 +37,9 @@ class Options:
     ram: str | None = None
     dtype: str = "auto"
     kv: str = "auto"
+    profile: str = "default"  # "none": no statistics are kept
+    prefetch: bool = True
+    trust: bool = False
     system: str | None = None
     think: bool | None = None
     think_budget: int | None = None
@@ -156,6 +159,8 @@ def open_engine(model: str | None, options: Options, ui: Ui) -> Engine:
         ui.status.show(f"  opening {folder.name} ...", now=True)
         return load(
             folder, context=context, ram=options.ram, dtype=options.dtype, kv=options.kv,  # type: ignore[arg-type]
+            profile=None if options.profile == "none" else options.profile,
+            prefetch=options.prefetch, trust=options.trust,
         )  # fmt: skip
     finally:
         ui.status.clear()

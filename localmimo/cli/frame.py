@@ -50,6 +50,16 @@ Quiet = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
+Profile = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="Router statistics to start from and to add to, kept with the pack; \"none\" keeps none."
+    ),
+]
+NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="Do not read experts ahead.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Do not check the pages' checksums.")]
+
+
 def ui_of(verbose: int, quiet: bool) -> Any:
     from localmimo.cli.ui import Ui
 

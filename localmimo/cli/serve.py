@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +39,7 @@ class Serving:
     api_key: str | None = None
     cors: tuple[str, ...] = ()
     queue: int = 8
-    context: str | None = None
-    ram: str | None = None
-    dtype: str = "auto"
-    kv: str = "auto"
+    opening: Options = field(default_factory=Options)
 
 
 def run_serve(job: Serving, ui: Ui) -> int:
@@ -69,10 +66,10 @@ def _check_early(job: Serving, key: str | None) -> None:
             f"Everybody who reaches {job.host} could use this server: set {KEY_VARIABLE} or give --api-key, "
             "or leave --host at 127.0.0.1."
         )
-    if job.context is not None:
-        parse_count(job.context, "--context")
-    if job.ram is not None:
-        parse_bytes(job.ram)
+    if job.opening.context is not None:
+        parse_count(job.opening.context, "--context")
+    if job.opening.ram is not None:
+        parse_bytes(job.opening.ram)
 
 
 async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> int:
@@ -106,8 +103,7 @@ async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> 
 
 
 async def _load(job: Serving, service: Service, ui: Ui) -> Engine:
-    options = Options(context=job.context, ram=job.ram, dtype=job.dtype, kv=job.kv)
-    engine = await asyncio.to_thread(open_engine, job.model, options, ui)
+    engine = await asyncio.to_thread(open_engine, job.model, job.opening, ui)
     service.ready(engine)
     ui.parts(str(engine.plan).split(" · "))
     ui.configuration(engine)
