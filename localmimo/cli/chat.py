@@ -65,11 +65,18 @@ def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: 
         raise BadRequest("--json answers one prompt: give a PROMPT, or pipe it in.")
     system = _system_text(options.system)
     _check_early(options)
-    with (opener or open_engine)(model, options, ui) as engine:
-        if prompt is None:
-            return _converse(engine, options, ui, system)
-        asked = _with_stdin(prompt, stdin, ui)
-        return _answer_once(engine, options, ui, system, asked, stdin)
+    manner, toolbox = _manner(options, ui), Toolbox(ui)
+    try:
+        for path in options.tools:
+            toolbox.open(path)
+        with (opener or open_engine)(model, options, ui) as engine:
+            if prompt is None:
+                return _converse(engine, options, ui, system, manner, toolbox)
+            toolbox.ask = _asker(stdin, ui)
+            prompt = _with_stdin(prompt, stdin, ui)
+            return _answer_once(engine, options, ui, system, manner, toolbox, prompt)
+    finally:
+        toolbox.clear()
 
 
 def model_and_prompt(arguments: tuple[str, ...]) -> tuple[str | None, str | None]:
@@ -181,23 +188,20 @@ def _manner(options: Options, ui: Ui) -> Manner:
     )
 
 
-def _converse(engine: Engine, options: Options, ui: Ui, system: str | None) -> int:
+def _converse(
+    engine: Engine, options: Options, ui: Ui, system: str | None, manner: Manner, toolbox: Toolbox
+) -> int:
     from localmimo.cli.commands import COMMANDS
     from localmimo.cli.keys import KeyReader
     from localmimo.cli.repl import Repl
     from localmimo.cli.screen import Screen
 
-    manner = _manner(options, ui)
     manner.stream_options()
     reader = KeyReader({command.name: _choices(command) for command in COMMANDS})
     screen = Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking, hint="/thoughts shows it")
-    toolbox = _toolbox(options, ui, reader.ask)
     repl = Repl(reader, ui, engine, manner=manner, screen=screen, system=system, toolbox=toolbox)
     greet(engine, manner, ui)
-    try:
-        repl.run()
-    finally:
-        toolbox.clear()
+    repl.run()
     return 0
 
 
@@ -212,14 +216,6 @@ def _choices(command: Command) -> Choices:
             return saved_names
         case words:
             return lambda: words
-
-
-def _toolbox(options: Options, ui: Ui, ask: Ask | None) -> Toolbox:
-    """The tools of --tools, opened before the model is waited for."""
-    toolbox = Toolbox(ui, ask)
-    for path in options.tools:
-        toolbox.open(path)
-    return toolbox
 
 
 def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
@@ -243,25 +239,24 @@ def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
 
 
 def _answer_once(
-    engine: Engine, options: Options, ui: Ui, system: str | None, prompt: str, stdin: IO[str]
+    engine: Engine,
+    options: Options,
+    ui: Ui,
+    system: str | None,
+    manner: Manner,
+    toolbox: Toolbox,
+    prompt: str,
 ) -> int:
-    from localmimo.cli.repl import ending_of, exchange
-    from localmimo.cli.screen import Screen, figures
+    from localmimo.cli.repl import exchange, tell
+    from localmimo.cli.screen import Screen
 
     ui.configuration(engine)
-    manner = _manner(options, ui)
     screen: Any = (
         Silent() if options.as_json else Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
     )
-    toolbox = _toolbox(options, ui, _asker(stdin, ui))
-    try:
-        for turn in exchange(engine, [{"role": "user", "content": prompt}], manner, screen, toolbox, system):
-            ending = ending_of(turn, engine.context)
-            facts = figures(turn.stats, engine.context) if turn.stats and manner.stats else []
-            if ending or facts:
-                ui.parts([*([ending] if ending else []), *facts])
-    finally:
-        toolbox.clear()
+    messages = [{"role": "user", "content": prompt}]
+    for turn in exchange(engine, messages, manner, screen, toolbox, system):
+        tell(turn, engine.context, manner, ui)
     if options.as_json:
         ui.json(as_object(turn, engine, manner))
     return 130 if turn.finish_reason == "cancelled" else 0

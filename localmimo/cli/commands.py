@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from localmimo.cli.screen import figures
-from localmimo.cli.ui import parse_count
+from localmimo.cli.ui import fit, parse_count
 from localmimo.errors import BadRequest, LocalMimoError
 from localmimo.machine import format_bytes
 
@@ -242,6 +242,8 @@ def _load(repl: Repl, name: str) -> None:
     repl.attached.clear()
     questions = [message["content"] for message in found.messages if message["role"] == "user"]
     repl.asked, repl.last = str(questions[-1]) if questions else "", None
+    if questions:
+        repl.ui.note(f"  the last question: {fit(repl.asked, max(20, repl.ui.err.width - 22))}", style="dim")
     if why:
         repl.ui.note(f"  {why} It is read again with your next message.", style="yellow")
     counted = f"{len(questions)} question{'s' * (len(questions) != 1)}"

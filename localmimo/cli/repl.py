@@ -153,7 +153,8 @@ class Repl:
         self.manner = manner
         self.screen = screen
         self.system = system
-        self.toolbox = toolbox or Toolbox(ui, reader.ask)
+        self.toolbox = toolbox or Toolbox(ui)
+        self.toolbox.ask = reader.ask
         self.messages: list[dict[str, Any]] = []  # without the system prompt
         self.attached: list[str] = []  # files that go with the next message
         self.asked = ""  # the last question, for /retry
@@ -214,12 +215,17 @@ class Repl:
             self.ui.note("  stopped before the first word; /retry asks again", style="dim")
             return
         self.last = turn
-        ending = ending_of(turn, self.engine.context)
-        facts = figures(turn.stats, self.engine.context) if turn.stats and self.manner.stats else []
-        if ending or facts:
-            self.ui.parts([*([ending] if ending else []), *facts])
+        tell(turn, self.engine.context, self.manner, self.ui)
         if self.ui.err.is_terminal:
             self.ui.note()
+
+
+def tell(turn: Answer, context: int, manner: Manner, ui: Ui) -> None:
+    """Below an answer: why it is not whole, and its figures."""
+    ending = ending_of(turn, context)
+    facts = figures(turn.stats, context) if turn.stats and manner.stats else []
+    if ending or facts:
+        ui.parts([*([ending] if ending else []), *facts])
 
 
 def ending_of(turn: Answer, context: int) -> str:

@@ -25,9 +25,9 @@ SHOWN_LINES = 12  # of a result; the model reads all of it
 class Toolbox:
     """Files of functions that were opened, and which functions may run unasked."""
 
-    def __init__(self, ui: Ui, ask: Ask | None) -> None:
+    def __init__(self, ui: Ui) -> None:
         self._ui = ui
-        self._ask = ask  # None: nobody to ask, so nothing runs
+        self.ask: Ask | None = None  # None: nobody to ask, so nothing runs
         self._files: list[ToolFile] = []
         self.tools: dict[str, Tool] = {}
         self.always: set[str] = set()
@@ -68,7 +68,7 @@ class Toolbox:
                     self._ui.note("  stopped; the call did not finish", style="dim")
                     text, going = "error: the user stopped this call.", False
             results.append({"role": "tool", "tool_call_id": call.id, "content": text})
-        return results, going and (self._ask is not None or self._all_allowed(calls))
+        return results, going and (self.ask is not None or self._all_allowed(calls))
 
     def _run_one(self, call: ToolCall) -> str:
         self._ui.note(f"  calls {written(call)}", style="bold")
@@ -82,10 +82,10 @@ class Toolbox:
     def _allowed(self, call: ToolCall) -> bool:
         if call.name in self.always:
             return True
-        if self._ask is None:
+        if self.ask is None:
             self._ui.note("  not run: there is no terminal to ask at", style="dim")
             return False
-        answer = (self._ask(f"  run {call.name}? [y/N/always] ") or "").strip().lower()
+        answer = (self.ask(f"  run {call.name}? [y/N/always] ") or "").strip().lower()
         if answer in ("a", "always"):
             self.always.add(call.name)
             return True

@@ -161,3 +161,41 @@ def test_greeting() -> None:
         "  experts 83.3 GB (6,170 of 12,032, 51%)\n"
         "  /help for commands, Ctrl-D to leave\n"
     )
+
+
+# ---- tools and the log of steps ----
+
+CALL = "<tool_call><function=clock></function></tool_call>"
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text("def clock() -> str:\n    return 'noon'\n")
+    return str(tmp_path / "mine.py")
+
+
+def test_without_a_terminal_no_call_is_run(tools: str) -> None:
+    engine = ScriptedEngine([CALL])
+    code, out, err = chat(engine, "time?", stdin=Piped(""), tools=(tools,))
+    assert (code, out) == (0, "")
+    assert err == "  calls clock()\n  not run: there is no terminal to ask at\n"
+    assert engine.closed
+
+
+def test_json_names_the_calls(tools: str) -> None:
+    _, out, _ = chat(ScriptedEngine(["so ", CALL]), "time?", stdin=Piped(""), tools=(tools,), as_json=True)
+    said = json.loads(out)
+    assert (said["text"], said["finish_reason"]) == ("so ", "tool_calls")
+    assert said["tool_calls"][0]["function"] == {"name": "clock", "arguments": "{}"}
+
+
+@pytest.mark.parametrize("path", ["/no/such.py", "/tmp"])
+def test_a_missing_file_of_tools_is_said_before_the_model_is_opened(path: str) -> None:
+    with pytest.raises(BadRequest, match=f"--tools: there is no file {path}."):
+        chat(ScriptedEngine(), "time?", tools=(path,))
+
+
+def test_a_log_of_one_answer(tmp_path: Path) -> None:
+    log = tmp_path / "steps.jsonl"
+    chat(ScriptedEngine(["a", "b"]), "q", stats_json=str(log))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]

@@ -183,7 +183,9 @@ def test_a_saved_conversation_is_not_read_again(talk: Talk, engine: Engine, tmp_
     engine.chat([{"role": "user", "content": "something else"}])
     other = Talk(engine, talk.script, tmp_path)
     other.enter("/load", "/load my talk")
-    assert other.shown.err.endswith(f"  my talk\n  2 questions · {len(held)} tokens held · 1 to read\n")
+    assert other.shown.err.endswith(
+        f"  my talk\n  the last question: and the sky\n  2 questions · {len(held)} tokens held · 1 to read\n"
+    )
     reused, _ = other.enter("more", says="<think>hm</think>so")
     assert reused == len(held) and len(other.repl.messages) == 6
     other.repl.toolbox.clear()
