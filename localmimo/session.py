@@ -65,6 +65,11 @@ class Session:
         """How many of the first tokens are held."""
         return _common_prefix(self.tokens, tokens)
 
+    @property
+    def places(self) -> list[int]:
+        """Positions that can be come back to without reading, besides the last few."""
+        return [mark.snapshot.length for mark in self._marks]
+
     def sync(
         self,
         tokens: Sequence[int],

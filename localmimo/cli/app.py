@@ -415,6 +415,17 @@ def serve(
     queue: Annotated[
         int, typer.Option("--queue", metavar="N", min=0, help="Requests that may wait; more get a 429.")
     ] = 8,
+    sessions_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--sessions-dir",
+            metavar="DIR",
+            help="Keep conversations that others push out, to take them up again.",
+        ),
+    ] = None,
+    sessions_disk: Annotated[
+        str, typer.Option("--sessions-disk", metavar="SIZE", help="Disk for them; the oldest give way.")
+    ] = "50GiB",
     context: Annotated[
         str | None,
         typer.Option("-c", "--context", metavar="N", help="Positions of the context, such as 32k."),
@@ -441,8 +452,17 @@ def serve(
     from localmimo.cli.chat import Options
     from localmimo.cli.serve import Serving, model_name, run_serve
 
-    opening = Options((), context, ram, dtype, kv, profile, not no_prefetch, trust)
-    job = Serving(model_name(model), host, port, api_key, tuple(cors or ()), queue, opening)
+    job = Serving(
+        model_name(model),
+        host=host,
+        port=port,
+        api_key=api_key,
+        cors=tuple(cors or ()),
+        queue=queue,
+        sessions_dir=sessions_dir and sessions_dir.expanduser(),
+        sessions_disk=sessions_disk,
+        opening=Options((), context, ram, dtype, kv, profile, not no_prefetch, trust),
+    )
     return carry_out(lambda: run_serve(job, ui_of(verbose, quiet)))
 
 

@@ -53,7 +53,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 Profile = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="Router statistics to start from and to add to, kept with the pack; \"none\" keeps none."
+        metavar="NAME",
+        help='Router statistics to start from and to add to, kept with the pack; "none" keeps none.',
     ),
 ]
 NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="Do not read experts ahead.")]

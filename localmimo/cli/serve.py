@@ -39,6 +39,8 @@ class Serving:
     api_key: str | None = None
     cors: tuple[str, ...] = ()
     queue: int = 8
+    sessions_dir: Path | None = None
+    sessions_disk: str = "50GiB"
     opening: Options = field(default_factory=Options)
 
 
@@ -66,6 +68,7 @@ def _check_early(job: Serving, key: str | None) -> None:
             f"Everybody who reaches {job.host} could use this server: set {KEY_VARIABLE} or give --api-key, "
             "or leave --host at 127.0.0.1."
         )
+    parse_bytes(job.sessions_disk)
     if job.opening.context is not None:
         parse_count(job.opening.context, "--context")
     if job.opening.ram is not None:
@@ -79,7 +82,7 @@ async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> 
     from localmimo.serve.service import Service
 
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    service = Service(job.queue)
+    service = Service(job.queue, job.sessions_dir, parse_bytes(job.sessions_disk))
 
     def stopping() -> None:
         service.stopping = True

@@ -48,7 +48,7 @@ class Messages:
     # ---- stream ----
 
     def opening(self, job: Job) -> Iterable[Event]:
-        usage = {"input_tokens": len(job.tokens), "output_tokens": 0}
+        usage = {"input_tokens": len(job.prompt.tokens), "output_tokens": 0}
         yield _event("message_start", message=self._message([], None, None, usage))
 
     def push(self, step: Step) -> Iterable[Event]:
@@ -58,7 +58,7 @@ class Messages:
     def closing(self, job: Job) -> Iterable[Event]:
         reason, stop_text = _ending(job)
         delta = {"stop_reason": reason, "stop_sequence": stop_text}
-        yield _event("message_delta", delta=delta, usage=_usage(job), timings=job.reply.stats.as_dict())
+        yield _event("message_delta", delta=delta, usage=_usage(job), timings=job.stats.as_dict())
         yield _event("message_stop")
 
     def broken(self, failure: Failure) -> Iterable[Event]:
@@ -72,7 +72,7 @@ class Messages:
     def whole(self, job: Job) -> dict[str, Any]:
         content = [_content(block) for block in self._blocks.done]
         whole = self._message(content, *_ending(job), _usage(job))
-        return whole | {"timings": job.reply.stats.as_dict()}
+        return whole | {"timings": job.stats.as_dict()}
 
     def _message(
         self, content: list[Any], reason: str | None, stop_text: str | None, usage: Mapping[str, Any]
@@ -277,14 +277,14 @@ def _signature(text: str) -> str:
 
 
 def _ending(job: Job) -> tuple[str, str | None]:
-    reason = job.reply.finish_reason or "stop"
+    reason = job.answer.finish_reason
     if reason == "stop" and job.stop_text is not None:
         return "stop_sequence", job.stop_text
     return STOP_REASONS.get(reason, "end_turn"), None
 
 
 def _usage(job: Job) -> dict[str, int]:
-    stats = job.reply.stats
+    stats = job.stats
     return {
         "input_tokens": stats.prompt_tokens - stats.reused_tokens,
         "cache_creation_input_tokens": 0,

@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from localmimo.serve import pages
 from localmimo.serve.anthropic import CountTokens, Messages
 from localmimo.serve.chat import Chat, openai_failure
 from localmimo.serve.completions import Completions
@@ -26,6 +27,7 @@ from localmimo.serve.delivery import KEEP_ALIVE_S, Delivery, reported, respond, 
 from localmimo.serve.failures import Failure
 from localmimo.serve.fields import Fields
 from localmimo.serve.guard import Guard, body_limit, read_body
+from localmimo.serve.openapi import description
 from localmimo.serve.responses import Responses
 from localmimo.serve.service import Service
 
@@ -56,7 +58,9 @@ class Talk:
         fields.text("model")
         dialect = self._dialect(fields, service.desk)
         if isinstance(dialect, CountTokens):
-            return _json(dialect.counted(await asyncio.to_thread(service.worker.prompt, dialect.ask)))
+            return _json(
+                dialect.counted((await asyncio.to_thread(service.worker.prompt, dialect.ask)).tokens)
+            )
         job, place = await service.begin(dialect.ask)
         return Delivery(dialect, job, place, service.drop, self._keep_alive_s)
 
@@ -86,7 +90,16 @@ class Gate:
         await self._app(scope, receive, counted)
 
 
-PATHS = frozenset({*(dialect.path for dialect in DIALECTS), "/", "/health", "/metrics", "/v1/models"})
+PATHS = frozenset(
+    {
+        *(dialect.path for dialect in DIALECTS),
+        *pages.FILES,
+        "/health",
+        "/metrics",
+        "/v1/models",
+        "/openapi.json",
+    }
+)
 
 
 def shape(path: str, failure: Failure) -> dict[str, Any]:
@@ -108,6 +121,9 @@ def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S)
     async def models(request: Request) -> Response:
         return _json(_models(service))
 
+    async def described(request: Request) -> Response:
+        return _json(description())
+
     async def refused(request: Request, error: Exception) -> Response:
         failure = _refusal(error, request)
         return _json(shape(request.url.path, failure), failure.status, failure.headers)
@@ -119,6 +135,8 @@ def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S)
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
+        Route("/openapi.json", described),
+        *pages.ROUTES,
     ]
     middleware = [Middleware(Gate, guard=guard, service=service)]
     if guard.cors:

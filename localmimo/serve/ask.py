@@ -5,6 +5,7 @@ Knows the engine's options; nothing of HTTP or of how an answer is written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class Ask:
     think: bool | None = None
     think_budget: int | None = None
     logprobs: int | None = None
+    response_format: Mapping[str, Any] | None = None
     stream: bool = False
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from localmimo.chat import ToolCall
@@ -69,7 +69,7 @@ class Chat:
             yield self._chunk({name: step.text}, logprobs=logprobs)
 
     def closing(self, job: Job) -> Iterable[Event]:
-        yield self._chunk({}, reason=finish_reason(job), timings=job.reply.stats.as_dict())
+        yield self._chunk({}, reason=finish_reason(job), timings=job.stats.as_dict())
         if self._usage_wanted:
             yield Event(self._object("chat.completion.chunk", []) | {"usage": usage(job)})
         yield Event("[DONE]")
@@ -103,19 +103,19 @@ class Chat:
     # ---- whole ----
 
     def whole(self, job: Job) -> dict[str, Any]:
-        reply = job.reply
+        reply = job.answer
         message: dict[str, Any] = {"role": "assistant", "content": reply.content or None, "refusal": None}
-        if not reply.calls:
+        if not reply.tool_calls:
             message["content"] = reply.content
         if reply.reasoning:
             message["reasoning_content"] = reply.reasoning
-        if reply.calls:
-            message["tool_calls"] = [call.as_dict() for call in reply.calls]
+        if reply.tool_calls:
+            message["tool_calls"] = [call.as_dict() for call in reply.tool_calls]
         logprobs = self._logprobs(self._steps) if self.ask.logprobs is not None else None
         choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(job)}
         return self._object("chat.completion", [choice]) | {
             "usage": usage(job),
-            "timings": reply.stats.as_dict(),
+            "timings": job.stats.as_dict(),
         }
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,6 +150,7 @@ def read_chat(fields: Fields) -> Ask:
         think=think,
         think_budget=budget,
         logprobs=_read_logprobs(fields),
+        response_format=read_format(fields, "response_format"),
         stream=bool(fields.flag("stream")),
     )
 
@@ -168,6 +169,14 @@ def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
 def _read_logprobs(fields: Fields) -> int | None:
     top = fields.count("top_logprobs", 0, MOST_LOGPROBS)
     return top or 0 if fields.flag("logprobs") else None
+
+
+def read_format(fields: Fields, name: str) -> Mapping[str, Any] | None:
+    """What the answer must look like; None where it is free."""
+    form = fields.object(name)
+    if form is None or form.text("type") in (None, "text"):
+        return None
+    return form.values
 
 
 def argument_pieces(call: ToolCall) -> Iterator[str]:
@@ -192,19 +201,19 @@ def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str,
 
 def usage(job: Job) -> dict[str, Any]:
     """Tokens read, of these found in the KV cache, and tokens written, of these thought."""
-    stats: Stats = job.reply.stats
+    stats: Stats = job.stats
     return {
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.generated_tokens,
         "total_tokens": stats.prompt_tokens + stats.generated_tokens,
         "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
-        "completion_tokens_details": {"reasoning_tokens": job.reply.n_thought},
+        "completion_tokens_details": {"reasoning_tokens": job.n_thought},
     }
 
 
 def finish_reason(job: Job) -> str:
     """Why the answer ended, in OpenAI's words."""
-    reason = job.reply.finish_reason or "stop"
+    reason = job.answer.finish_reason
     return REASONS.get(reason, reason)
 
 

@@ -67,7 +67,7 @@ class Completions:
             yield self._chunk(step.text, logprobs)
 
     def closing(self, job: Job) -> Iterable[Event]:
-        timings = {"timings": job.reply.stats.as_dict()}
+        timings = {"timings": job.stats.as_dict()}
         yield Event(self._object("", None, finish_reason(job)) | timings)
         if self._usage_wanted:
             yield Event(self._head | {"choices": [], "usage": usage(job)})
@@ -80,9 +80,9 @@ class Completions:
         return None
 
     def whole(self, job: Job) -> dict[str, Any]:
-        text = self._echo + job.reply.content
+        text = self._echo + job.answer.content
         whole = self._object(text, self._logprobs(self._steps), finish_reason(job))
-        return whole | {"usage": usage(job), "timings": job.reply.stats.as_dict()}
+        return whole | {"usage": usage(job), "timings": job.stats.as_dict()}
 
     def _chunk(self, text: str, logprobs: dict[str, Any] | None = None) -> Event:
         return Event(self._object(text, logprobs, None))

@@ -42,19 +42,21 @@ class Connection(H11Protocol):
         self._idle_since = time.monotonic()
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        if len(self.connections) > self.limits.connections and not self._take_a_place():
+        if not self._find_a_place():
             transport.write(REFUSED)
             transport.close()
         else:
             self._head_timer = self.loop.call_later(self.limits.head_s, self._give_up)
 
-    def _take_a_place(self) -> bool:
-        idle = [other for other in self.connections if isinstance(other, Connection) and other.idle]
-        others = [other for other in idle if other is not self]
-        if not others:
-            return False
-        min(others, key=lambda other: other._idle_since)._give_up()
-        return True
+    def _find_a_place(self) -> bool:
+        """Whether there is room, if need be that of the one that has been idle longest."""
+        live = [other for other in self.connections if not other.transport.is_closing()]
+        if len(live) <= self.limits.connections:
+            return True
+        idle = [other for other in live if isinstance(other, Connection) and other.idle and other is not self]
+        if idle:
+            min(idle, key=lambda other: other._idle_since)._give_up()
+        return bool(idle)
 
     @property
     def idle(self) -> bool:

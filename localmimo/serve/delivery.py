@@ -106,7 +106,7 @@ class Delivery:
                 return
             if isinstance(item, Step):
                 list(self._dialect.push(item))
-        if self._job.reply.finish_reason is None:  # nobody is there any more, or the server stops
+        if not self._job.complete:  # nobody is there any more, or the server stops
             await self._refuse(send, Failure("loading", "The request was dropped.", retry_s=30))
         else:
             await respond(send, 200, self._dialect.whole(self._job))
@@ -167,8 +167,8 @@ class Delivery:
         if before := self._place.n_before:
             return f"waiting, {before} before this one"
         done, total = self._job.reading
-        if self._job.reply.tokens:
-            return f"writing, {len(self._job.reply.tokens)} tokens"
+        if self._job.answer.tokens:
+            return f"writing, {len(self._job.answer.tokens)} tokens"
         return f"reading {done}/{total}"
 
     async def _fail(self, send: Send, error: Exception) -> None:

@@ -39,14 +39,14 @@ class Metrics:
 
     def finished(self, job: Job) -> None:
         """Add what a job took, complete or not."""
-        self._counts["localmimo_cancelled_total", ()] += job.reply.finish_reason in (None, "cancelled")
-        self._counts.update(_of(job.reply.stats, job.reply.n_thought))
+        self._counts["localmimo_cancelled_total", ()] += job.answer.finish_reason == "cancelled"
+        self._counts.update(_of(job.stats, job.n_thought))
 
     def text(self, running: Job | None, gauges: Mapping[str, tuple[str, float]]) -> str:
         """The exposition; gauges are name -> (what it says, its value)."""
         counts = self._counts.copy()
         if running is not None:
-            counts.update(_of(running.reply.stats, running.reply.n_thought))
+            counts.update(_of(running.stats, running.n_thought))
         lines = [*_lines(counts)]
         for name, (says, value) in gauges.items():
             lines += [f"# HELP {name} {says}", f"# TYPE {name} gauge", f"{name} {value:g}"]

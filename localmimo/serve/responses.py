@@ -117,16 +117,16 @@ class Responses:
 
     def whole(self, job: Job) -> dict[str, Any]:
         items = [self._item(block, True) for block in self._blocks.done]
-        reason = INCOMPLETE.get(job.reply.finish_reason or "")
+        reason = INCOMPLETE.get(job.answer.finish_reason)
         whole = self._response("incomplete" if reason else "completed", items, job)
         if reason:
             whole["incomplete_details"] = {"reason": reason}
         if self._kept:
-            self._desk.archive.keep(self._id, self._earlier, [*self._new, _said(job)])
+            self._desk.archive.keep(self._id, self._earlier, [*self._new, job.answer.message().as_dict()])
         return whole
 
     def _response(self, status: str, output: list[Any], job: Job | None) -> dict[str, Any]:
-        figures = {} if job is None else {"timings": job.reply.stats.as_dict()}
+        figures = {} if job is None else {"timings": job.stats.as_dict()}
         return self._echoed | {
             "id": self._id,
             "object": "response",
@@ -196,6 +196,7 @@ def _read_ask(fields: Fields, messages: list[dict[str, Any]]) -> Ask:
         max_tokens=fields.count("max_output_tokens", 1),
         think=think,
         think_budget=budget,
+        response_format=_read_format(fields),
         stream=bool(fields.flag("stream")),
     )
 
@@ -283,6 +284,19 @@ def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
     return None if choice == "none" else tools or None
 
 
+def _read_format(fields: Fields) -> dict[str, Any] | None:
+    """What the answer must look like, as the chat dialect writes it."""
+    text = fields.object("text")
+    form = text.object("format") if text else None
+    kind = form.choice("type", "text", "json_object", "json_schema") if form else "text"
+    if form is None or kind in (None, "text"):
+        return None
+    if kind == "json_schema":
+        form.needed("schema")
+        return {"type": kind, "json_schema": {"name": form.text("name"), "schema": form.values["schema"]}}
+    return {"type": kind}
+
+
 def _echoed(fields: Fields) -> dict[str, Any]:
     """What a response repeats of its request."""
     defaults: dict[str, Any] = {
@@ -319,23 +333,12 @@ def _no_logprobs(block: Block) -> dict[str, Any]:
     return {} if block.kind == "thinking" else {"logprobs": []}
 
 
-def _said(job: Job) -> dict[str, Any]:
-    """The answer as a message of the conversation."""
-    reply = job.reply
-    said: dict[str, Any] = {"role": "assistant", "content": reply.content}
-    if reply.reasoning:
-        said["reasoning_content"] = reply.reasoning
-    if reply.calls:
-        said["tool_calls"] = [call.as_dict() for call in reply.calls]
-    return said
-
-
 def _usage(job: Job) -> dict[str, Any]:
-    stats = job.reply.stats
+    stats = job.stats
     return {
         "input_tokens": stats.prompt_tokens,
         "input_tokens_details": {"cached_tokens": stats.reused_tokens},
         "output_tokens": stats.generated_tokens,
-        "output_tokens_details": {"reasoning_tokens": job.reply.n_thought},
+        "output_tokens_details": {"reasoning_tokens": job.n_thought},
         "total_tokens": stats.prompt_tokens + stats.generated_tokens,
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from localmimo.serve.ask import Ask
@@ -14,6 +15,7 @@ from localmimo.serve.desk import Desk
 from localmimo.serve.failures import Failure
 from localmimo.serve.line import Line, LineFull, Place
 from localmimo.serve.metrics import Metrics
+from localmimo.serve.shelf import Shelf
 from localmimo.serve.worker import Job, Worker
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ State = Literal["loading", "ok", "busy", "stopping"]
 class Service:
     """One engine for many clients. It answers once it is `ready`."""
 
-    def __init__(self, n_waiting: int = 8) -> None:
+    def __init__(self, n_waiting: int = 8, sessions_dir: Path | None = None, sessions_bytes: int = 0) -> None:
+        self._sessions = (sessions_dir, sessions_bytes)
         self.line = Line(n_waiting)
         self.metrics = Metrics()
         self.began = int(time.time())
@@ -37,7 +40,9 @@ class Service:
     def ready(self, engine: Engine) -> None:
         """The engine is loaded; its tokenizer and template are opened here, so that they fail now or never."""
         engine.encode("")
-        self._worker = Worker(engine, self.metrics.finished)
+        folder, limit_bytes = self._sessions
+        shelf = None if folder is None else Shelf(folder / engine.pack.id[:16], limit_bytes)
+        self._worker = Worker(engine, self.metrics.finished, shelf)
         self._desk = Desk(str(engine.pack.name), engine.tokenizer)
 
     @property
@@ -72,7 +77,7 @@ class Service:
 
     async def begin(self, ask: Ask) -> tuple[Job, Place]:
         """Check the prompt and join the line. Raises Failure and the engine's errors, before anything is sent."""
-        tokens = await asyncio.to_thread(self.worker.prompt, ask)
+        prompt = await asyncio.to_thread(self.worker.prompt, ask)
         try:
             place = self.line.join()
         except LineFull as full:
@@ -81,7 +86,7 @@ class Service:
                 f"{full.n_waiting} requests are waiting, as many as may; ask again in {full.retry_s} s.",
                 retry_s=full.retry_s,
             ) from None
-        job = Job(ask, tokens)
+        job = Job(ask, prompt)
         self.worker.begin(job, place)
         return job, place
 
@@ -104,6 +109,13 @@ class Service:
                 "Turns whose exact tokens are remembered.",
                 float(len(worker.turns)),
             )
+            if (shelf := worker.shelf) is not None:
+                gauges["localmimo_sessions"] = ("Conversations on disk.", float(len(shelf)))
+                gauges["localmimo_sessions_bytes"] = ("Bytes of conversations on disk.", float(shelf.n_bytes))
+                gauges["localmimo_sessions_loaded"] = (
+                    "Conversations taken up from disk.",
+                    float(shelf.n_loaded),
+                )
         return self.metrics.text(worker.current if worker else None, gauges)
 
     async def close(self) -> None:

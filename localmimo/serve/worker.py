@@ -7,36 +7,48 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from localmimo.chat import parse_message
+from localmimo.answer import Answer
 from localmimo.errors import BadRequest, ContextFull
 from localmimo.generate import Stats, Step
+from localmimo.prompt import Prompt
 from localmimo.serve.ask import Ask
 from localmimo.serve.line import Place
-from localmimo.serve.reply import Reply
-from localmimo.serve.turns import LONGEST_OPENING, Turns
+from localmimo.serve.shelf import Shelf
+from localmimo.serve.turns import Turns
 
 if TYPE_CHECKING:
     from localmimo.engine import Engine
-
-END_TOKENS = 64  # of the prompt, whose text shows how the turn was opened
+    from localmimo.session import Session
 
 
 class Job:
     """One answer being made. `steps` gives what comes: steps, at last the error if there was one, then None."""
 
-    def __init__(self, ask: Ask, tokens: list[int]) -> None:
+    def __init__(self, ask: Ask, prompt: Prompt) -> None:
         self.ask = ask
-        self.tokens = tokens
+        self.prompt = prompt
         self.cancel = threading.Event()
         self.steps: asyncio.Queue[Step | BaseException | None] = asyncio.Queue()
         self.reading = (0, 0)  # tokens of the prompt read, to read
         self.stop_text: str | None = None  # the stop string that ended it
-        self.reply = Reply()
+        self.answer = Answer()
+        self.n_thought = 0  # tokens of thinking
+        self.complete = False
         self.task: asyncio.Task[None] | None = None
+
+    @property
+    def stats(self) -> Stats:
+        """The figures so far."""
+        return self.answer.stats or Stats()
+
+    def add(self, step: Step) -> None:
+        self.answer.add(step)
+        self.n_thought += step.token is not None and step.kind == "thinking"
+        self.complete = step.finish_reason is not None
 
     def read(self, done: int, total: int) -> None:
         self.reading = (done, total)
@@ -45,22 +57,29 @@ class Job:
 class Worker:
     """Owns the thread. `prompt` may be called from any thread, `run` from the event loop."""
 
-    def __init__(self, engine: Engine, finished: Callable[[Job], None] = lambda job: None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        finished: Callable[[Job], None] = lambda job: None,
+        shelf: Shelf | None = None,
+    ) -> None:
         self.engine = engine
-        self.turns = Turns(engine.template, engine.tokenizer.encode, engine.prompts.marker)
+        self.shelf = shelf
+        self.turns = Turns()
         self.current: Job | None = None
         self._finished = finished
         self._thread = ThreadPoolExecutor(1, "localmimo-engine")
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def prompt(self, ask: Ask) -> list[int]:
-        """The tokens to answer. Raises BadRequest, ContextFull."""
+    def prompt(self, ask: Ask) -> Prompt:
+        """The prompt to answer. Raises BadRequest, ContextFull."""
         if ask.messages is not None:
-            tokens = self.turns.prompt(ask.messages, ask.tools, ask.think)
+            prompt = self.engine.prompts.write(self.turns.restore(ask.messages), ask.tools, ask.think)
         else:
-            tokens = ask.tokens if ask.tokens is not None else self.engine.encode(ask.text or "")
-        self._check(ask, tokens)
-        return tokens
+            tokens = self.engine.encode(ask.text or "") if ask.tokens is None else ask.tokens
+            prompt = Prompt(ask.text or "", tokens)
+        self._check(ask, prompt.tokens)
+        return prompt
 
     def _check(self, ask: Ask, tokens: list[int]) -> None:
         vocabulary = self.engine.config.vocab_size
@@ -104,45 +123,49 @@ class Worker:
     def _run(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         try:
             if not job.cancel.is_set():
-                for step in self._steps(job):
-                    job.reply.add(step)
-                    if step.finish_reason is not None:
-                        self._close(job)
-                    loop.call_soon_threadsafe(job.steps.put_nowait, step)
+                self._answer(job, lambda step: loop.call_soon_threadsafe(job.steps.put_nowait, step))
         except BaseException as error:  # whatever it is, it is the client's to hear of
             loop.call_soon_threadsafe(job.steps.put_nowait, error)
 
-    def _steps(self, job: Job):  # type: ignore[no-untyped-def]
+    def _answer(self, job: Job, give: Callable[[Step], object]) -> None:
+        with self.engine.session() as session:
+            if self.shelf is not None:
+                self.shelf.prepare(session, job.prompt.tokens)
+            for step in self._steps(job, session):
+                job.add(step)
+                if step.finish_reason is not None:
+                    self._close(job)
+                give(step)
+        if self.shelf is not None:
+            self.shelf.learn(job.stats)
+
+    def _steps(self, job: Job, session: Session) -> Iterator[Step]:
         ask = job.ask
         return self.engine.stream(
             ask.text or "" if ask.messages is None else ask.messages,
-            tokens=job.tokens,
+            tokens=job.prompt.tokens,
             sampling=ask.sampling,
             max_tokens=ask.max_tokens,
             stop=ask.stop,
             think_budget=ask.think_budget,
             tools=ask.tools,
             logprobs=ask.logprobs,
+            response_format=ask.response_format,
             cancel=job.cancel,
             progress=job.read,
+            session=session,
         )
 
     def _close(self, job: Job) -> None:
         """What is to be known of an answer that is complete."""
-        text = self.engine.decode(job.reply.tokens)
-        found = [(text.find(stop), stop) for stop in job.ask.stop if stop in text]
+        answer, ask = job.answer, job.ask
+        text = self.engine.decode(answer.tokens)
+        found = [(text.find(stop), stop) for stop in ask.stop if stop in text]
         job.stop_text = min(found)[1] if found else None
-        if job.ask.messages is not None and job.reply.finish_reason in ("stop", "tool_calls", "length"):
-            end = self.engine.decode(job.tokens[-END_TOKENS:])[-LONGEST_OPENING:]
-            thinking = end.rstrip().endswith("<think>")
-            self.turns.remember(
-                job.ask.messages, end, job.reply, parse_message(text, job.ask.tools, thinking)
-            )
-
-    @property
-    def stats(self) -> Stats | None:
-        """The figures of the answer being made."""
-        return self.current.reply.stats if self.current else None
+        if ask.messages is not None and answer.finish_reason != "cancelled":
+            whole = answer.finish_reason in ("stop", "tool_calls") and not ask.stop
+            self.engine.prompts.keep(job.prompt, answer, whole=whole)
+            self.turns.remember(ask.messages, answer.message().as_dict())
 
     async def close(self) -> None:
         """Stop what is being answered and what waits, and wait for the thread."""

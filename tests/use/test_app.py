@@ -84,6 +84,7 @@ def test_version() -> None:
         (("chat", "q", "-c", "lots"), 2, 'error: --context is "lots"; write a number such as 4096 or 32k.'),
         (("chat", "/no/such/pack", "q"), 4, "error: There is no folder /no/such/pack."),
         (("chat", "./no-such-pack"), 2, "error: The prompt is empty: say something."),
+        (("serve", "--host", "0.0.0.0"), 2, "error: Everybody who reaches 0.0.0.0 could use this server: "),
         (("verify", "/no/such/pack"), 4, "error: There is no folder /no/such/pack."),
         (("quantize", "/no/such/model"), 4, "error: /no/such/model is not a folder with a checkpoint."),
         (("perplexity", "/no/such/pack", "pyproject.toml"), 4, "error: There is no folder /no/such/pack."),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -39,11 +41,16 @@ class Running:
         n_waiting: int = 8,
         limits: Limits | None = None,
         keep_alive_s: float = 5.0,
+        send_buffer: int | None = None,
+        sessions_dir: Path | None = None,
+        sessions_bytes: int = 0,
     ) -> None:
-        self.service = Service(n_waiting)
+        self.service = Service(n_waiting, sessions_dir, sessions_bytes)
         if engine is not None:
             self.service.ready(engine)
         self._sock = listen("127.0.0.1", 0)
+        if send_buffer is not None:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.port: int = self._sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = Server(make_app(self.service, guard or Guard(), keep_alive_s), limits, drain_s=20)
@@ -79,10 +86,15 @@ class Running:
             return list(parse_events(response.iter_lines()))
 
     def wait_idle(self) -> None:
-        deadline = time.monotonic() + 20
-        while self.service.line.busy:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: not self.service.line.busy)
+
+
+def wait_for(holds: Callable[[], object], limit_s: float = 20) -> None:
+    """Wait until something holds; fail where it does not within the limit."""
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
 
 
 def parse_events(lines: Iterator[str]) -> Iterator[tuple[str | None, Any]]:

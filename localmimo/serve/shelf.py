@@ -1,0 +1,191 @@
+"""Shelf: conversations of several clients on disk, so that the engine's one timeline can turn from one to another.
+
+Before an answer it is asked what the new prompt is best begun with: what the timeline holds, or a saved one. It saves
+and loads only where that is quicker than reading the tokens again, by rates that were measured on this machine; until
+a prompt has been read, nothing is swapped. The least recently used files give way to the disk budget.
+
+Knows sessions, files and times; nothing of requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localmimo.errors import BadSession
+from localmimo.kv import SLACK
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from localmimo.generate import Stats
+    from localmimo.session import Session
+
+LEAST_TOKENS = 32  # a shorter read says little about the rate
+FIRST_RATE = 300e6  # bytes per second of files, assumed until one was written or read
+WEIGHT = 0.3  # of the newest measurement
+log = logging.getLogger("localmimo.serve")
+
+
+@dataclass(slots=True)
+class Saved:
+    """One file: what it holds and where a session loaded from it can come back to."""
+
+    path: Path
+    tokens: NDArray[np.int32]
+    places: tuple[int, ...]
+    n_bytes: int
+    used: float  # time of the last use
+
+    def reach(self, tokens: NDArray[np.int32]) -> int:
+        return reach(self.tokens, self.places, tokens)
+
+
+class Shelf:
+    """Owns a folder of saved sessions. Used by the engine's thread alone."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self.prefill_tps: float | None = None  # measured
+        self.bytes_per_s = FIRST_RATE
+        self.n_saved = 0
+        self.n_loaded = 0
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._saved = [saved for path in folder.glob("*.kv") if (saved := _found(path)) is not None]
+        self._make_room(0)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(saved.n_bytes for saved in self._saved)
+
+    def __len__(self) -> int:
+        return len(self._saved)
+
+    def prepare(self, session: Session, tokens: Sequence[int]) -> None:
+        """Have the session begin the prompt where least is left to do."""
+        wanted = np.asarray(tokens, np.int32)
+        held = np.asarray(session.tokens, np.int32)
+        own = reach(held, session.places, wanted)
+        if self.prefill_tps is None:
+            return
+        best = max(self._saved, key=lambda saved: saved.reach(wanted), default=None)
+        if len(held) - own > 0:
+            self._keep(session, held, own)
+        if best is not None and self._pays(best.reach(wanted) - own, best.n_bytes) and best in self._saved:
+            self._load(session, best)
+
+    def learn(self, stats: Stats) -> None:
+        """Take in how quickly a prompt was read."""
+        n_read = stats.prompt_tokens - stats.reused_tokens
+        if n_read >= LEAST_TOKENS and stats.prefill_s > 0:
+            rate = n_read / stats.prefill_s
+            known = self.prefill_tps
+            self.prefill_tps = rate if known is None else known + WEIGHT * (rate - known)
+
+    def _pays(self, n_tokens: int, n_bytes: int) -> bool:
+        """Whether moving the bytes takes less time than reading the tokens."""
+        assert self.prefill_tps is not None
+        return n_tokens / self.prefill_tps > n_bytes / self.bytes_per_s
+
+    def _keep(self, session: Session, held: NDArray[np.int32], own: int) -> None:
+        """Save what the next prompt would push out, where reading it again would cost more than writing and loading."""
+        if any(len(saved.tokens) == len(held) and (saved.tokens == held).all() for saved in self._saved):
+            return
+        n_bytes = session.saved_bytes
+        if n_bytes > self.limit_bytes or not self._pays(len(held) - own, 2 * n_bytes):
+            return
+        grown = [saved for saved in self._saved if _begins(held, saved.tokens)]
+        self._make_room(n_bytes, grown)
+        path = self.folder / f"{hashlib.sha256(held.tobytes()).hexdigest()[:32]}.kv"
+        began = time.perf_counter()
+        try:
+            written = session.save(path)
+            _write_index(path, held, session.places)
+        except (BadSession, OSError) as error:
+            log.warning("A session was not saved: %s", error)
+            return
+        self._measure(written, time.perf_counter() - began)
+        self._saved.append(Saved(path, held, tuple(session.places), written, time.time()))
+        self.n_saved += 1
+
+    def _load(self, session: Session, saved: Saved) -> None:
+        began = time.perf_counter()
+        try:
+            session.load(saved.path)
+        except BadSession as error:
+            log.warning("A saved session is dropped: %s", error)
+            self._drop(saved)
+            return
+        self._measure(saved.n_bytes, time.perf_counter() - began)
+        saved.used = time.time()
+        with suppress(OSError):
+            os.utime(saved.path)
+        self.n_loaded += 1
+
+    def _measure(self, n_bytes: int, seconds: float) -> None:
+        self.bytes_per_s += WEIGHT * (n_bytes / max(seconds, 1e-6) - self.bytes_per_s)
+
+    def _make_room(self, n_bytes: int, useless: Sequence[Saved] = ()) -> None:
+        for saved in useless:
+            self._drop(saved)
+        for saved in sorted(self._saved, key=lambda saved: saved.used):
+            if self.n_bytes + n_bytes > self.limit_bytes:
+                self._drop(saved)
+
+    def _drop(self, saved: Saved) -> None:
+        self._saved = [other for other in self._saved if other is not saved]
+        for path in (saved.path, _index(saved.path)):
+            path.unlink(missing_ok=True)
+
+
+def reach(held: NDArray[np.int32], places: Sequence[int], wanted: NDArray[np.int32]) -> int:
+    """How many tokens of a prompt a session with these tokens has not to read: the windows reach back a little,
+    or to one of its places."""
+    n = min(len(held), len(wanted))
+    differ = np.flatnonzero(held[:n] != wanted[:n])
+    common = int(differ[0]) if len(differ) else n
+    if common >= len(held) - SLACK:
+        return common
+    return max((place for place in places if place <= common), default=0)
+
+
+def _begins(longer: NDArray[np.int32], shorter: NDArray[np.int32]) -> bool:
+    return len(shorter) <= len(longer) and bool((longer[: len(shorter)] == shorter).all())
+
+
+def _index(path: Path) -> Path:
+    return path.with_suffix(".tokens.npy")
+
+
+def _write_index(path: Path, tokens: NDArray[np.int32], places: Sequence[int]) -> None:
+    """What a file holds, beside it, so that a server that starts need not open them all."""
+    facts = np.concatenate([np.asarray([len(places), *places], np.int32), tokens])
+    descriptor = os.open(
+        _index(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600
+    )  # private text, as the session
+    with os.fdopen(descriptor, "wb") as file:
+        np.save(file, facts, allow_pickle=False)
+
+
+def _found(path: Path) -> Saved | None:
+    """A file of an earlier server; None where it cannot be used."""
+    try:
+        facts = np.load(_index(path), allow_pickle=False)
+        status = path.stat()
+    except (OSError, ValueError, EOFError):
+        return None
+    if facts.ndim != 1 or facts.dtype != np.int32 or not len(facts) or not 0 <= facts[0] < len(facts):
+        return None
+    n_places = int(facts[0])
+    places = tuple(int(place) for place in facts[1 : 1 + n_places])
+    return Saved(path, facts[1 + n_places :], places, status.st_size, status.st_mtime)

@@ -1,0 +1,146 @@
+"""Several clients' conversations share one timeline: the others wait on disk, where that is quicker than reading."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localmimo.engine import Engine
+from localmimo.generate import Stats
+from localmimo.serve.shelf import Shelf, reach
+
+from . import conversations as talks
+from .running import Running, Scripted
+
+PLENTY = 1 << 30
+
+
+def tokens(*values: int) -> "np.ndarray":
+    return np.asarray(values, np.int32)
+
+
+def test_reach_is_what_the_windows_and_places_allow() -> None:
+    held = np.arange(100, dtype=np.int32)
+    assert reach(held, [], np.arange(200, dtype=np.int32)) == 100
+    branch = np.concatenate([held[:95], tokens(7, 7)])
+    assert reach(held, [], branch) == 95  # within the rings' slack
+    branch = np.concatenate([held[:50], tokens(7, 7)])
+    assert reach(held, [], branch) == 0 and reach(held, [20, 40, 60], branch) == 40
+    assert reach(tokens(), [], held) == 0 and reach(held, [], tokens()) == 0
+
+
+@pytest.fixture
+def empty(engine: Engine) -> None:
+    """Nothing of the tests before is left in the timeline."""
+    with engine.session() as session:
+        session.rewind(session.position)
+
+
+@pytest.fixture
+def slow_reading(empty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read at a token per second, as by a model far larger than this one."""
+    monkeypatch.setattr(
+        Shelf, "prefill_tps", property(lambda self: 1.0, lambda self, value: None), raising=False
+    )
+
+
+def alternate(server: Running, script: Scripted, clients: list[talks.Client], n_rounds: int) -> list[int]:
+    """Tokens that were read twice, of every turn but the first of each client."""
+    held: dict[int, int] = {}
+    again = []
+    texts = {n: talks.turns() for n in range(len(clients))}
+    for _ in range(n_rounds):
+        for n, client in enumerate(clients):
+            script.say(next(texts[n]))
+            prompt, cached, said = client.ask(server)
+            if n in held:
+                again.append(held[n] - cached)
+            held[n] = prompt + said - 1
+    return again
+
+
+def clients(n: int) -> list[talks.Client]:
+    made = []
+    for number in range(n):
+        client = talks.ChatClient()
+        client.messages[0]["content"] = f"Client {number}: {talks.QUESTION}"
+        made.append(client)
+    return made
+
+
+def test_clients_take_turns_and_nothing_is_read_twice(
+    engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None
+) -> None:
+    with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
+        talkers = clients(3)
+        assert set(alternate(server, script, talkers, 3)) == {0}
+        shelf = server.service.worker.shelf
+        assert shelf is not None and shelf.n_loaded == 6
+        assert len(shelf) == 3  # what a conversation grew out of is gone
+        files = list(tmp_path.rglob("*.*"))
+        assert len(files) == 6 and all(path.stat().st_mode & 0o77 == 0 for path in files)
+        assert "localmimo_sessions 3" in server.http.get("/metrics").text
+
+
+def test_a_later_server_takes_them_up(
+    engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None
+) -> None:
+    (talker,) = clients(1)
+    other = talks.ChatClient()
+    with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
+        script.say("One.", "Two.")
+        prompt, _, _ = talker.ask(server)
+        other.ask(server)
+    with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
+        talker.messages.append({"role": "user", "content": "Go on."})
+        script.say("Three.")
+        _, cached, _ = talker.ask(server)
+        assert cached >= prompt  # the exact tokens of the answer are not kept over a restart, its text is
+
+
+def test_the_budget_holds(engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None) -> None:
+    with Running(engine, sessions_dir=tmp_path, sessions_bytes=200_000) as server:
+        alternate(server, script, clients(4), 2)
+        shelf = server.service.worker.shelf
+        assert shelf is not None and 0 < len(shelf) < 4
+        on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*.kv"))
+        assert on_disk == shelf.n_bytes <= 200_000
+
+
+def test_what_is_quicker_to_read_is_not_saved(
+    engine: Engine, script: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Shelf, "prefill_tps", property(lambda self: 1e9, lambda self, value: None), raising=False
+    )
+    with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
+        assert min(alternate(server, script, clients(2), 2)) > 0
+        assert not list(tmp_path.rglob("*.kv"))
+
+
+def test_rates_are_learned(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, PLENTY)
+    shelf.learn(Stats(prompt_tokens=10, prefill_s=1.0))
+    assert shelf.prefill_tps is None
+    shelf.learn(Stats(prompt_tokens=300, reused_tokens=100, prefill_s=2.0))
+    assert shelf.prefill_tps == 100
+    shelf.learn(Stats(prompt_tokens=200, prefill_s=1.0))
+    assert 100 < shelf.prefill_tps < 200
+
+
+def test_damaged_files_are_left_out(
+    engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None
+) -> None:
+    (talker,), other = clients(1), talks.ChatClient()
+    with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
+        script.say("One.", "Two.", "Three.")
+        talker.ask(server)
+        other.ask(server)
+        (path,) = tmp_path.rglob("*.kv")
+        path.write_bytes(path.read_bytes()[:-1000])
+        talker.messages.append({"role": "user", "content": "Go on."})
+        prompt, cached, _ = talker.ask(server)
+        assert cached < prompt and not path.exists()
+    (tmp_path / "x.kv").write_bytes(b"nonsense")
+    (tmp_path / "x.tokens.npy").write_bytes(b"nonsense")
+    assert len(Shelf(tmp_path, PLENTY)) == 0
