@@ -2,7 +2,8 @@
 // Included by product.h for isa_*.cpp only, and kept in an unnamed namespace like it.
 //
 // Beyond what product.h asks for, V has: Words (16 words of 32 bits), transpose, low_half, high_half, whole, byte,
-// widen_bf16, widen_int8, maximum, top, and the register tile kRows x kCols of a product.
+// bits, widen_bf16, widen_int8, maximum, top, the register tile kRows x kCols of a product, and kFewRows and kFewTile,
+// rows of queries and vectors of values, of the path for few queries.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -206,8 +207,140 @@ void soften(float* scores, int64_t begin, int64_t end, float* state, int64_t wid
   V::store(sums, sum);
 }
 
+// ---- few queries: no packed copies, keys go from their transposition into the sums; the same chains of fma
+
+// out[r * kKeys + lane] = q[r] . key of the lane, from sixteen keys' words.
+template <class V, Store store, int rows>
+void score_lanes(const float* words, const float* scales, const float* q, int64_t d_k, float* out) {
+  constexpr int per_word = store == Store::f32 ? 1 : store == Store::bf16 ? 2 : 4;
+  typename V::F sum[rows];
+  for (int r = 0; r < rows; ++r) sum[r] = V::zero();
+  const typename V::F scale = V::load(scales);
+  const auto add = [&](int64_t d, typename V::F key) LM_INLINE_LAMBDA {
+    for (int r = 0; r < rows; ++r) sum[r] = V::fma(V::set1(q[r * d_k + d]), key, sum[r]);
+  };
+  int64_t d = 0;
+  for (; d + per_word <= d_k; d += per_word) {
+    const typename V::Words x = V::bits(V::load(words + d / per_word * 16));
+    if constexpr (store == Store::f32) {
+      add(d, V::whole(x));
+    } else if constexpr (store == Store::bf16) {
+      add(d, V::low_half(x));
+      add(d + 1, V::high_half(x));
+    } else {
+      add(d, V::mul(V::template byte<0>(x), scale));
+      add(d + 1, V::mul(V::template byte<1>(x), scale));
+      add(d + 2, V::mul(V::template byte<2>(x), scale));
+      add(d + 3, V::mul(V::template byte<3>(x), scale));
+    }
+  }
+  if (d < d_k) {  // a last word that is not full
+    const typename V::Words x = V::bits(V::load(words + d / per_word * 16));
+    if constexpr (store == Store::bf16) {
+      add(d, V::low_half(x));
+    } else if constexpr (store == Store::int8) {
+      add(d, V::mul(V::template byte<0>(x), scale));
+      if (d + 1 < d_k) add(d + 1, V::mul(V::template byte<1>(x), scale));
+      if (d + 2 < d_k) add(d + 2, V::mul(V::template byte<2>(x), scale));
+    }
+  }
+  for (int r = 0; r < rows; ++r) V::store(out + r * kKeys, sum[r]);
+}
+
+template <class V, Store store, int most>
+void score_rows(const float* words, const float* scales, const float* q, int64_t d_k, int64_t rows, float* out) {
+  for (; rows >= most; rows -= most, q += most * d_k, out += most * kKeys)
+    score_lanes<V, store, most>(words, scales, q, d_k, out);
+  if constexpr (most > 1) {
+    if (rows > 0) score_rows<V, store, most / 2>(words, scales, q, d_k, rows, out);
+  }
+}
+
+template <class V, Store store>
+void score_block(const Head& h, int64_t start, int64_t begin, int64_t end, const float* q, int64_t rows, float* words,
+                 float* scores) {
+  const int64_t size = row_bytes(store, h.d_k), bytes = store == Store::int8 ? h.d_k : size;
+  for (int64_t lane = 0; lane < kKeys; lane += 16) {
+    if (start + lane + 16 <= begin || start + lane >= end) continue;
+    const uint8_t* keys[16];
+    float scales[16] = {};
+    for (int i = 0; i < 16; ++i) {
+      int64_t p = start + lane + i;
+      p = p < begin ? begin : p >= end ? end - 1 : p;
+      keys[i] = h.keys + h.row(p) * size;
+      if (store == Store::int8) std::memcpy(scales + i, keys[i] + h.d_k, sizeof(float));
+    }
+    across<V>(keys, bytes, kKeys * size, [&](int64_t w, const typename V::Words& x) LM_INLINE_LAMBDA {
+      V::store(words + w * 16, V::whole(x));
+    });
+    score_rows<V, store, V::kFewRows>(words, scales, q, h.d_k, rows, scores + lane);
+  }
+}
+
+// states[r] += weights[r][i] * value i, for `cols` vectors of the values of positions begin to end - 1.
+template <class V, Store store, int rows, int cols>
+void mix_tile(const Head& h, int64_t start, int64_t begin, int64_t end, const float* weights, int64_t col,
+              float* states, int64_t stride) {
+  constexpr int64_t size = store == Store::f32 ? 4 : store == Store::bf16 ? 2 : 1;
+  const int64_t bytes = row_bytes(store, h.d_v), ahead = kKeys * bytes;
+  typename V::F sum[rows][cols];
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < cols; ++j) sum[r][j] = V::load(states + r * stride + (col + j) * 16);
+  for (int64_t p = begin; p < end; ++p) {
+    const uint8_t* row = h.values + h.row(p) * bytes;
+    const uint8_t* from = row + col * 16 * size;
+    typename V::F scale = V::zero(), value[cols];
+    if (store == Store::int8) {
+      float s;
+      std::memcpy(&s, row + h.d_v, sizeof s);
+      scale = V::set1(s);
+    }
+    V::template prefetch<16 * cols * size>(from + ahead);
+    for (int j = 0; j < cols; ++j) value[j] = widen<V>(store, from + j * 16 * size, scale);
+    for (int r = 0; r < rows; ++r) {
+      const typename V::F weight = V::set1(weights[r * kKeys + p - start]);
+      for (int j = 0; j < cols; ++j) sum[r][j] = V::fma(weight, value[j], sum[r][j]);
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < cols; ++j) V::store(states + r * stride + (col + j) * 16, sum[r][j]);
+}
+
+template <class V, Store store, int most>
+void mix_rows(const Head& h, int64_t start, int64_t begin, int64_t end, const float* weights, int64_t rows,
+              float* states, int64_t stride) {
+  constexpr int cols = V::kFewTile / most > 8 ? 8 : V::kFewTile / most > 0 ? V::kFewTile / most : 1;
+  for (; rows >= most; rows -= most, weights += most * kKeys, states += most * stride) {
+    int64_t col = 0;
+    for (; col + cols <= h.d_v / 16; col += cols)
+      mix_tile<V, store, most, cols>(h, start, begin, end, weights, col, states, stride);
+    for (; col < h.d_v / 16; ++col)
+      mix_tile<V, store, most, 1>(h, start, begin, end, weights, col, states, stride);
+  }
+  if constexpr (most > 1) {
+    if (rows > 0) mix_rows<V, store, most / 2>(h, start, begin, end, weights, rows, states, stride);
+  }
+}
+
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class V>
+void score_few(const Head& h, int64_t start, int64_t begin, int64_t end, const float* q, int64_t rows, float* words,
+               float* scores) {
+  if (h.store == Store::f32) score_block<V, Store::f32>(h, start, begin, end, q, rows, words, scores);
+  else if (h.store == Store::bf16) score_block<V, Store::bf16>(h, start, begin, end, q, rows, words, scores);
+  else score_block<V, Store::int8>(h, start, begin, end, q, rows, words, scores);
+}
+
+template <class V>
+void mix_few(const Head& h, int64_t start, int64_t begin, int64_t end, const float* weights, int64_t rows,
+             float* states, int64_t stride) {
+  constexpr int most = V::kFewRows;
+  if (h.store == Store::f32) mix_rows<V, Store::f32, most>(h, start, begin, end, weights, rows, states, stride);
+  else if (h.store == Store::bf16) mix_rows<V, Store::bf16, most>(h, start, begin, end, weights, rows, states, stride);
+  else mix_rows<V, Store::int8, most>(h, start, begin, end, weights, rows, states, stride);
+}
 
 template <class V>
 void attend_block(const Head& h, const Queries& q, int64_t start, int64_t end, float* states, float* scratch) {
@@ -219,8 +352,10 @@ void attend_block(const Head& h, const Queries& q, int64_t start, int64_t end, f
   const int64_t wide = padded16(h.d_v), stride = state_floats(h.d_v);
   float *keys = scratch, *values = keys + kKeys * h.d_k, *scores = values + kKeys * wide;
   const int64_t rows = (last - first) * q.group;
-  pack_key_block<V>(h, start, begin, end, keys);
-  dense_product<V>({q.q + first * q.group * h.d_k, keys, scores, h.d_k, kKeys, kKeys, h.d_k, false}, rows, kKeys / 16);
+  const bool few = rows <= V::kFewRows && h.d_v % 16 == 0;
+  if (few) score_few<V>(h, start, begin, end, q.q + first * q.group * h.d_k, rows, keys, scores);
+  else pack_key_block<V>(h, start, begin, end, keys);
+  if (!few) dense_product<V>({q.q + first * q.group * h.d_k, keys, scores, h.d_k, kKeys, kKeys, h.d_k, false}, rows, kKeys / 16);
   float* state = states + first * q.group * stride;
   for (int64_t t = first; t < last; ++t) {
     const int64_t position = q.position + t;
@@ -230,6 +365,7 @@ void attend_block(const Head& h, const Queries& q, int64_t start, int64_t end, f
       soften<V>(scores + row * kKeys, from, to, state + row * stride, wide);
     }
   }
+  if (few) return mix_few<V>(h, start, begin, end, scores, rows, state, stride);
   pack_value_block<V>(h, start, begin, end, values);
   dense_product<V>({scores + (begin - start), values + (begin - start) * wide, state, kKeys, wide, stride, end - begin, true},
                    rows, wide / 16);

@@ -136,7 +136,7 @@ struct Avx2 {
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
   }
 
-  static constexpr int kRows = 2, kCols = 2, kDotRows = 1;
+  static constexpr int kRows = 2, kCols = 2, kDotRows = 1, kFewRows = 4, kFewTile = 4;
   struct Words { __m256i a, b; };  // of rows 0 to 7 and 8 to 15
   static LM_INLINE void transpose8(const uint8_t* const* rows, int64_t at, __m256i* out) {
     __m256 t[8], u[8];
@@ -165,6 +165,7 @@ struct Avx2 {
       for (int w = 0; w < 8; ++w) out[8 * half + w] = {a[w], b[w]};
     }
   }
+  static LM_INLINE Words bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
   static LM_INLINE F whole(const Words& x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
   static LM_INLINE F low_half(const Words& x) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(x.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.b, 16))};

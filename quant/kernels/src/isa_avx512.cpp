@@ -98,7 +98,7 @@ struct Avx512 {
   }
 
   // Attention: six rows by four vectors are 24 sums, four vectors of keys and one query.
-  static constexpr int kRows = 6, kCols = 4, kDotRows = 4;
+  static constexpr int kRows = 6, kCols = 4, kDotRows = 4, kFewRows = 16, kFewTile = 16;
   using Words = __m512i;
   static LM_INLINE void transpose(const uint8_t* const* rows, int64_t at, Words* out) {
     __m512i t[16], u[16];
@@ -123,6 +123,7 @@ struct Avx512 {
       out[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
     }
   }
+  static LM_INLINE Words bits(F x) { return _mm512_castps_si512(x); }
   static LM_INLINE F whole(Words x) { return _mm512_castsi512_ps(x); }
   static LM_INLINE F low_half(Words x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
   static LM_INLINE F high_half(Words x) {

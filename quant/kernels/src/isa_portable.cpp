@@ -107,7 +107,7 @@ struct Portable {
     return each([&](int i) { return half_value(p[2 * i] | (p[2 * i + 1] << 8)); });
   }
 
-  static constexpr int kRows = 2, kCols = 2, kDotRows = 1;
+  static constexpr int kRows = 2, kCols = 2, kDotRows = 1, kFewRows = 4, kFewTile = 4;
   struct Words { uint32_t v[kLanes]; };
   static LM_INLINE void transpose(const uint8_t* const* rows, int64_t at, Words* out) {
     for (int w = 0; w < 16; ++w)
@@ -116,6 +116,11 @@ struct Portable {
   static LM_INLINE float as_float(uint32_t bits) {
     float out;
     std::memcpy(&out, &bits, 4);
+    return out;
+  }
+  static LM_INLINE Words bits(const F& x) {
+    Words out;
+    std::memcpy(out.v, x.v, sizeof out.v);
     return out;
   }
   static LM_INLINE F whole(const Words& x) {
