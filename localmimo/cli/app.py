@@ -211,6 +211,9 @@ def bench(
     ram: Annotated[
         str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
     ] = None,
+    kv: Annotated[
+        str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
+    ] = "auto",
     profile: Annotated[
         str | None,
         typer.Option(
@@ -227,9 +230,21 @@ def bench(
             help="Open the pack anew for each run: no expert in memory, depth and prompt read together.",
         ),
     ] = False,
+    check_plan: Annotated[
+        bool,
+        typer.Option(
+            "--check-plan", help="Also measure disk and memory, and say whether `plan` predicts this speed."
+        ),
+    ] = False,
     stats_json: Annotated[
         Path | None,
         typer.Option("--stats-json", metavar="FILE", help="Append a JSON line for each prompt and step."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw speed by depth and tiers over time into FILE.svg or FILE.png."
+        ),
     ] = None,
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="FORMAT", help="Of the table: text or md.")
@@ -255,11 +270,14 @@ def bench(
         repeat=repeat,
         context=None if context is None else parse_count(context, "--context"),
         ram=ram,
+        kv=kv,
         profile=profile,
         prefetch=not no_prefetch,
         trust=trust,
         cold=cold,
+        check_plan=check_plan,
         stats_json=stats_json and stats_json.expanduser(),
+        plot=plot and plot.expanduser(),
         form=output,
         as_json=as_json,
     )

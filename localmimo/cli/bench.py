@@ -6,22 +6,24 @@ Knows flags, files and tables; the measuring is in `measure`.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from localmimo import __version__
+from localmimo.cli.benchplot import chart, check_plot, draw, has_matplotlib
+from localmimo.cli.card import card, card_lines
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
-from localmimo.machine import Machine, format_bytes, parse_bytes
-from localmimo.plan import DEFAULT_CONTEXT
+from localmimo.estimate import decode_range
+from localmimo.machine import format_bytes, parse_bytes
+from localmimo.plan import DEFAULT_CONTEXT, Plan
+from localmimo.speeds import Speeds, file_spots, measured_speeds
+from localmimo.structure import Structure, structure_of
 
 if TYPE_CHECKING:
     from localmimo.corpus import Corpus
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "md")
 INTERRUPTED = 130
+ITEM_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}  # of the KV cache
 # Heads and widths of the table; every row is printed as soon as its depth is done.
 COLUMNS = (
     ("depth", 7), ("prefill tok/s", 15), ("decode tok/s", 13), ("first token", 11), ("read/token", 10),
@@ -48,11 +51,14 @@ class Request:
     repeat: int = 3
     context: int | None = None
     ram: str | None = None
+    kv: str = "auto"
     profile: str | None = None
     prefetch: bool = True
     trust: bool = False
     cold: bool = False
+    check_plan: bool = False
     stats_json: Path | None = None
+    plot: Path | None = None
     form: str = "text"
     as_json: bool = False
 
@@ -98,6 +104,8 @@ def _check_early(request: Request) -> Path | None:
         raise BadRequest("--cold starts from nothing: leave out --profile.")
     if request.stats_json is not None and not request.stats_json.absolute().parent.is_dir():
         raise BadRequest(f"--stats-json: there is no folder {request.stats_json.absolute().parent}.")
+    if request.plot is not None:
+        check_plot(request.plot)
     return None if request.model == EMBEDDED else pack_folder(request.model)
 
 
@@ -131,6 +139,7 @@ def _open(request: Request, folder: Path | None, context: int, ui: Ui) -> Engine
             folder,
             context=context,
             ram=request.ram,
+            kv=request.kv,  # type: ignore[arg-type]
             profile=request.profile,
             prefetch=request.prefetch,
             trust=request.trust,
@@ -146,7 +155,9 @@ class Sheet:
         self.request = request
         self.ui = ui
         self._log = log
-        self._facts: dict[str, Any] = {}  # the card
+        self._facts: dict[str, Any] = {}  # the card, filled when the pack is open
+        self._pack: Path
+        self._plan: Plan
         self._show: Callable[[str], None] = ui.note if request.as_json else ui.data
 
     def fill(self, open_engine: Callable[[], Engine]) -> int:
@@ -162,6 +173,11 @@ class Sheet:
             finished = True
         except KeyboardInterrupt:
             results += [self._row(bench, depth) for depth in _cut_short(bench, len(results))]
+        self.ui.status.clear()
+        if results:
+            self._below(bench, results)
+        if self.request.check_plan and finished:
+            self._check_plan(results)
         self._end(bench, results, finished, time.perf_counter() - began)
         return 0 if finished else INTERRUPTED
 
@@ -177,7 +193,8 @@ class Sheet:
         """The card, once."""
         if self._facts:
             return
-        self._facts = card(self.request, engine, corpus)
+        self._facts = card(self.request.as_dict(), engine, corpus)
+        self._pack, self._plan = engine.pack.path, engine.plan
         lines = list(card_lines(self._facts, engine))
         markdown = self.request.form == "md"
         self._show("\n".join([f"* {line}" for line in lines] + [""] if markdown else lines))
@@ -202,35 +219,66 @@ class Sheet:
 
     # ---- at the end ----
 
-    def _end(self, bench: Bench, results: list[dict[str, Any]], finished: bool, spent: float) -> None:
+    def _below(self, bench: Bench, results: list[dict[str, Any]]) -> None:
+        """What is said once, under the table."""
+        self._show("\n read/token, disk and experts: of the answers; --json has those of the prompts too")
+        peak = format_bytes(most := max(found["peak_rss_bytes"] for found in results))
+        over = format_bytes(max(0, most - bench.library_bytes))
+        budget = format_bytes(self._plan.ram_bytes)
+        self._show(f" peak memory {peak}, {over} of it over Python and its libraries; the budget: {budget}")
+        useful, wasted = (
+            sum(found["decode"][f"prefetch_{name}"] for found in results) for name in ("useful", "wasted")
+        )
+        if useful or wasted:
+            self._show(f" experts read ahead: {useful:,} were then needed, {wasted:,} were not")
+        if self.request.plot is not None:
+            self._draw(self.request.plot, results, bench.runs)
+
+    def _draw(self, path: Path, results: list[dict[str, Any]], runs: Sequence[Run]) -> None:
+        if has_matplotlib():
+            effective = self._facts["effective"]
+            slots = f"{self._plan.n_slots:,} of {self._plan.n_pages:,} experts in memory"
+            draw(path, f"{effective['model']} · {effective['experts']} · {slots}", results, runs)
+            self.ui.note(f" The picture is in {path}.")
+            return
+        self.ui.note(
+            f" matplotlib is not installed (pip install 'localmimo[plot]'), so {path} is not written:"
+        )
+        self._show("\n".join(chart(results, runs)))
+
+    def _check_plan(self, results: list[dict[str, Any]]) -> None:
+        """The plan's arithmetic, with this machine's speeds as they are now and the hit rates as they were."""
+        self.ui.status.show(" measuring disk and memory ...", now=True)
+        model, speeds = measured_here(self._pack, self._facts["machine"]["n_cores"])
         self.ui.status.clear()
-        if results:
-            self._show("\n".join(["", *self._below(bench, results)]))
+        self._facts["speeds"] = speeds.as_dict()
+        for found in results:
+            found["plan_check"] = check = self._predict(found, model, speeds)
+            self._show(plan_line(found["depth"], check))
+
+    def _predict(self, found: dict[str, Any], model: Structure, speeds: Speeds) -> dict[str, Any]:
+        middle = found["depth"] + self.request.prompt_tokens + self.request.max_tokens // 2
+        item_bytes = ITEM_BYTES[self._facts["effective"]["kv_dtype"]]
+        hit_rate = 1.0 - found["decode"]["hits"].get("disk", 0.0)
+        low, high = decode_range(model, self._plan, speeds, hit_rate, depth=middle, kv_item_bytes=item_bytes)
+        measured = found["decode_tps"]
+        return {
+            "hit_rate": hit_rate,
+            "predicted_tps": [low, high],
+            "measured_tps": measured,
+            "inside": low <= measured <= high,
+        }
+
+    def _end(self, bench: Bench, results: list[dict[str, Any]], finished: bool, spent: float) -> None:
         if not finished:
             n_runs = len([run for run in bench.runs if len(run.steps) == self.request.max_tokens - 1])
-            self.ui.note(f" Interrupted after {n_runs} whole runs of {self._n_runs}.")
+            of = len(self.request.depths) * self.request.repeat
+            self.ui.note(f" Interrupted after {n_runs} whole runs of {of}.")
         if self.request.as_json:
             peak = max((found["peak_rss_bytes"] for found in results), default=None)
             memory = {"peak_rss_bytes": peak, "library_bytes": bench.library_bytes}
             end = {"results": results, **memory, "finished": finished, "elapsed_s": round(spent, 3)}
             self.ui.json(self._facts | end)
-
-    @property
-    def _n_runs(self) -> int:
-        return len(self.request.depths) * self.request.repeat
-
-    def _below(self, bench: Bench, results: list[dict[str, Any]]) -> Iterator[str]:
-        """What is said once, under the table."""
-        yield " read/token, disk and experts: of the answers; --json has those of the prompts too"
-        peak = max(found["peak_rss_bytes"] for found in results)
-        over = format_bytes(max(0, peak - bench.library_bytes))
-        budget = format_bytes(self._facts["effective"]["plan"]["ram_bytes"])
-        yield f" peak memory {format_bytes(peak)}, {over} of it over Python and its libraries; the budget: {budget}"
-        useful, wasted = (
-            sum(found["decode"][f"prefetch_{name}"] for found in results) for name in ("useful", "wasted")
-        )
-        if useful or wasted:
-            yield f" experts read ahead: {useful:,} were then needed, {wasted:,} were not"
 
 
 def _cut_short(bench: Bench, n_done: int) -> Sequence[int]:
@@ -238,104 +286,24 @@ def _cut_short(bench: Bench, n_done: int) -> Sequence[int]:
     return [depth for depth in bench.job.depths[n_done : n_done + 1] if bench.runs_at(depth)]
 
 
-# ---- the card ----
+# ---- the plan ----
 
 
-def card(request: Request, engine: Engine, corpus: Corpus) -> dict[str, Any]:
-    """Under what conditions the figures were found."""
-    machine = Machine.probe()
-    return {
-        "version": __version__,
-        "commit": commit(),
-        "machine": {
-            "system": f"{platform.system()} {platform.release()}",
-            "processor": processor(),
-            **asdict(machine),
-        },
-        "pack_bytes": engine.pack.n_bytes,
-        "text": {"from": str(corpus), "answer": "greedy" if corpus.is_text else "drawn"},
-        "requested": request.as_dict(),
-        "effective": engine.effective(),
-    }
+def measured_here(pack: Path, n_cores: int) -> tuple[Structure, Speeds]:
+    """The model by its pack, and what disk and memory give now."""
+    model = structure_of(pack)
+    spots = file_spots(model.files, model.page_bytes)
+    return model, measured_speeds(spots, model.page_bytes, pack, n_cores, anew=True)
 
 
-def card_lines(facts: dict[str, Any], engine: Engine) -> Iterator[str]:
-    """The card for people."""
-    machine, asked, effective = facts["machine"], facts["requested"], facts["effective"]
-    commit = f" ({facts['commit']})" if facts["commit"] else ""
-    yield " · ".join(
-        [
-            f"localmimo {facts['version']}{commit}",
-            machine["processor"],
-            f"{machine['n_cores']} cores",
-            f"{format_bytes(machine['ram_bytes'])} RAM",
-            machine["system"],
-        ]
+def plan_line(depth: int, check: dict[str, Any]) -> str:
+    """Predicted and measured, for people."""
+    low, high = map(_speed, check["predicted_tps"])
+    verdict = "inside" if check["inside"] else "outside"
+    return (
+        f" plan at depth {depth:,}: {low} to {high} tok/s at a hit rate of {check['hit_rate']:.0%}; "
+        f"measured {_speed(check['measured_tps'])}: {verdict}"
     )
-    yield " · ".join(
-        [
-            str(effective["model"]),
-            str(effective["experts"]),
-            f"{format_bytes(facts['pack_bytes'])} pack {str(effective['pack_id'])[:12]}",
-            f"context {effective['context']:,}",
-        ]
-    )
-    yield str(engine.plan)
-    yield "asked: " + " · ".join(_asked(asked))
-    yield "in force: " + " · ".join(_in_force(effective))
-    yield f"text: {facts['text']['from']}; the answer is " + (
-        "the likeliest token each time" if facts["text"]["answer"] == "greedy" else "drawn likewise"
-    )
-
-
-def _asked(asked: dict[str, Any]) -> Iterator[str]:
-    yield f"prompt {asked['prompt_tokens']:,}"
-    yield f"answer {asked['max_tokens']:,}"
-    yield f"{asked['repeat']} {'run' if asked['repeat'] == 1 else 'runs'}"
-    yield f"RAM {asked['ram'] or 'what is free'}"
-    if asked["cold"]:
-        yield "cold: each run opens the pack anew, no expert in memory, no profile, depth and prompt read together"
-    else:
-        yield "warm: after a prompt and answer that do not count"
-        yield f"profile {asked['profile'] or 'none'}"
-
-
-def _in_force(effective: dict[str, Any]) -> Iterator[str]:
-    yield f"{effective['device']}, {effective['threads']} threads"
-    yield f"kernels {effective['kernels']}"
-    yield f"activations {effective['dtype']}, KV {effective['kv_dtype']}"
-    yield f"{effective['slots_now']:,} slots"
-    yield f"prefetch {'on' if effective['prefetch'] else 'off'}"
-    yield "disk read directly" if effective["direct_reads"] else "disk read through the page cache"
-    yield "checksums checked" if not effective["trust"] else "checksums trusted"
-
-
-def commit() -> str | None:
-    """The commit of a source tree that this runs from."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 # ---- the table ----

@@ -158,6 +158,8 @@ def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch)
             2,
             "error: --stats-json: there is no folder /no/such/folder.",
         ),
+        (("--plot", "x.pdf"), 2, 'error: --plot is "x.pdf"; its name must end in .svg or .png.'),
+        (("--plot", "/no/such/folder/x.svg"), 2, "error: --plot: there is no folder /no/such/folder."),
         (("/no/such/pack",), 4, "error: There is no folder /no/such/pack."),
     ],
 )
@@ -183,6 +185,62 @@ def test_depths() -> None:
     assert parse_depths("0,2k,8k") == (0, 2048, 8192)
     with pytest.raises(BadRequest):
         parse_depths("")
+
+
+# ---- the plan, pictures ----
+
+
+def test_the_plan_is_held_against_what_was_measured(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
+    request = Request(model=str(pack), check_plan=True, as_json=True, kv="int8", **SMALL)
+    shown = run(request)[1]
+    facts = json.loads(shown.out)
+    assert facts["effective"]["kv_dtype"] == "int8"
+    assert facts["speeds"]["ram_origin"] == facts["speeds"]["disk_origin"] == "measured"
+    for found in facts["results"]:
+        check = found["plan_check"]
+        low, high = check["predicted_tps"]
+        assert 0 < low <= high <= 2.0001 * low and check["measured_tps"] == found["decode_tps"]
+        assert check["inside"] == (low <= found["decode_tps"] <= high)
+        assert check["hit_rate"] == pytest.approx(found["decode"]["hits"]["ram"])
+    said = re.findall(
+        r" plan at depth (\d+): \S+ to \S+ tok/s at a hit rate of \d+%; measured \S+: \w+", shown.err
+    )
+    assert said == ["0", "64"]
+
+
+@pytest.mark.parametrize(("ending", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_a_picture(pack: Path, tmp_path: Path, ending: str, begins: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"speed.{ending}"
+    code, shown = run(Request(model=str(pack), plot=path, **SMALL))
+    assert code == 0 and shown.err == f" The picture is in {path}.\n"
+    assert path.read_bytes().startswith(begins)
+
+
+def test_a_picture_in_text_where_matplotlib_is_missing(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "has_matplotlib", lambda: False)
+    path = tmp_path / "speed.png"
+    code, shown = run(Request(model=str(pack), plot=path, **SMALL))
+    assert code == 0 and not path.exists()
+    assert shown.err == (
+        f" matplotlib is not installed (pip install 'localmimo[plot]'), so {path} is not written:\n"
+    )
+    chart = shown.out.split(" decode tok/s by depth\n")[1].splitlines()
+    assert [line.split()[0] for line in chart[:2]] == ["0", "64"] and chart[2].startswith(" experts found")
+    assert [line.split()[0] for line in chart[3:]] == [f"{n}–{n + 1}" for n in range(1, 16, 2)]
+
+
+def test_a_line_that_lives_while_it_runs(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmimo.cli.ui.REDRAW_S", 0.0)
+    shown = run(Request(model=str(pack), **SMALL), terminal=True)[1]
+    assert re.search(r"\r depth 0 · run 1/2 · token \d/5 · [\d.]+ tok/s · experts ram \d+%", shown.err)
+    assert " depth 64 · reading 24 of 24 tokens ━" in shown.err
+    assert "reading" not in run(Request(model=str(pack), **SMALL), terminal=True, quiet=True)[1].err
 
 
 # ---- corpus ----

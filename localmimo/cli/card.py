@@ -1,0 +1,117 @@
+"""The card of a measurement: the machine, the pack, what was asked for and what was in force.
+
+Knows facts and how they read; measures nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localmimo import __version__
+from localmimo.machine import Machine, format_bytes
+
+if TYPE_CHECKING:
+    from localmimo.corpus import Corpus
+    from localmimo.engine import Engine
+
+
+def card(requested: dict[str, Any], engine: Engine, corpus: Corpus) -> dict[str, Any]:
+    """Under what conditions the figures were found."""
+    machine = Machine.probe()
+    return {
+        "version": __version__,
+        "commit": commit(),
+        "machine": {
+            "system": f"{platform.system()} {platform.release()}",
+            "processor": processor(),
+            **asdict(machine),
+        },
+        "pack_bytes": engine.pack.n_bytes,
+        "text": {"from": str(corpus), "answer": "greedy" if corpus.is_text else "drawn"},
+        "requested": requested,
+        "effective": engine.effective(),
+    }
+
+
+def card_lines(facts: dict[str, Any], engine: Engine) -> Iterator[str]:
+    """The card for people."""
+    machine, asked, effective = facts["machine"], facts["requested"], facts["effective"]
+    commit = f" ({facts['commit']})" if facts["commit"] else ""
+    yield " · ".join(
+        [
+            f"localmimo {facts['version']}{commit}",
+            machine["processor"],
+            f"{machine['n_cores']} cores",
+            f"{format_bytes(machine['ram_bytes'])} RAM",
+            machine["system"],
+        ]
+    )
+    yield " · ".join(
+        [
+            str(effective["model"]),
+            str(effective["experts"]),
+            f"{format_bytes(facts['pack_bytes'])} pack {str(effective['pack_id'])[:12]}",
+            f"context {effective['context']:,}",
+        ]
+    )
+    yield str(engine.plan)
+    yield "asked: " + " · ".join(_asked(asked))
+    yield "in force: " + " · ".join(_in_force(effective))
+    yield f"text: {facts['text']['from']}; the answer is " + (
+        "the likeliest token each time" if facts["text"]["answer"] == "greedy" else "drawn likewise"
+    )
+
+
+def _asked(asked: dict[str, Any]) -> Iterator[str]:
+    yield f"prompt {asked['prompt_tokens']:,}"
+    yield f"answer {asked['max_tokens']:,}"
+    yield f"{asked['repeat']} {'run' if asked['repeat'] == 1 else 'runs'}"
+    yield f"RAM {asked['ram'] or 'what is free'}"
+    if asked["cold"]:
+        yield "cold: each run opens the pack anew, no expert in memory, no profile, depth and prompt read together"
+    else:
+        yield "warm: after a prompt and answer that do not count"
+        yield f"profile {asked['profile'] or 'none'}"
+
+
+def _in_force(effective: dict[str, Any]) -> Iterator[str]:
+    yield f"{effective['device']}, {effective['threads']} threads"
+    yield f"kernels {effective['kernels']}"
+    yield f"activations {effective['dtype']}, KV {effective['kv_dtype']}"
+    yield f"{effective['slots_now']:,} slots"
+    yield f"prefetch {'on' if effective['prefetch'] else 'off'}"
+    yield "disk read directly" if effective["direct_reads"] else "disk read through the page cache"
+    yield "checksums checked" if not effective["trust"] else "checksums trusted"
+
+
+def commit() -> str | None:
+    """The commit of a source tree that this runs from."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
