@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from localmimo.cli.benchplot import chart, check_plot, draw, has_matplotlib
 from localmimo.cli.card import card, card_lines
+from localmimo.cli.frame import INTERRUPTED
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.config import ModelConfig
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from localmimo.measure import Bench, Job, Run, Taken
 
 FORMATS = ("text", "md")
-INTERRUPTED = 130
 ITEM_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}  # of the KV cache
 # Heads and widths of the table; every row is printed as soon as its depth is done.
 COLUMNS = (
@@ -102,8 +102,6 @@ def _check_early(request: Request) -> Path | None:
         parse_bytes(request.ram)
     if request.cold and request.profile is not None:
         raise BadRequest("--cold starts from nothing: leave out --profile.")
-    if request.stats_json is not None and not request.stats_json.absolute().parent.is_dir():
-        raise BadRequest(f"--stats-json: there is no folder {request.stats_json.absolute().parent}.")
     if request.plot is not None:
         check_plot(request.plot)
     return None if request.model == EMBEDDED else pack_folder(request.model)
@@ -125,7 +123,10 @@ def _context(request: Request, folder: Path | None) -> int:
 
 
 def _log(path: Path) -> IO[str]:
-    return path.open("a", encoding="utf-8")
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise BadRequest(f"--stats-json: {path} cannot be written ({error.strerror}).") from None
 
 
 def _open(request: Request, folder: Path | None, context: int, ui: Ui) -> Engine:

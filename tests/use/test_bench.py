@@ -154,9 +154,9 @@ def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         (("-c", "600", "--depths", "100"), 2, "error: A depth of 100 with 512 tokens of prompt and 64"),
         (
-            ("--stats-json", "/no/such/folder/x"),
+            ("--stats-json", "/no/such/x"),
             2,
-            "error: --stats-json: there is no folder /no/such/folder.",
+            "error: --stats-json: /no/such/x cannot be written (No such file",
         ),
         (("--plot", "x.pdf"), 2, 'error: --plot is "x.pdf"; its name must end in .svg or .png.'),
         (("--plot", "/no/such/folder/x.svg"), 2, "error: --plot: there is no folder /no/such/folder."),
