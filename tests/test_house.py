@@ -41,9 +41,9 @@ model experts.profile experts.prefetch experts.pressure experts.readers experts.
 experts.stats experts.recall experts.trace
 experts.adaptive
 experts.policy
-experts.tiers
+experts.tiers experts.uploads
 experts.slots
-experts.guesses
+experts.guesses experts.gpu
 experts.store
 experts.run
 mtp

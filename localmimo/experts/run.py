@@ -51,15 +51,23 @@ class ExpertRunner:
         """Pages as they come; every output has a row of its own until all are there."""
         places, spans = grouped(chosen)
         outputs, weights = torch.empty(chosen.numel(), x.shape[1]), weights.contiguous()
+        gpu = self._store.gpu
         for i, arrivals in enumerate(self._store.fetch(layer, list(spans))):
-            if i == 0 and guess is not None and self._store.prefetching:
+            if i == 0:
+                on_gpu = None if gpu is None else gpu.begin(layer, x, chosen, weights)
                 self._prefetch(guess)
             for here in _by_layout(arrivals):
                 edges = [edge for arrival in here for edge in spans[arrival.expert]]
                 run_pages(x, here[0].layout, [it.page for it in here], places, edges, weights, outputs)
-        return _in_order(outputs.view(*chosen.shape, -1))
+        outputs = outputs.view(*chosen.shape, -1)
+        if gpu is not None and on_gpu is not None:
+            there = gpu.lies_here(layer, chosen)
+            outputs[there] = on_gpu.cpu()[there]
+        return _in_order(outputs)
 
-    def _prefetch(self, guess: Guess) -> None:
+    def _prefetch(self, guess: Guess | None) -> None:
+        if guess is None or not self._store.prefetching:
+            return
         layer, chosen = guess()
         self._store.prefetch(layer, chosen.unique().tolist())
 

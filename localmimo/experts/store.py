@@ -8,6 +8,7 @@ round, so that a long prompt does not push out what decode had kept.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from localmimo.errors import BadModel
+from localmimo.experts.gpu import GpuShelf
 from localmimo.experts.guesses import Guesses
 from localmimo.experts.policy import Page, Policy
 from localmimo.experts.prefetch import PrefetchGate
@@ -58,8 +60,10 @@ class ExpertStore:
         prefetch: bool = True,
         trust: bool = False,
         stall_s: float = STALL_S,
+        gpu: GpuShelf | None = None,
     ) -> None:
         self._pack = pack
+        self.gpu = gpu
         self._n_experts = experts_of(pack)
         self._next_layer = dict(pairwise(self._n_experts))
         self._one_layout = next(iter(pack.layouts.values())) if len(pack.layouts) == 1 else None
@@ -74,6 +78,8 @@ class ExpertStore:
         self._ahead: set[Page] = set()  # guesses for the layer that a prompt will stream through next
         self._tail: dict[int, list[list[int]]] = {}
         self._stall_s = stall_s
+        self._layer = -1  # of the last step's request
+        self._turned_s = time.perf_counter()
         self._lock = threading.RLock()
         self._traffic = Traffic()
 
@@ -103,21 +109,35 @@ class ExpertStore:
     def where(self) -> dict[Page, str]:
         """The tier of every page that is not on disk alone."""
         with self._lock:
-            return dict.fromkeys(self._slots, "ram")
+            return dict.fromkeys(self._slots, "ram") | dict.fromkeys(self.gpu or (), "gpu")
 
     # ---- a decode step ----
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[list[Arrival]]:
         """Yield lists of arrivals: first the pages in RAM (or none), while the others are read, then as they land.
 
-        A page is valid until the next list is asked for. Raises BadModel where a page is bad.
+        A page is valid until the next list is asked for. Pages on the GPU are left out: `gpu` computes them.
+        Raises BadModel where a page is bad.
         """
         pages = [(layer, expert) for expert in experts]
         with self._lock:
             self._count_prompt()
             self._policy.request(layer, experts)
+            if self.gpu is not None:
+                pages = self._without_gpu(layer, pages)
             self._settle(layer, pages)
             yield from self._serve(layer, pages)
+
+    def _without_gpu(self, layer: int, pages: list[Page]) -> list[Page]:
+        assert self.gpu is not None
+        if layer <= self._layer:
+            now = time.perf_counter()
+            self._traffic.uploads += self.gpu.turn(self._slots, now - self._turned_s)
+            self._turned_s = now
+        self._layer = layer
+        elsewhere = [page for page in pages if page not in self.gpu]
+        self._traffic.gpu_pages += len(pages) - len(elsewhere)
+        return elsewhere
 
     def _serve(self, layer: int, pages: list[Page]) -> Iterator[list[Arrival]]:
         held = [page for page in pages if page in self._slots]
@@ -145,8 +165,15 @@ class ExpertStore:
                 self._ring.remove(page)  # decode uses it: now the policy decides
 
     def _arrivals(self, pages: Sequence[Page]) -> list[Arrival]:
-        layouts = self._pack.layouts
-        return [Arrival(page[1], layouts[self._at(page).codec], self._slots.tensor(page)) for page in pages]
+        return [Arrival(page[1], self._layout(page), self._tensor(page)) for page in pages]
+
+    def _layout(self, page: Page) -> PageLayout:
+        return self._one_layout or self._pack.layouts[self._at(page).codec]
+
+    def _tensor(self, page: Page) -> Tensor:
+        if self.gpu is not None and page in self.gpu:
+            return self.gpu.tensor(page)
+        return self._slots.tensor(page)
 
     def _at(self, page: Page) -> PageAt:
         return self._pack.page_at(*page)
@@ -214,13 +241,16 @@ class ExpertStore:
         while len(slots) < n and (guess := self._guesses.take_back()) is not None:
             self._ahead.discard(guess[0])
             slots.append(guess[1])
-        for page in [page for page in self._ring if page not in self._pinned][: n - len(slots)]:
+        for page in [page for page in self._ring if page not in self._kept][: n - len(slots)]:
             slots.append(self._evict(page))
         if len(slots) < n:
-            slots += map(
-                self._evict, self._slots.victims(n - len(slots), self._pinned | self._guesses.routed)
-            )
+            slots += map(self._evict, self._slots.victims(n - len(slots), self._kept))
         return slots
+
+    @property
+    def _kept(self) -> set[Page]:
+        """Pages in RAM that must not give way now."""
+        return self._pinned.union(self._guesses.routed, () if self.gpu is None else self.gpu.leaving)
 
     def _must_take_slot(self) -> int:
         """A slot where nothing but guesses and reads that nobody wants any more stand in the way."""
@@ -279,7 +309,12 @@ class ExpertStore:
             self._disk.wait(self._guesses.tasks, timeout_s, every=True)
 
     def _absent(self, pages: Iterable[Page]) -> list[Page]:
-        return [page for page in pages if page not in self._slots and page not in self._guesses]
+        on_gpu = self.gpu or ()
+        return [
+            page
+            for page in pages
+            if page not in self._slots and page not in self._guesses and page not in on_gpu
+        ]
 
     def _settle(self, layer: int, wanted: Sequence[Page]) -> None:
         """Take in guesses that have landed, and close the account of the router's guesses for `layer`."""
@@ -318,7 +353,8 @@ class ExpertStore:
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[list[Arrival]]:
         """Yield lists of arrivals that together are `experts` (ascending) in their order, read ahead of their use.
 
-        A page is valid until the next list is asked for. Raises BadModel where a page is bad.
+        Pages on the GPU are yielded too, as they lie there. A page is valid until the next list is asked for.
+        Raises BadModel where a page is bad.
         """
         with self._lock:
             waiting = deque((layer, expert) for expert in experts)
@@ -348,6 +384,8 @@ class ExpertStore:
                 self._arrive(page, flying)
             elif page in self._slots:
                 self._use_in_stream(page)
+            elif self.gpu is not None and page in self.gpu:
+                self._traffic.gpu_pages += 1
             else:
                 break
             ready.append(waiting.popleft())
@@ -378,7 +416,7 @@ class ExpertStore:
         True where all are being read.
         """
         for page in waiting:
-            if page in flying or page in self._slots:
+            if page in flying or page in self._slots or (self.gpu is not None and page in self.gpu):
                 continue
             if page in self._guesses:
                 flying[page] = self._claim(page)
@@ -409,9 +447,9 @@ class ExpertStore:
         if slots := self._slots.take(1):
             return slots[0]
         if len(self._ring) + len(self._ahead) + n_flying >= self._ring_size:
-            gone = next((page for page in self._ring if page not in self._pinned), None)
+            gone = next((page for page in self._ring if page not in self._kept), None)
             return None if gone is None else self._evict(gone)
-        victims = self._slots.victims(1, self._pinned | self._guesses.routed | self._ahead)
+        victims = self._slots.victims(1, self._kept | self._ahead)
         return self._evict(victims[0]) if victims else None
 
     @property

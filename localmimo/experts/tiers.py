@@ -48,6 +48,38 @@ class RamTier:
         self._map.madvise(mmap.MADV_DONTNEED, slot * self.page_bytes, self.page_bytes)
 
 
+class GpuTier:
+    """One slab of `n_slots` slots on a device, filled from RAM on a stream of its own.
+
+    On the device "cpu" a copy is done when `fill` returns.
+    """
+
+    def __init__(self, n_slots: int, page_bytes: int, device: torch.device) -> None:
+        self.n_slots = n_slots
+        self.device = device
+        self.slab = torch.empty(n_slots, page_bytes, dtype=torch.uint8, device=device)
+        self._stream = torch.cuda.Stream(device=device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def fill(self, slot: int, page: Tensor) -> None:
+        """Start copying a page from RAM; the page must stay as it is until `settle`."""
+        if self._stream is None:
+            self.slab[slot].copy_(page)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))  # who reads the slot now goes first
+        with torch.cuda.stream(self._stream):
+            self.slab[slot].copy_(page, non_blocking=True)
+
+    def order(self) -> None:
+        """What the device is given from now on waits for the copies begun so far; the host does not."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def settle(self) -> None:
+        """Wait for the copies: their sources may be written again."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
 class DiskTier:
     """Reads whole pages from the pack's files with several threads, around the page cache where that is allowed.
 

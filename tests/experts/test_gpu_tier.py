@@ -1,0 +1,119 @@
+"""The GPU tier, with the device "cpu": who is uploaded, that it pays back, and that placement never changes a sum."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localmimo.experts.gpu import EVERY, GpuShelf
+from localmimo.experts.policy import Lru, Page
+from localmimo.experts.run import ExpertRunner
+from localmimo.experts.store import ExpertStore
+from localmimo.experts.tiers import GpuTier
+from localmimo.experts.uploads import HORIZON, Costs, Swap, choose, most_uploads, pays_back
+from quant import Pack, Recipe
+from quant.pack import experts_of
+from tests.packs import make_pack
+
+CHEAP = Costs(saved_s=1e-3, upload_s=1e-3)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return Pack.open(make_pack(tmp_path_factory.mktemp("gpu"), recipe=Recipe("nf4", "bf16"), seed=8))
+
+
+def shelf(pack: Pack, n_slots: int, chances: Mapping[Page, float], costs: Costs = CHEAP) -> GpuShelf:
+    def of(pages: Sequence[Page]) -> Mapping[Page, float]:
+        return {page: chances.get(page, 0.0) for page in pages}
+
+    assert pack.page is not None
+    tier = GpuTier(n_slots, pack.page.bytes, torch.device("cpu"))
+    return GpuShelf(tier, pack.page, experts_of(pack), of, costs)
+
+
+def test_a_copy_must_pay_back() -> None:
+    even = CHEAP.upload_s / (HORIZON * CHEAP.saved_s)
+    assert pays_back(even * 1.01, 0.0, CHEAP)
+    assert not pays_back(even * 0.99, 0.0, CHEAP)
+    assert not pays_back(0.9, 0.9, CHEAP)
+    assert not pays_back(1.0, 0.0, Costs(saved_s=-1e-3, upload_s=1e-3))  # the GPU is no faster
+
+
+def test_copies_take_a_quarter_of_the_time_at_most() -> None:
+    assert most_uploads(0.4, Costs(1e-3, 0.01)) == 10
+    assert most_uploads(0.001, Costs(1e-3, 0.01)) == 1
+
+
+pages = st.tuples(st.integers(1, 4), st.integers(0, 7))
+
+
+@given(
+    st.dictionaries(pages, st.floats(0, 1)),
+    st.dictionaries(pages, st.floats(0, 1)),
+    st.integers(0, 5),
+    st.integers(0, 9),
+)
+def test_choices(ram: dict[Page, float], gpu: dict[Page, float], n_free: int, most: int) -> None:
+    gpu = {page: chance for page, chance in gpu.items() if page not in ram}
+    swaps = choose(ram, gpu, n_free, most, CHEAP)
+    assert len(swaps) <= most
+    assert len({swap.page for swap in swaps}) == len(swaps)
+    leaving = [swap.instead for swap in swaps if swap.instead is not None]
+    assert len(set(leaving)) == len(leaving)
+    assert len(swaps) - len(leaving) <= n_free
+    for swap in swaps:
+        assert pays_back(ram[swap.page], gpu[swap.instead] if swap.instead else 0.0, CHEAP)
+    if swaps and most < len(ram):
+        assert min(ram[swap.page] for swap in swaps) >= sorted(ram.values(), reverse=True)[most - 1]
+
+
+def test_the_likelier_page_takes_the_place_of_the_least_likely() -> None:
+    swaps = choose({(1, 0): 0.5, (1, 1): 0.9}, {(2, 0): 0.8, (2, 1): 0.1}, 0, 1, CHEAP)
+    assert swaps == [Swap((1, 1), (2, 1))]
+
+
+def routed(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.stack([torch.randperm(8, generator=generator)[:2].sort().values for _ in range(n)])
+    return torch.randn(n, 64, generator=generator), chosen, torch.rand(n, 2, generator=generator)
+
+
+def test_placement_changes_no_sum_and_no_page_is_lost(pack: Pack) -> None:
+    """Steps and prompts with pages that wander to the GPU tier and back, against a store without one."""
+    assert pack.page is not None
+    draw = random.Random(5)
+    chances: dict[Page, float] = {}
+    gpu = shelf(pack, 6, chances)
+    tiered = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
+    plain = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8))
+    for step in range(12 * EVERY):
+        if step % (3 * EVERY) == 0:
+            chances.update({(layer, e): draw.random() for layer in (1, 2, 3, 4) for e in range(8)})
+        for layer in (1, 2, 3, 4):
+            x, chosen, weights = routed(40 if step == 50 else draw.choice((1, 3)), 10 * step + layer)
+            got = ExpertRunner(tiered).run(layer, x, chosen, weights)
+            assert torch.equal(got, ExpertRunner(plain).run(layer, x, chosen, weights))
+            assert not set(gpu) & (set(tiered._slots) - set(gpu._leaving))
+        assert tiered._slots.n_accounted + len(tiered._guesses) == 12
+        assert len(list(gpu)) <= 6
+    assert tiered.traffic.gpu_pages > 0
+    assert tiered.traffic.uploads > 6
+    assert {"ram", "gpu"} == set(tiered.where().values())
+    tiered.close()
+    plain.close()
+
+
+def test_nothing_moves_where_it_does_not_pay(pack: Pack) -> None:
+    assert pack.page is not None
+    gpu = shelf(pack, 6, {(layer, e): 1.0 for layer in (1, 2) for e in range(8)}, Costs(1e-6, 1.0))
+    store = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
+    for _ in range(4 * EVERY):
+        for layer in (1, 2):
+            for _ in store.fetch(layer, [0, 1, 2]):
+                pass
+    assert store.traffic.uploads == store.traffic.gpu_pages == 0
+    store.close()
