@@ -21,6 +21,7 @@ from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
 from localmimo.estimate import decode_range
+from localmimo.experts.trace import TraceWriter
 from localmimo.machine import format_bytes, parse_bytes
 from localmimo.plan import DEFAULT_CONTEXT, Plan
 from localmimo.speeds import Speeds, file_spots, measured_speeds
@@ -57,6 +58,7 @@ class Request:
     trust: bool = False
     cold: bool = False
     check_plan: bool = False
+    record: Path | None = None
     stats_json: Path | None = None
     plot: Path | None = None
     form: str = "text"
@@ -85,7 +87,9 @@ def run_bench(request: Request, ui: Ui) -> int:
     context = _context(request, folder)
     with ExitStack() as files:
         log = None if request.stats_json is None else files.enter_context(_log(request.stats_json))
-        return Sheet(request, ui, log).fill(lambda: _open(request, folder, context, ui))
+        trace = None if request.record is None else files.enter_context(_trace(request.record))
+        sheet = Sheet(request, ui, log, trace)
+        return sheet.fill(lambda: _open(request, folder, context, ui))
 
 
 def _check_early(request: Request) -> Path | None:
@@ -129,6 +133,13 @@ def _log(path: Path) -> IO[str]:
         raise BadRequest(f"--stats-json: {path} cannot be written ({error.strerror}).") from None
 
 
+def _trace(path: Path) -> TraceWriter:
+    try:
+        return TraceWriter(path)
+    except OSError as error:
+        raise BadRequest(f"--record: {path} cannot be written ({error.strerror}).") from None
+
+
 def _open(request: Request, folder: Path | None, context: int, ui: Ui) -> Engine:
     from localmimo.embedded import embedded_pack
     from localmimo.engine import load
@@ -152,10 +163,11 @@ def _open(request: Request, folder: Path | None, context: int, ui: Ui) -> Engine
 class Sheet:
     """Measures, and shows: the card when the pack is open, a row per depth, a line that lives in between."""
 
-    def __init__(self, request: Request, ui: Ui, log: IO[str] | None) -> None:
+    def __init__(self, request: Request, ui: Ui, log: IO[str] | None, trace: TraceWriter | None) -> None:
         self.request = request
         self.ui = ui
         self._log = log
+        self._trace = trace
         self._facts: dict[str, Any] = {}  # the card, filled when the pack is open
         self._pack: Path
         self._plan: Plan
@@ -166,7 +178,8 @@ class Sheet:
         from localmimo.measure import Bench
 
         began, finished = time.perf_counter(), False
-        bench = Bench(self._job(), open_engine, self)
+        write = None if self._trace is None else self._trace.write
+        bench = Bench(self._job(), open_engine, self, write)
         results: list[dict[str, Any]] = []
         try:
             for depth in bench.run():

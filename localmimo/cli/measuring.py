@@ -66,6 +66,10 @@ def bench(
             "--check-plan", help="Also measure disk and memory, and say whether `plan` predicts this speed."
         ),
     ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write which experts each answered token used, for `replay`."),
+    ] = None,
     stats_json: Annotated[
         Path | None,
         typer.Option("--stats-json", metavar="FILE", help="Append a JSON line for each prompt and step."),
@@ -106,6 +110,7 @@ def bench(
         trust=trust,
         cold=cold,
         check_plan=check_plan,
+        record=record and record.expanduser(),
         stats_json=stats_json and stats_json.expanduser(),
         plot=plot and plot.expanduser(),
         form=output,

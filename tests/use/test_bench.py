@@ -13,6 +13,7 @@ from localmimo.cli.bench import Request, parse_depths, run_bench
 from localmimo.corpus import Corpus
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.store import Traffic
+from localmimo.experts.trace import read_trace
 from localmimo.measure import Recorder, Run, Taken, figures, hits
 from localmimo.mini import CHECKPOINT
 from localmimo.text import Tokenizer
@@ -97,6 +98,17 @@ def test_json_and_a_line_per_step(pack: Path, tmp_path: Path) -> None:
     assert sum(it["disk_pages"] for it in lines) <= n_pages  # everything fits: no page is read twice
 
 
+def test_a_trace_of_the_answers(pack: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    facts = json.loads(run(Request(model=str(pack), record=path, as_json=True, **SMALL))[1].out)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    layers = [1, 2, 3, 4]
+    assert [(it["step"], it["layer"]) for it in lines] == [(s, layer) for s in range(16) for layer in layers]
+    asked = sum(found["decode"][f"{tier}_pages"] for found in facts["results"] for tier in ("ram", "disk"))
+    assert read_trace(path).n_requests == asked == 16 * 4 * 2
+    assert all(it["experts"] == sorted(set(it["experts"])) for it in lines)
+
+
 def test_cold_runs_start_from_nothing(pack: Path) -> None:
     request = Request(model=str(pack), as_json=True, cold=True, **SMALL)
     facts = json.loads(run(request)[1].out)
@@ -158,6 +170,7 @@ def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch)
             2,
             "error: --stats-json: /no/such/x cannot be written (No such file",
         ),
+        (("--record", "/no/such/x"), 2, "error: --record: /no/such/x cannot be written (No such file"),
         (("--plot", "x.pdf"), 2, 'error: --plot is "x.pdf"; its name must end in .svg or .png.'),
         (("--plot", "/no/such/folder/x.svg"), 2, "error: --plot: there is no folder /no/such/folder."),
         (("/no/such/pack",), 4, "error: There is no folder /no/such/pack."),
