@@ -20,6 +20,9 @@ from localmimo.files import read_json
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # rows of a padded vocabulary that no token stands for
 
 
+_LINE = re.compile(r"(?<=\n)(?=\S)")  # no token of a byte-level BPE reaches over such a place
+
+
 class Tokenizer:
     """A byte-level BPE (tokenizer.json) with the ids that end a text."""
 
@@ -64,14 +67,18 @@ class Tokenizer:
             raise BadRequest(f"The text cannot be encoded: {error}.") from None
 
     def _parts(self, text: str, mark: str) -> Iterator[str]:
-        """The text cut at special tokens wherever a marked part begins or ends."""
+        """The text in parts that can be encoded by themselves, cut at special tokens and before lines with marks."""
         plain = ""
         for number, part in enumerate(self._split.split(text) if self.added else [text]):
             if number % 2 or mark not in part:
                 plain += part
-            else:
-                yield from (plain, part)
-                plain = ""
+                continue
+            for line in _LINE.split(part):
+                if mark in line:
+                    yield from (plain, line)
+                    plain = ""
+                else:
+                    plain += line
         yield plain
 
     def _encode_part(self, text: str, mark: str) -> list[int]:

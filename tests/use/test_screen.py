@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmimo.chat import StreamParser
-from localmimo.cli.screen import Screen, block_end, height
+from localmimo.cli.screen import Screen, block_end, figures, height
 from localmimo.cli.ui import bar, fit, parse_count, rows, seconds, table
 from localmimo.errors import BadRequest
 from localmimo.generate import Stats, Step
@@ -215,3 +215,27 @@ def test_counts(text: str, n: int) -> None:
 def test_bad_counts_are_sentences(text: str) -> None:
     with pytest.raises(BadRequest, match=r'^--context is ".*"; write a number such as 4096 or 32k\.$'):
         parse_count(text, "--context")
+
+
+def test_reading_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("localmimo.cli.screen.time.perf_counter", lambda: now[0])
+    shown = Capture(terminal=True)
+    screen = Screen(shown.ui)
+    screen.begin()
+    now[0] += 10
+    screen.reading(100, 400)
+    assert "  reading 400 tokens ━━━━━───────────────  25%  10 tok/s  left 30 s" in shown.err
+
+
+def test_the_line_below_names_the_disks_speed() -> None:
+    stats = Stats(
+        prompt_tokens=3, generated_tokens=2, pages_ram=3, pages_disk=1, bytes_read=6 * 10**9, read_s=2.0
+    )
+    assert figures(stats, 100) == [
+        "3+2 tokens",
+        "first token 0.0 s",
+        "experts ram 75% disk 25%",
+        "disk 3 GB/s",
+        "context 5/100",
+    ]
