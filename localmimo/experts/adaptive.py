@@ -14,6 +14,7 @@ from localmimo.experts.recall import SHARPNESS, Recall
 from localmimo.experts.stats import HALF_LIVES, Page, RouterStats
 
 N_ROUNDS = 8  # forecasts per token
+LATER_ROUNDS = 3  # what is recalled for the tokens after the next turn is worked out every third time
 LINE = 64  # victims looked for in advance
 LEARNING = 0.05  # of a mixture's weights, per layer
 SNAPSHOT_TOKENS = 4  # forecasts of later tokens are judged by the tokens that follow a snapshot
@@ -66,13 +67,14 @@ class Adaptive:
         if len(self._waiting) >= self._round:
             self._look_ahead()
         else:
-            self._pass_turn(self._place[layer], list(experts))
+            self._pass_turn(row, list(experts))
 
-    def _pass_turn(self, begin: int, experts: list[int]) -> None:
+    def _pass_turn(self, row: int, experts: list[int]) -> None:
         """Until the next forecast: the row comes round in a token's time; pages used are as good as such are."""
-        row = self._distance[begin : begin + self._stats.n_experts]
-        row += 1
-        row[experts] = 1 + self._just_used
+        begin = row * self._stats.n_experts
+        distances = self._distance[begin : begin + self._stats.n_experts]
+        distances += 1
+        distances[experts] = 1 + row / self._n_rows + self._just_used
 
     def _look_ahead(self) -> None:
         """Learn from the layers that were requested, and forecast every page anew."""
@@ -82,11 +84,11 @@ class Adaptive:
         turn = np.arange(self._n_rows, dtype=np.float32) / max(self._n_rows, 1)
         turn[: self._row + 1] += 1
         distances = self._forecast.distances(self._turnover.patience) + turn[:, None]
-        if waiting:
-            self._just_used = float(
-                np.mean([distances[row, experts].mean() - turn[row] for row, experts in waiting])
-            )
         self._distance = distances.reshape(-1).astype(np.float32)
+        if waiting:
+            used = [row * self._stats.n_experts + expert for row, experts in waiting for expert in experts]
+            usual = float(self._distance[used].mean()) - float(np.mean([turn[row] for row, _ in waiting]))
+            self._just_used = max(0.0, usual)
         self._line_up(LINE)
 
     def admit(self, page: Page) -> None:
@@ -105,11 +107,13 @@ class Adaptive:
 
     def _line_up(self, n: int) -> None:
         """Stand the n held pages with the greatest distances in line."""
-        ranks = np.where(self._held, self._distance, np.float32(-1))
-        n = min(n, int(self._held.sum()))
-        places = np.sort(np.argpartition(ranks, -n)[-n:]) if n else np.empty(0, dtype=np.intp)
-        places = places[np.argsort(ranks[places], kind="stable")]
-        self._line = list(zip(places.tolist(), ranks[places].tolist(), strict=True))
+        places = np.flatnonzero(self._held)
+        distances = self._distance[places]
+        if n < len(places):
+            ahead = np.sort(np.argpartition(distances, -n)[-n:])
+            places, distances = places[ahead], distances[ahead]
+        order = np.argsort(distances, kind="stable")
+        self._line = list(zip(places[order].tolist(), distances[order].tolist(), strict=True))
 
     def _from_line(self, n: int, keep: Collection[Page]) -> list[Page]:
         """The next n of the line that are still held, were not used meanwhile and may go."""
@@ -163,6 +167,8 @@ class Forecast:
         self._base_chance = 0.0  # of an expert nobody knows anything about
         self._snapshot: tuple[Array, Array] | None = None  # means and weights of like tokens, some tokens ago
         self._reach = 3.0
+        self._n_forecasts = 0
+        self._later = np.zeros((len(stats.layers), stats.n_experts), dtype=np.float32)  # what was recalled for later
 
     def learn(self, rows: Sequence[int], experts: Sequence[list[int]]) -> None:
         """These rows of the present token use these experts."""
@@ -203,8 +209,10 @@ class Forecast:
         mixes = np.stack((self._next_mix, self._later_mix))
         first, later = (mixes[:, :_N_MEANS] @ means).reshape(2, *self._stats.use.shape[1:])
         first += self._recall.next_uses(self._next_mix[recalled]) + self._next_mix[-1] * self._base_chance
-        later += self._recall.later_uses(self._later_mix[recalled], self._reach)
-        later += self._later_mix[-1] * self._base_chance
+        if self._n_forecasts % LATER_ROUNDS == 0:
+            self._later = self._recall.later_uses(self._later_mix[recalled], self._reach)
+        self._n_forecasts += 1
+        later += self._later + self._later_mix[-1] * self._base_chance
         np.clip(first, LEAST_CHANCE, 1, out=first)
         np.clip(later, LEAST_CHANCE, 1, out=later)
         fade = np.float32(np.exp(-1 / patience))

@@ -6,6 +6,7 @@ slots, no torch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,10 +78,18 @@ class RouterStats:
         self.steps[rows] += 1
         self._fresh_steps[rows] += 1
         self._fresh.uses[places, chosen] += 1
-        for row, experts in waiting:
-            if self._before[0] == row - 1:
-                self._fresh.follows[row][np.array(self._before[1])[:, None], experts] += 1
-            self._before = (row, experts)
+        self._count_pairs([self._before, *waiting])
+        self._before = waiting[-1]
+
+    def _count_pairs(self, chain: list[tuple[int, list[int]]]) -> None:
+        """Count what each row's experts were followed by in the next one."""
+        cells = [
+            np.add.outer((row * self.n_experts + np.array(those)) * self.n_experts, chosen).reshape(-1)
+            for (before, those), (row, chosen) in itertools.pairwise(chain)
+            if before == row - 1
+        ]
+        if cells:
+            self._fresh.follows.reshape(-1)[np.concatenate(cells)] += 1
 
     # ---- what is likely ----
 
