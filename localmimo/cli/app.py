@@ -35,6 +35,7 @@ from localmimo.cli.frame import (
 )
 from localmimo.cli.hardware import doctor, plan
 from localmimo.cli.measuring import bench
+from localmimo.cli.routing import replay, stats
 from localmimo.errors import BadModel, BadRequest, Cancelled, DoesNotFit, LocalMimoError
 
 _ui, _carry_out = ui_of, carry_out
@@ -181,6 +182,8 @@ def perplexity(
 
 
 app.command()(bench)
+app.command()(replay)
+app.command()(stats)
 
 
 @app.command()

@@ -67,8 +67,8 @@ class Ui:
         self.out.file.write(text + end)
         self.out.file.flush()
 
-    def json(self, value: Mapping[str, Any]) -> None:
-        """One JSON object on one line of stdout."""
+    def json(self, value: Mapping[str, Any] | Sequence[Any]) -> None:
+        """One JSON object, or a list, on one line of stdout."""
         self.data(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
 
 

@@ -168,7 +168,9 @@ class Forecast:
         self._snapshot: tuple[Array, Array] | None = None  # means and weights of like tokens, some tokens ago
         self._reach = 3.0
         self._n_forecasts = 0
-        self._later = np.zeros((len(stats.layers), stats.n_experts), dtype=np.float32)  # what was recalled for later
+        self._later = np.zeros(
+            (len(stats.layers), stats.n_experts), dtype=np.float32
+        )  # what was recalled for later
 
     def learn(self, rows: Sequence[int], experts: Sequence[list[int]]) -> None:
         """These rows of the present token use these experts."""

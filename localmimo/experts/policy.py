@@ -109,50 +109,55 @@ class Lfu:
 class Belady:
     """The page whose next request is farthest away gives way. It is told the future; what the best policy could do."""
 
-    def __init__(self, future: Sequence[Page]) -> None:
-        """future: every page that will be requested, in order."""
+    def __init__(self, future: NDArray[np.int64], n_experts: int) -> None:
+        """future: every page that will be requested, in order, as layer * n_experts + expert."""
         self._next_of = next_uses(future)
+        self._n_experts = n_experts
         self._now = 0
-        self._next: dict[Page, int] = {}  # of every page requested so far
-        self._held: set[Page] = set()
-        self._farthest: list[tuple[int, Page]] = []  # a heap of (-next use, page); stale entries are skipped
+        self._next: dict[int, int] = {}  # of every page requested so far
+        self._held: set[int] = set()
+        self._farthest: list[tuple[int, int]] = []  # a heap of (-next use, page); stale entries are skipped
+
+    def _key(self, page: Page) -> int:
+        return page[0] * self._n_experts + page[1]
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
         for expert in experts:
-            page = (layer, expert)
-            self._next[page] = self._next_of[self._now]
+            key = self._key((layer, expert))
+            self._next[key] = int(self._next_of[self._now])
             self._now += 1
-            if page in self._held:
-                heappush(self._farthest, (-self._next[page], page))
+            if key in self._held:
+                heappush(self._farthest, (-self._next[key], key))
 
     def admit(self, page: Page) -> None:
-        self._held.add(page)
-        heappush(self._farthest, (-self._next[page], page))
+        key = self._key(page)
+        self._held.add(key)
+        heappush(self._farthest, (-self._next[key], key))
 
     def drop(self, page: Page) -> None:
-        self._held.discard(page)
+        self._held.discard(self._key(page))
 
     def victims(self, n: int, keep: Collection[Page]) -> list[Page]:
-        found: dict[Page, int] = {}
+        found: dict[int, Page] = {}
         passed = []
         while self._farthest and len(found) < n:
             entry = heappop(self._farthest)
-            page = entry[1]
-            if page in found or page not in self._held or -entry[0] != self._next[page]:
+            key = entry[1]
+            if key in found or key not in self._held or -entry[0] != self._next[key]:
                 continue
             passed.append(entry)
+            page = divmod(key, self._n_experts)
             if page not in keep:
-                found[page] = entry[0]
+                found[key] = page
         for entry in passed:
             heappush(self._farthest, entry)
-        return list(found)
+        return list(found.values())
 
 
-def next_uses(future: Sequence[Page]) -> list[int]:
+def next_uses(future: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each request, the place of the next one for the same page; len(future) where there is none."""
-    later: dict[Page, int] = {}
-    places = [0] * len(future)
-    for place in range(len(future) - 1, -1, -1):
-        places[place] = later.get(future[place], len(future))
-        later[future[place]] = place
+    order = np.argsort(future, kind="stable")
+    same = future[order[1:]] == future[order[:-1]]
+    places = np.full(len(future), len(future), dtype=np.int64)
+    places[order[:-1][same]] = order[1:][same]
     return places

@@ -11,10 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from localmimo.errors import BadRequest
 
 MAX_LINE_BYTES = 1 << 16
-MAX_REQUESTS = 1 << 26  # a fifth of a million tokens of the largest model; 4 bytes each here
+MAX_REQUESTS = 1 << 24  # 44,000 tokens of MiMo-V2-Flash
 MAX_LAYERS = 1 << 10
 MAX_EXPERTS = 1 << 12
 
@@ -60,6 +63,17 @@ class Trace:
         for layer, end in zip(self.layers, self.ends, strict=True):
             yield layer, self.experts[begin:end].tolist()
             begin = end
+
+    def pages(self, n_experts: int) -> NDArray[np.int64]:
+        """Every request in order, as layer * n_experts + expert."""
+        ends = np.array(self.ends, dtype=np.int64)
+        layers = np.repeat(np.array(self.layers, dtype=np.int64), np.diff(ends, prepend=0))
+        return layers * n_experts + np.array(self.experts, dtype=np.int64)
+
+    @property
+    def n_experts(self) -> int:
+        """One more than the highest expert."""
+        return max(self.experts, default=-1) + 1
 
     def add(self, layer: int, experts: Sequence[int]) -> None:
         self.layers.append(layer)

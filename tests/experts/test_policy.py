@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,12 @@ lines = st.lists(
 
 
 def belady(trace: list[tuple[int, set[int]]]) -> Belady:
-    return Belady([(layer, expert) for layer, experts in trace for expert in sorted(experts)])
+    return Belady(
+        np.array(
+            [layer * 8 + expert for layer, experts in trace for expert in sorted(experts)], dtype=np.int64
+        ),
+        8,
+    )
 
 
 POLICIES: dict[str, Callable[[list[tuple[int, set[int]]]], Policy]] = {
@@ -79,8 +85,7 @@ def test_lfu_names_the_least_asked_then_the_longest_unasked() -> None:
 
 
 def test_belady_names_the_farthest() -> None:
-    future = [(1, 0), (1, 1), (1, 2), (1, 1), (1, 0)]
-    policy = fed(Belady(future), future[:3])
+    policy = fed(Belady(np.array([8, 9, 10, 9, 8]), 8), [(1, 0), (1, 1), (1, 2)])
     assert policy.victims(9, ()) == [(1, 2), (1, 0), (1, 1)]
 
 

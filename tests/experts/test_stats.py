@@ -96,7 +96,7 @@ def _add_one_token(path: str) -> None:
     assert used(1).save(Path(path))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_a_damaged_profile_is_a_sentence_and_an_empty_start(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

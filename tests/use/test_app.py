@@ -12,7 +12,7 @@ from localmimo.errors import BadModel, BadRequest, Cancelled, ContextFull, DoesN
 from quant.errors import BadCheckpoint, BadPack, BadRecipe, NoSpace, NotWritable, QuantError
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("quantize", "plan", "doctor", "verify", "perplexity", "bench", "chat", "serve")
+COMMANDS = ("quantize", "plan", "doctor", "verify", "perplexity", "bench", "replay", "stats", "chat", "serve")
 WITHOUT_TORCH = (
     "import sys; from localmimo.cli.app import run; code = run(sys.argv[1:]); "
     "heavy = sorted({'torch', 'transformers', 'bitsandbytes', 'accelerate'} & set(sys.modules)); "

@@ -1,0 +1,52 @@
+"""The command lines of `replay` and `stats`: what the routing of a model looks like, and how well it can be cached.
+
+Flags and help only; imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from localmimo.cli.frame import Json, Quiet, Verbose, carry_out, ui_of
+
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Also draw it (.svg or .png; needs the extra: plot)."),
+]
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A router trace: JSON lines.")],
+    slots: Annotated[
+        str, typer.Option("--slots", metavar="N[,N...]", help="Numbers of slots to play it with.")
+    ],
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Play a router trace through our policy, LRU, LFU and the best that is possible (Belady).
+
+    A line of a trace is {"step": 0, "layer": 1, "experts": [3, 17]}: one per token and layer, in order. With
+    --json the last line of stdout is a list: slots, requests and the hit rate of each policy.
+    """
+    from localmimo.cli.replay import run_replay
+
+    return carry_out(lambda: run_replay(trace, slots, plot, ui_of(verbose, quiet), as_json=as_json))
+
+
+def stats(
+    pack: Annotated[str, typer.Argument(metavar="PACK", help="Folder of a pack, or mimo-mini.")],
+    profile: Annotated[str, typer.Option(metavar="NAME", help="Whose statistics.")] = "default",
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Show how often each expert of each layer was used, as earlier sessions counted it."""
+    from localmimo.cli.stats import run_stats
+
+    return carry_out(lambda: run_stats(pack, profile, plot, ui_of(verbose, quiet), as_json=as_json))

@@ -1,0 +1,96 @@
+"""`localmimo stats`: how often each expert of each layer was used, from a profile beside the pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localmimo.cli.packs import EMBEDDED, pack_folder
+from localmimo.cli.plot import check_plot, draw_map
+from localmimo.cli.ui import Ui, table
+from localmimo.errors import LocalMimoError
+
+if TYPE_CHECKING:
+    from localmimo.experts.profile import Profile
+
+N_HOTTEST = 4  # experts named per layer
+
+
+def run_stats(name: str, profile: str, plot: Path | None, ui: Ui, *, as_json: bool) -> int:
+    """Carry the command out; the exit code."""
+    check_plot(plot)
+    folder = _folder(name)
+    layers, found, path = _profile(folder, profile)
+    chances = (found.uses / max(found.tokens, 1e-9)).clip(0, 1)
+    if plot is not None:
+        draw_map(plot, 100 * chances, layers, ("expert", "layer", "tokens that use it, %"))
+        ui.note(f" drawn: {plot}")
+    facts = [facts_of(layer, row.tolist()) for layer, row in zip(layers, chances, strict=True)]
+    if as_json:
+        ui.json(
+            {
+                "pack": str(folder),
+                "profile": profile,
+                "file": str(path),
+                "tokens": found.tokens,
+                "layers": facts,
+            }
+        )
+    else:
+        ui.note(f" {path}: {found.tokens:,.0f} tokens")
+        ui.data(report(facts))
+    return 0
+
+
+def _folder(name: str) -> Path:
+    if name != EMBEDDED:
+        return pack_folder(name)
+    from localmimo.embedded import embedded_pack
+
+    return embedded_pack()
+
+
+def _profile(folder: Path, name: str) -> tuple[list[int], Profile, Path]:
+    """The MoE layers of a pack, and what a profile says of them. Raises LocalMimoError where there is none."""
+    from localmimo.experts.profile import BadProfile, profile_path, read_profile
+    from quant.pack import Pack, experts_of
+
+    with Pack.open(folder) as pack:
+        counts, path = experts_of(pack), profile_path(folder, pack.id, name)
+    try:
+        found = read_profile(path, len(counts), max(counts.values(), default=0))
+    except BadProfile as error:
+        raise LocalMimoError(
+            f"The statistics in {path} cannot be used: the file {error}. Delete it."
+        ) from None
+    if found is None:
+        raise LocalMimoError(
+            f"There are no statistics in {path} yet: they are counted while a model answers (localmimo chat)."
+        )
+    return list(counts), found, path
+
+
+def facts_of(layer: int, chances: list[float]) -> dict[str, Any]:
+    """What is worth knowing of a layer: its chances per token, and how few experts have half of the uses."""
+    order = sorted(range(len(chances)), key=lambda expert: -chances[expert])
+    half, total, n_half = sum(chances) / 2 - 1e-6, 0.0, 0
+    while total < half:
+        total += chances[order[n_half]]
+        n_half += 1
+    return {
+        "layer": layer,
+        "n_used": sum(chance > 0 for chance in chances),
+        "half_of_uses": n_half,
+        "hottest": order[:N_HOTTEST],
+        "chances": [round(chance, 6) for chance in chances],
+    }
+
+
+def report(layers: list[dict[str, Any]]) -> str:
+    """A line per layer: experts used at all, those that have half of the uses, and the hottest."""
+    lines = []
+    for facts in layers:
+        named = "  ".join(f"{expert} ({facts['chances'][expert]:.0%})" for expert in facts["hottest"])
+        n_used = f"{facts['n_used']} of {len(facts['chances'])}"
+        lines.append([str(facts["layer"]), n_used, str(facts["half_of_uses"]), named])
+    return table(("layer", "used", "half of the uses", "hottest (share of tokens)"), lines, left=0)
