@@ -54,15 +54,18 @@ class Talk:
     async def _accept(self, scope: Scope, receive: Receive) -> ASGIApp:
         service = self._service
         body = await read_body(scope, receive, body_limit(service.engine.context))
-        fields = Fields.of_body(body)
-        fields.text("model")
-        dialect = self._dialect(fields, service.desk)
+        dialect = await asyncio.to_thread(self._read, body)
         if isinstance(dialect, CountTokens):
             return _json(
                 dialect.counted((await asyncio.to_thread(service.worker.prompt, dialect.ask)).tokens)
             )
         job, place = await service.begin(dialect.ask)
         return Delivery(dialect, job, place, service.drop, self._keep_alive_s)
+
+    def _read(self, body: bytes) -> Any:
+        fields = Fields.of_body(body)
+        fields.text("model")
+        return self._dialect(fields, self._service.desk)
 
 
 class Gate:

@@ -63,10 +63,14 @@ class Line:
     def busy(self) -> bool:
         return bool(self._places)
 
-    def join(self) -> Place:
-        """A place at the end. Raises LineFull."""
+    def check(self) -> None:
+        """Raises LineFull where nobody may join."""
         if len(self._places) > self.limit:
             raise LineFull(self.n_waiting, self.retry_s())
+
+    def join(self) -> Place:
+        """A place at the end. Raises LineFull."""
+        self.check()
         place = Place(self)
         self._places.append(place)
         if len(self._places) == 1:

@@ -12,7 +12,6 @@ from localmimo.generate import Stats
 from localmimo.serve.worker import Job
 
 Labels = tuple[tuple[str, str], ...]
-PAGES, BYTES_READ = "pages_", "bytes_read"  # fields of Stats
 
 HELP = {
     "localmimo_requests_total": "Requests by path and HTTP status.",
@@ -25,6 +24,8 @@ HELP = {
     "localmimo_decode_seconds_total": "Time spent writing.",
     "localmimo_expert_pages_total": "Expert pages used, by the tier they were found in.",
     "localmimo_read_bytes_total": "Bytes of expert pages read from disk.",
+    "localmimo_read_seconds_total": "Time in which the disk was being read.",
+    "localmimo_prefetched_pages_total": "Expert pages read on a guess, by what became of it.",
 }
 
 
@@ -54,7 +55,6 @@ class Metrics:
 
 
 def _of(stats: Stats, n_thought: int) -> dict[tuple[str, Labels], float]:
-    facts = stats.as_dict()
     plain = {
         "localmimo_prompt_tokens_total": stats.prompt_tokens,
         "localmimo_cached_tokens_total": stats.reused_tokens,
@@ -62,12 +62,14 @@ def _of(stats: Stats, n_thought: int) -> dict[tuple[str, Labels], float]:
         "localmimo_thinking_tokens_total": n_thought,
         "localmimo_prefill_seconds_total": stats.prefill_s,
         "localmimo_decode_seconds_total": stats.decode_s,
-        "localmimo_read_bytes_total": facts[BYTES_READ],
+        "localmimo_read_bytes_total": stats.bytes_read,
+        "localmimo_read_seconds_total": stats.read_s,
     }
     found: dict[tuple[str, Labels], float] = {(name, ()): value for name, value in plain.items()}
-    for key, value in facts.items():
-        if key.startswith(PAGES):
-            found["localmimo_expert_pages_total", (("tier", key.removeprefix(PAGES)),)] = value
+    for tier, pages in (("ram", stats.pages_ram), ("disk", stats.pages_disk)):
+        found["localmimo_expert_pages_total", (("tier", tier),)] = pages
+    for outcome, pages in (("useful", stats.prefetch_useful), ("wasted", stats.prefetch_wasted)):
+        found["localmimo_prefetched_pages_total", (("outcome", outcome),)] = pages
     return found
 
 

@@ -77,8 +77,9 @@ class Service:
 
     async def begin(self, ask: Ask) -> tuple[Job, Place]:
         """Check the prompt and join the line. Raises Failure and the engine's errors, before anything is sent."""
-        prompt = await asyncio.to_thread(self.worker.prompt, ask)
         try:
+            self.line.check()  # before the work of writing the prompt
+            prompt = await asyncio.to_thread(self.worker.prompt, ask)
             place = self.line.join()
         except LineFull as full:
             raise Failure(

@@ -36,7 +36,7 @@ class Client(Protocol):
 class ChatClient:
     """OpenAI's chat; drops the thinking, as most of its clients do, unless told to keep it."""
 
-    def __init__(self, keep_thinking: bool = True, stream: bool = False) -> None:
+    def __init__(self, keep_thinking: bool = True) -> None:
         self.messages: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
         self._keep = keep_thinking
 

@@ -147,6 +147,20 @@ def test_logprobs(server: Running) -> None:
     assert [entry["token"] for entry in streamed] == [entry["token"] for entry in listed]
 
 
+def test_response_format(server: Running) -> None:
+    pytest.importorskip("llguidance", reason="the extra grammar is not installed")
+    schema = {"enum": ["yes", "no"]}
+    form = {"type": "json_schema", "json_schema": {"name": "vote", "schema": schema}}
+    said = server.post(PATH, {"messages": HELLO, "response_format": form, "max_tokens": 50}).json()
+    assert json.loads(said["choices"][0]["message"]["content"]) in ("yes", "no")
+    form = {"format": {"type": "json_schema", "name": "vote", "schema": schema}}
+    said = server.post("/v1/responses", {"input": "?", "text": form, "max_output_tokens": 50}).json()
+    assert json.loads(said["output"][-1]["content"][0]["text"]) in ("yes", "no")
+    for wrong in ({"type": "poem"}, {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}):
+        answer = server.post(PATH, {"messages": HELLO, "response_format": wrong, "stream": True})
+        assert answer.status_code == 400, answer.text
+
+
 def test_stop_strings(server: Running, script: Scripted) -> None:
     script.say("one two three four")
     choice = server.post(PATH, {"messages": HELLO, "stop": [" three", "zzz"]}).json()["choices"][0]

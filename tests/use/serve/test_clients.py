@@ -1,6 +1,9 @@
 """The official Python clients of OpenAI and Anthropic against a running server."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +108,15 @@ def test_anthropic_stream(claude: "anthropic.Anthropic", script: Scripted) -> No
     assert texts == "They flow." and said.content[0].thinking == "Hm, rivers." and said.content[0].signature
     assert said.content[2].input == {"city": "Oslo", "days": 2}
     assert said.stop_reason == "tool_use" and said.usage.output_tokens > 5
+
+
+def test_the_example(server: Running, script: Scripted) -> None:
+    script.say(THOUGHT)
+    example = Path(__file__).parents[3] / "examples/client.py"
+    done = subprocess.run(
+        [sys.executable, example, f"{server.url}/v1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith("Hm, rivers.They flow.\n{"), done.stderr
 
 
 def test_their_errors(gpt: "openai.OpenAI", claude: "anthropic.Anthropic") -> None:

@@ -40,6 +40,17 @@ def serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
             process.kill()
 
 
+def test_a_second_signal_does_not_wait(pack: Path) -> None:
+    with serving(str(pack), "-c", "4096") as (process, url):
+        body = {"messages": HELLO, "stream": True, "logit_bias": {}}
+        with httpx2.stream("POST", url + PATH, json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: process.stderr and "stopping" in process.stderr.readline())
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+
+
 def test_it_serves_and_drains(pack: Path) -> None:
     with serving(str(pack), "-c", "512", LOCALMIMO_API_KEY="k") as (process, url):
         client = httpx2.Client(base_url=url, timeout=60, headers={"authorization": "Bearer k"})
