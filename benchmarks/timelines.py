@@ -1,0 +1,76 @@
+"""Timelines in step: tokens per second of several together against one, where the disk is the limit.
+
+    python -m benchmarks.timelines PACK --ram 2GiB [--batch 4] [--tokens 24]
+
+PACK: `benchmarks.make_checkpoint DIR --shape mid`, converted; --ram: so little that most experts come from the disk.
+Each timeline must say what it says alone.
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+from localmimo import Completion, Sampling, load
+
+PROMPTS = (
+    "The harbour in the morning", "A list of numbers: 3, 1, 4", "Dear Sir or Madam", "def main():",
+    "Once upon a time", "In 1905 a clerk", "The recipe needs", "Error: no such file",
+)  # fmt: skip
+
+
+def speed(done: list[Completion], seconds: float) -> dict[str, float]:
+    tokens = sum(len(one.tokens) for one in done)
+    return {"tps": tokens / seconds, "tokens": tokens, "seconds": seconds}
+
+
+def measure(pack: str, ram: str | None, batch: int, n_tokens: int) -> dict[str, Any]:
+    """Speeds together and alone. Both begin with prompts that are read already, so that only decoding counts."""
+    sampling = Sampling(temperature=1.0, seed=1, logit_bias=dict.fromkeys((8166, 8168), -100.0))
+    prompts = list(PROMPTS[:batch])
+    with load(pack, ram=ram, context=512, draft=0, max_batch=batch, profile=None) as engine:
+
+        def say(texts: list[str], n: int) -> tuple[list[Completion], float]:
+            engine.generate(texts, max_tokens=1, sampling=sampling)  # read
+            began = time.perf_counter()
+            done = engine.generate(texts, max_tokens=n, sampling=sampling)
+            return done, time.perf_counter() - began
+
+        say(prompts, n_tokens)  # the store as it is in the long run
+        alone, rounds = [], []
+        for prompt in prompts:
+            done, seconds = say([prompt], n_tokens)
+            alone += done
+            rounds.append(seconds)
+        one, together = speed(alone, sum(rounds)), say(prompts, n_tokens)
+        return {
+            "benchmark": "timelines",
+            "config": engine.effective(),
+            "batch": batch,
+            "one": one,
+            "together": speed(*together),
+            "aggregate": speed(*together)["tps"] / one["tps"],
+            "same_tokens": [a.tokens for a in alone] == [b.tokens for b in together[0]],
+            "read_share_one": sum(a.stats.read_s for a in alone) / sum(rounds),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pack")
+    parser.add_argument("--ram")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=24)
+    options = parser.parse_args()
+    found = measure(options.pack, options.ram, options.batch, options.tokens)
+    print(
+        f"one {found['one']['tps']:.2f} tokens/s, {options.batch} together {found['together']['tps']:.2f}: "
+        f"{found['aggregate']:.2f} x; the disk was being read {found['read_share_one']:.0%} of the time"
+    )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
