@@ -18,6 +18,10 @@ from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
 from localmimo.saved import Identity, SavedSession, write
 from localmimo.trail import Trail
 
+SHARED = (
+    256  # tokens that must be read again before a mark is left behind them: a mark costs a stretch of its own
+)
+
 Progress = Callable[[int, int], None]  # tokens read, tokens to read
 
 
@@ -84,11 +88,14 @@ class Session:
             raise BadRequest("The prompt is empty: give at least one token.")
         if len(tokens) > self.context:
             raise ContextFull(_too_long(len(tokens), self.context))
+        common = self.common(tokens)
         self._come_back(tokens)
         self.n_reused = self.position
         if self.position < len(tokens):
             self.mark()  # where a question that is taken back began
-            self._read(tokens[self.position :], progress, check)
+            again = common - self.position  # was held, and no mark was near
+            shared = again if again >= SHARED and 2 * again >= len(tokens) - self.position else 0
+            self._read(tokens[self.position :], progress, check, shared)
         self.mark()
         hidden = self._trail.last(self.position)
         assert hidden is not None
@@ -131,11 +138,14 @@ class Session:
             self._read(kept[self.position :], None, nothing_to_check)
 
     def mark(self) -> None:
-        """Remember this place: coming back to it reads nothing. The oldest of a few such places is forgotten."""
+        """Remember this place: coming back to it reads nothing.
+
+        Of a few such places the first stays, which many texts may share, and of the others the last ones.
+        """
         known = self._trail.last(self.position) is not None
         if known and all(mark.snapshot.length != self.position for mark in self._marks):
             self._marks.append(Mark(self._cache.snapshot(), self._trail.tail(self._looks_back)))
-            del self._marks[:-N_SNAPSHOTS]
+            del self._marks[1 : 1 + len(self._marks) - N_SNAPSHOTS]
 
     # ---- files ----
 
@@ -284,12 +294,18 @@ class Session:
         self._drafter.truncate(length)
         self._marks = [mark for mark in self._marks if mark.snapshot.length <= length]
 
-    def _read(self, tokens: Sequence[int], progress: Progress | None, check: Callable[[], None]) -> None:
-        """Prefill in stretches."""
-        for start in range(0, len(tokens), self._stretch):
-            stretch = tokens[start : start + self._stretch]
-            share = None if progress is None else _share(progress, start, len(stretch), len(tokens))
-            self._forward(stretch, check, share)
+    def _read(
+        self, tokens: Sequence[int], progress: Progress | None, check: Callable[[], None], shared: int = 0
+    ) -> None:
+        """Prefill in stretches; behind the first `shared` tokens a mark is left: others may begin like this too."""
+        start = 0
+        while start < len(tokens):
+            end = min(start + self._stretch, len(tokens), shared if start < shared else len(tokens))
+            share = None if progress is None else _share(progress, start, end - start, len(tokens))
+            self._forward(tokens[start:end], check, share)
+            if end == shared:
+                self.mark()
+            start = end
 
     def _forward(
         self,
