@@ -22,14 +22,6 @@ MEMORY_SHARE = (0.75, 1.0)  # of the read speed that the kernels reach (BENCHMAR
 LAYER_S = (0.0002, 0.0015)  # a layer's time beyond its bytes, where it was not measured
 MATMUL_FLOPS = (30e9, 60e9)  # per core, of the kernels over many tokens (AVX-512, 4-bit weights)
 
-# Hit rates that others published for caches of a share of the experts: with a LRU on MiMo-V2.6-Flash (derived
-# from colibri's bytes), and on a model of 512 experts per layer (llama.cpp pull request 27861).
-_PUBLISHED: tuple[tuple[float, float, float], ...] = (
-    (0.0, 0.0, 0.0),
-    (0.125, 0.59, 0.67),
-    (0.25, 0.74, 0.81),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Tiers:
@@ -64,28 +56,6 @@ class Estimate:
             "hit_rate": self.hits,
             "bound": self.bound,
         }
-
-
-def assumed_hits(share: float, cycle: float) -> Range:
-    """The published range for a cache of this share of the experts; `cycle`: the share that one token uses."""
-    if share >= 1:
-        return 1.0, 1.0
-    points = [(cycle, 0.0, 0.3), *_PUBLISHED[1:]] if cycle < _PUBLISHED[1][0] else [(cycle, cycle, 0.3)]
-    points += [(1.0, 1.0, 1.0)]
-    low = _between(share, [(x, a) for x, a, _ in points])
-    high = _between(share, [(x, b) for x, _, b in points])
-    return max(0.0, min(low, high)), min(1.0, max(low, high))
-
-
-def _between(x: float, points: list[tuple[float, float]]) -> float:
-    """Linear between points, and from the origin to the first."""
-    before = (0.0, 0.0)
-    for point in points:
-        if x <= point[0]:
-            span = point[0] - before[0]
-            return before[1] + (point[1] - before[1]) * ((x - before[0]) / span if span else 1.0)
-        before = point
-    return before[1]
 
 
 def estimate(

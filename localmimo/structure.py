@@ -33,6 +33,7 @@ class Structure:
     page_bytes: int
     member: Member | None
     head_bytes: tuple[int, ...] = ()  # of each draft head
+    pack: tuple[Path, str] | None = None  # folder and identity
     files: tuple[Path, ...] = ()  # that lie here and can be read to measure the disk
     notes: tuple[str, ...] = ()
 
@@ -91,6 +92,7 @@ def _of_pack(path: Path) -> Structure:
             lookup_bytes=dense["embed"],
             page_bytes=pack.page.bytes,
             member=member_like(pack.config),
+            pack=(path, pack.id),
             files=tuple(path / facts["file"] for facts in layers.values()),
         )
 

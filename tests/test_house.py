@@ -41,6 +41,7 @@ model experts.profile experts.prefetch experts.pressure experts.readers experts.
 experts.stats experts.recall experts.trace
 experts.adaptive
 experts.policy
+hits
 experts.replay
 experts.tiers experts.uploads
 experts.slots

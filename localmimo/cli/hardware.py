@@ -5,6 +5,7 @@ Flags and help only; imports no torch.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,6 +53,10 @@ def plan(
     recipe: Annotated[
         str | None, typer.Option(metavar="FILE", help="A recipe, in place of --experts and --dense.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A router trace to replay for the hit rate.  [default: a profile]"),
+    ] = None,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure disk and memory again.")] = False,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -77,6 +82,7 @@ def plan(
         experts=experts,
         dense=dense,
         recipe=recipe,
+        trace=trace,
         remeasure=remeasure,
         as_json=as_json,
     )

@@ -12,7 +12,8 @@ from typing import Any
 
 from localmimo.cli.ui import Ui, rows, seconds
 from localmimo.errors import BadRequest, DoesNotFit
-from localmimo.estimate import Estimate, Range, Tiers, assumed_hits, estimate
+from localmimo.estimate import Estimate, Range, Tiers, estimate
+from localmimo.experts.trace import read_trace
 from localmimo.machine import Machine, format_bytes, parse_bytes
 from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, kv_bytes, make_plan, workspace_bytes
 from localmimo.speeds import Speeds, file_spots, measured_speeds
@@ -41,6 +42,7 @@ class Question:
     experts: str = "nf4"
     dense: str = "int8"
     recipe: str | None = None
+    trace: Path | None = None
     remeasure: bool = False
     as_json: bool = False
 
@@ -149,6 +151,7 @@ class Desk:
         most = model.config.max_context
         self.context = min(DEFAULT_CONTEXT, most) if question.context is None else question.context
         self.longest = question.max_context
+        self.trace = None if question.trace is None else read_trace(question.trace)
         if not 1 <= self.context <= most:
             raise BadRequest(f"The context is {self.context:,}; this model has from 1 to {most:,} positions.")
 
@@ -238,8 +241,17 @@ class Desk:
     def _hits(self, plan: Plan) -> tuple[Range, str]:
         if plan.n_slots >= plan.n_pages:
             return (1.0, 1.0), "every expert is in memory"
+        from localmimo.hits import assumed_hits, profile_hits, replayed_hits
+
+        if self.trace is not None:
+            rates = replayed_hits(self.trace, self.model.config, plan.n_slots)
+            return rates, "replayed: LRU and the adaptive policy"
         cycle = self.model.config.pages_per_token / plan.n_pages
-        return assumed_hits(plan.n_slots / plan.n_pages, cycle), "assumed from published caches, no trace"
+        low, high = assumed_hits(plan.n_slots / plan.n_pages, cycle)
+        known = profile_hits(*self.model.pack, self.model.config, plan.n_slots) if self.model.pack else None
+        if known is not None:
+            return (min(known, high), max(known, high)), "from this pack's profile to published caches"
+        return (low, high), "assumed from published caches, no trace"
 
     def _better(self, plan: Plan, figures: Estimate) -> Iterator[str]:
         """Changes that matter, with what they would give."""

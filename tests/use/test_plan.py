@@ -9,8 +9,10 @@ from localmimo import kv
 from localmimo.cli.plan import WINDOW_SLACK, Desk, Question
 from localmimo.config import ModelConfig
 from localmimo.errors import DoesNotFit
-from localmimo.estimate import Tiers, assumed_hits, decode_range, estimate
+from localmimo.estimate import Tiers, decode_range, estimate
+from localmimo.experts.trace import Trace
 from localmimo.family import find_member
+from localmimo.hits import assumed_hits, profile_hits, replayed_hits
 from localmimo.machine import Machine
 from localmimo.plan import make_plan
 from localmimo.speeds import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
@@ -170,6 +172,32 @@ def test_assumed_hit_rates_pass_through_the_published_points() -> None:
     shares = [assumed_hits(n / 100, 0.03) for n in range(101)]
     assert shares == sorted(shares) and all(low <= high for low, high in shares)
     assert assumed_hits(0.1, 0.5)[0] <= 0.1
+
+
+def test_a_trace_is_replayed() -> None:
+    config = flash().config
+    again, ever_new = Trace(), Trace()
+    for step in range(8):
+        for layer in config.moe_layers:
+            again.add(layer, list(range(8)))
+            ever_new.add(layer, [(8 * step + k) % 256 for k in range(8)])
+    assert replayed_hits(again, config, 376) == (1.0, 1.0)
+    assert replayed_hits(ever_new, config, 376) == (0.0, 0.0)
+    low, high = replayed_hits(again, config, 188)
+    assert 0 <= low <= high <= 0.51
+
+
+def test_a_profile_gives_what_its_hottest_pages_answer(pack: Path) -> None:
+    from localmimo import load
+
+    asked = (pack, structure_of(pack).pack[1], structure_of(pack).config)  # type: ignore[index]
+    assert profile_hits(*asked, 8) is None
+    with load(pack, ram="64MiB", context=512) as engine:
+        engine.generate("abc", max_tokens=100)
+    few, many = profile_hits(*asked, 8), profile_hits(*asked, 32)
+    assert few is not None and many is not None and 0 < few < many == 1.0
+    found = plan(str(pack), "--ram", "64MiB", "-c", "256")
+    assert found["hit_rate_origin"] == "every expert is in memory"
 
 
 def test_measuring_a_disk_and_memory(tmp_path: Path) -> None:
