@@ -22,7 +22,7 @@ from localmimo.answer import Answer, Message
 from localmimo.batch import Batch
 from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
-from localmimo.draft import MOST_DRAFTS, Draft, check_draft, pace_of
+from localmimo.draft import MOST_DRAFTS, Draft, DraftStats, Lookahead, check_draft, pace_of
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
 from localmimo.experts.policy import Adaptive
@@ -283,6 +283,10 @@ class Engine:
     def traffic(self) -> Traffic:
         """What was asked of the expert store since the engine was opened."""
         return self._store.traffic.copy()
+
+    def ahead(self, session: Session, stats: DraftStats) -> Lookahead:
+        """Steps a session with this engine's drafts, as `stream` does, and counts them. `settle` ends it."""
+        return Lookahead(session, self._pace, stats, lambda: self._store.traffic.n_pages)
 
     def record(self, hear: Record | None) -> None:
         """Tell `hear` of every choice of experts from now on: layer and experts [n, k]. None ends it."""

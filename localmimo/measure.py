@@ -1,21 +1,24 @@
 """Measure: how fast an engine reads and answers at given depths of context, and what each tier gave meanwhile.
 
-A run reads one prompt and answers it, token by token, the likeliest one each time; drawing it is timed along. Where the
-corpus is no text the answer follows the corpus: what a random model would say goes round in circles, and its experts
-with it. Knows engines and clocks; no files, no terminal.
+A run reads one prompt and answers it, token by token, the likeliest one each time; drawing it is timed along, and
+drafts are made as in any answer. Where the corpus is no text the answer follows the corpus: what a random model would
+say goes round in circles, and its experts with it. Knows engines and clocks; no files, no terminal.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.corpus import Corpus
+from localmimo.draft import DraftStats, Lookahead
 from localmimo.experts.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a prompt or a step took."""
+    """What a prompt or a token of an answer took. A token that a draft foresaw takes next to nothing."""
 
     tokens: int
     seconds: float
@@ -63,6 +66,7 @@ class Run:
     number: int
     prompt: Taken
     first_token_s: float
+    drafts: DraftStats
     steps: list[Taken] = field(default_factory=list)
     peak_bytes: int = 0  # of the process, so far
 
@@ -113,7 +117,9 @@ class Bench:
         job = self.job
         with self._open_engine() as engine, engine.session() as session:
             bench = self._timeline(engine, session)
-            bench.answer(bench.read(bench.corpus.stretch(WARM_UP, job.prompt_tokens), 0), job.max_tokens)
+            bench.warm_up(
+                bench.corpus.stretch(WARM_UP, job.prompt_tokens + job.max_tokens), job.prompt_tokens
+            )
             text = bench.corpus.stretch(0, max(job.depths))
             for depth in job.depths:
                 if depth:
@@ -140,11 +146,11 @@ class Bench:
         """One run: another prompt each time, after the same tokens."""
         n, seed = self.job.prompt_tokens, 1 + len(self.runs)
         words = bench.corpus.stretch(seed, n + self.job.max_tokens)
-        logits, prompt = bench.timed(lambda: bench.read([*before, *words[:n]], depth))
-        run = Run(depth, number, prompt, prompt.seconds, peak_bytes=peak_bytes())
+        token, prompt = bench.timed(lambda: bench.read([*before, *words[:n]], depth))
+        run = Run(depth, number, prompt, prompt.seconds, DraftStats(), peak_bytes=peak_bytes())
         self.runs.append(run)
         self._watch.took(run, prompt)
-        for taken in bench.steps(logits, words[n:], self._recorder):
+        for taken in bench.steps(token, words[n:], run.drafts, self._recorder):
             run.steps.append(taken)
             self._watch.took(run, taken)
         run.peak_bytes = peak_bytes()
@@ -172,28 +178,45 @@ class Timeline:
         traffic = self.engine.traffic.since(before)
         return token, Taken(self.session.position - held, seconds, traffic)
 
-    def answer(self, token: Tensor, n: int) -> None:
-        """n tokens that do not count."""
-        for _ in range(n - 1):
-            token = self.session.step(int(token)).argmax()
+    def warm_up(self, words: list[int], n: int) -> None:
+        """A prompt of n words and an answer that do not count."""
+        for _ in self.steps(int(self.read(words[:n], 0)), words[n:], DraftStats(), None):
+            pass
 
-    def steps(self, token: int, words: Sequence[int], recorder: Recorder | None) -> Iterator[Taken]:
+    def steps(
+        self, token: int, words: Sequence[int], drafts: DraftStats, recorder: Recorder | None
+    ) -> Iterator[Taken]:
         """Say as many tokens as there are words, `token` first; yields what each after the first took."""
-        for word in words[:-1]:
-            said = token if self.corpus.is_text else word
-            if recorder is not None:
-                self.engine.record(recorder.hear)
-            try:
-                token, taken = self.timed(lambda said=said: self.session.step(said).argmax())  # type: ignore[misc]
-            finally:
-                self.engine.record(None)
-            if recorder is not None:
-                recorder.write()
-            yield taken
+        ahead = self.engine.ahead(self.session, drafts)
+        try:
+            for n, word in enumerate(words[:-1]):
+                said = token if self.corpus.is_text else word
+                room = len(words) - 2 - n  # tokens that may still come after the next one
+                with self._recorded(recorder):
+                    token, taken = self.timed(partial(_advance, ahead, said, room))
+                yield replace(taken, tokens=1)
+        finally:
+            ahead.settle()
+
+    @contextmanager
+    def _recorded(self, recorder: Recorder | None) -> Iterator[None]:
+        if recorder is None:
+            yield
+            return
+        self.engine.record(recorder.hear)
+        try:
+            yield
+        finally:
+            self.engine.record(None)
+        recorder.write()
+
+
+def _advance(ahead: Lookahead, said: int, room: int) -> Tensor:
+    return ahead.advance(said, room, lambda logits, drafts: int(logits.argmax())).argmax()
 
 
 class Recorder:
-    """Turns what layers choose, one after the other, into lines token by token."""
+    """Turns what layers choose, one after the other, into lines token by token; for answers without drafts."""
 
     def __init__(self, write: Write) -> None:
         self._write = write
@@ -233,6 +256,7 @@ def figures(depth: int, runs: Sequence[Run]) -> dict[str, Any]:
         "step_s_max": max((step.seconds for step in steps), default=None),
         "prefill": tier_figures([run.prompt for run in runs]),
         "decode": tier_figures(steps),
+        "drafts": _drafts([run.drafts for run in runs]),
         "peak_rss_bytes": max(run.peak_bytes for run in runs),
     }
 
@@ -244,6 +268,14 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
         f"{name}_sd": stdev(values) if len(values) > 1 else None,
         f"{name}_runs": list(values),
     }
+
+
+def _drafts(stats: Sequence[DraftStats]) -> dict[str, Any]:
+    """Tokens that were drafted, and how many of them were then said."""
+    drafted, accepted = (sum(sum(getattr(it, name)) for it in stats) for name in ("drafted", "accepted"))
+    passes = sum(it.passes for it in stats)
+    share = accepted / drafted if drafted else None
+    return {"passes": passes, "drafted": drafted, "accepted": accepted, "acceptance": share}
 
 
 def tier_figures(taken: Sequence[Taken]) -> dict[str, Any]:

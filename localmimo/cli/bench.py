@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from localmimo.measure import Bench, Job, Run, Taken
 
 FORMATS = ("text", "md")
+DRAFTS = ("auto", "0", "1", "2", "3")
 ITEM_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}  # of the KV cache
 # Heads and widths of the table; every row is printed as soon as its depth is done.
 COLUMNS = (
     ("depth", 7), ("prefill tok/s", 15), ("decode tok/s", 13), ("first token", 11), ("read/token", 10),
-    ("disk GB/s", 9), ("experts found in", 16),
+    ("disk GB/s", 9), ("drafts", 6), ("experts found in", 16),
 )  # fmt: skip
 
 
@@ -53,6 +54,7 @@ class Request:
     context: int | None = None
     ram: str | None = None
     kv: str = "auto"
+    draft: str | None = None
     profile: str | None = None
     prefetch: bool = True
     trust: bool = False
@@ -68,6 +70,11 @@ class Request:
     def positions(self) -> int:
         """The context that is needed."""
         return max(self.depths) + self.prompt_tokens + self.max_tokens
+
+    @property
+    def drafting(self) -> str:
+        """A trace and the plan's arithmetic know one token at a time; else drafts as they pay."""
+        return self.draft or ("0" if self.record or self.check_plan else "auto")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,6 +109,7 @@ def _check_early(request: Request) -> Path | None:
         raise BadRequest(
             f"--max-tokens is {request.max_tokens}; the first token comes with the prompt, so at least 2."
         )
+    _check_draft(request)
     if request.ram is not None:
         parse_bytes(request.ram)
     if request.cold and request.profile is not None:
@@ -109,6 +117,14 @@ def _check_early(request: Request) -> Path | None:
     if request.plot is not None:
         check_plot(request.plot)
     return None if request.model == EMBEDDED else pack_folder(request.model)
+
+
+def _check_draft(request: Request) -> None:
+    if request.draft not in (None, *DRAFTS):
+        raise BadRequest(f'--draft is "{request.draft}"; it is one of {", ".join(DRAFTS)}.')
+    if request.draft not in (None, "0") and (request.record or request.check_plan):
+        flag = "--record" if request.record else "--check-plan"
+        raise BadRequest(f"{flag} is about one token at a time: leave out --draft, or give --draft 0.")
 
 
 def _context(request: Request, folder: Path | None) -> int:
@@ -152,6 +168,7 @@ def _open(request: Request, folder: Path | None, context: int, ui: Ui) -> Engine
             context=context,
             ram=request.ram,
             kv=request.kv,  # type: ignore[arg-type]
+            draft=request.drafting,  # type: ignore[arg-type]
             profile=request.profile,
             prefetch=request.prefetch,
             trust=request.trust,
@@ -339,6 +356,7 @@ def row(found: dict[str, Any], form: str) -> str:
         seconds(found["first_token_s"]),
         "–" if decode["disk_bytes_per_token"] is None else format_bytes(decode["disk_bytes_per_token"]),
         "–" if decode["disk_read"] is None else f"{decode['disk_read'] / 1e9:.2f}",
+        "–" if found["drafts"]["acceptance"] is None else f"{found['drafts']['acceptance']:.0%}",
         found_in(decode["hits"]),
     ]
     return _markdown(cells) if form == "md" else _aligned(cells)

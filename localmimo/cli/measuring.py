@@ -44,6 +44,13 @@ def bench(
     kv: Annotated[
         str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
     ] = "auto",
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens drafted at a time: auto, 0 to 3.  [default: auto; 0 with --record or --check-plan]",
+        ),
+    ] = None,
     profile: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +112,7 @@ def bench(
         context=None if context is None else parse_count(context, "--context"),
         ram=ram,
         kv=kv,
+        draft=draft,
         profile=profile,
         prefetch=not no_prefetch,
         trust=trust,

@@ -16,6 +16,11 @@ class Traffic:
     prefetch_wasted: int = 0  # guessed pages that were read for nothing
     uploads: int = 0  # pages copied to the GPU
 
+    @property
+    def n_pages(self) -> int:
+        """Pages that were asked for."""
+        return self.gpu_pages + self.ram_pages + self.disk_pages
+
     def since(self, before: "Traffic") -> "Traffic":
         """The difference to an earlier reading."""
         earlier = asdict(before)

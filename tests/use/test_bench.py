@@ -11,9 +11,10 @@ import pytest
 from localmimo.cli import app, bench
 from localmimo.cli.bench import Request, parse_depths, run_bench
 from localmimo.corpus import Corpus
+from localmimo.draft import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
-from localmimo.experts.store import Traffic
 from localmimo.experts.trace import read_trace
+from localmimo.experts.traffic import Traffic
 from localmimo.measure import Recorder, Run, Taken, figures, hits
 from localmimo.mini import CHECKPOINT
 from localmimo.text import Tokenizer
@@ -48,12 +49,12 @@ TABLE = r"""localmimo \S+( \(\S+\))? · .+ · \d+ cores · .+ RAM · Linux \S+
 mimo-mini · nf4 · 25\.4 MB pack [0-9a-f]{12} · context 256
 RAM .+ of 101 MB: dense .+ · kv .+ · workspace .+ · experts .+ \(224 of 224, 100%\)
 asked: prompt 24 · answer 5 · 2 runs · RAM 96MiB · warm: after a prompt and answer that do not count · profile none
-in force: cpu, \d+ threads · kernels \S+ · activations float32, KV bfloat16 · 224 slots · prefetch on · .+
+in force: cpu, \d+ threads · kernels \S+ · activations float32, KV bfloat16 · 224 slots · drafts auto of 3 heads · prefetch .+
 text: mimo-mini's held-out conversations; the answer is the likeliest token each time
 
-  depth    prefill tok/s   decode tok/s  first token  read/token  disk GB/s  experts found in
- +0 +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +\d+\.\d s +\d+ kB +\S+  ram \d+% disk \d+%
- +64 +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +\d+\.\d s +\d+ kB +\S+  ram \d+% disk \d+%
+  depth    prefill tok/s   decode tok/s  first token  read/token  disk GB/s  drafts  experts found in
+ +0 +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +\d+\.\d s +\d+ kB +\S+ +(–|\d+%) +ram \d+% disk \d+%
+ +64 +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +\d+\.\d s +\d+ kB +\S+ +(–|\d+%) +ram \d+% disk \d+%
 
  read/token, disk and experts: of the answers; --json has those of the prompts too
  peak memory \S+ MB, \S+ MB of it over Python and its libraries; the budget: 101 MB
@@ -109,6 +110,15 @@ def test_a_trace_of_the_answers(pack: Path, tmp_path: Path) -> None:
     assert all(it["experts"] == sorted(set(it["experts"])) for it in lines)
 
 
+def test_drafts_are_counted(tmp_path: Path) -> None:
+    folder = make_pack(tmp_path, experts="nf4", dense="int8", mtp=3)
+    facts = json.loads(run(Request(model=str(folder), draft="2", as_json=True, **SMALL))[1].out)
+    assert facts["effective"]["draft"] == {"setting": 2, "heads": 2}
+    for found in facts["results"]:  # 4 tokens after the first one, the last pass without room for a draft
+        assert found["drafts"]["drafted"] > 0 and found["decode"]["n_tokens"] == 8
+        assert found["drafts"]["passes"] + found["drafts"]["accepted"] == 8
+
+
 def test_cold_runs_start_from_nothing(pack: Path) -> None:
     request = Request(model=str(pack), as_json=True, cold=True, **SMALL)
     facts = json.loads(run(request)[1].out)
@@ -157,6 +167,13 @@ def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch)
         (("-n", "1"), 2, "error: --max-tokens is 1; the first token comes with the prompt, so at least 2."),
         (("-r", "0"), 2, "error: Invalid value for '-r' / '--repeat': "),
         (("-o", "html"), 2, 'error: --output is "html"; it is one of text, md.'),
+        (("--draft", "4"), 2, 'error: --draft is "4"; it is one of auto, 0, 1, 2, 3.'),
+        (
+            ("--draft", "1", "--record", "x"),
+            2,
+            "error: --record is about one token at a time: leave out --draft",
+        ),
+        (("--draft", "auto", "--check-plan"), 2, "error: --check-plan is about one token at a time: leave"),
         (("--ram", "much"), 2, 'error: "much" is not a size'),
         (("--cold", "--profile", "x"), 2, "error: --cold starts from nothing: leave out --profile."),
         (
@@ -284,8 +301,11 @@ def test_a_strange_vocabulary_is_drawn_from() -> None:
 def test_figures_of_known_runs() -> None:
     prompt = Taken(100, 2.0, Traffic(disk_pages=10, disk_bytes=1000, read_s=0.5))
     step = Taken(1, 0.25, Traffic(ram_pages=3, disk_pages=1, disk_bytes=100, read_s=0.1, prefetch_useful=1))
+    drafts = DraftStats(passes=2, drafted=[2, 1, 1], accepted=[2, 1, 0])
     slow = Taken(1, 0.5, Traffic(ram_pages=4))
-    found = figures(0, [Run(0, 0, prompt, 2.0, [step, step], 5), Run(0, 1, prompt, 2.0, [slow], 7)])
+    found = figures(
+        0, [Run(0, 0, prompt, 2.0, drafts, [step, step], 5), Run(0, 1, prompt, 2.0, DraftStats(), [slow], 7)]
+    )
     assert (found["prefill_tps"], found["prefill_tps_sd"]) == (50.0, 0.0)
     assert (found["decode_tps"], found["decode_tps_runs"]) == (3.0, [4.0, 2.0])
     assert found["decode_tps_sd"] == pytest.approx(2**0.5)
@@ -295,8 +315,9 @@ def test_figures_of_known_runs() -> None:
     assert decode["hits"] == {"ram": 10 / 12, "disk": 2 / 12} and decode["prefetch_useful"] == 2
     assert decode["disk_bytes_per_token"] == pytest.approx(200 / 3)
     assert decode["disk_read"] == pytest.approx(1000.0)
+    assert found["drafts"] == {"passes": 2, "drafted": 4, "accepted": 3, "acceptance": 0.75}
     assert hits(1, 1, 2) == {"gpu": 0.25, "ram": 0.25, "disk": 0.5} and hits(0, 0, 0) == {}
-    nothing = figures(0, [Run(0, 0, prompt, 2.0)])
+    nothing = figures(0, [Run(0, 0, prompt, 2.0, DraftStats())])
     assert nothing["decode_tps"] is None and nothing["step_s_max"] is None
     assert "–" in bench.row(nothing, "text")
 
