@@ -262,7 +262,7 @@ class Rival:
         self.process.wait()
 
 
-def mid(pack: Path, gguf: Path | None, python: str, rounds: int = 5) -> Figures:
+def mid(pack: Path, gguf: Path | None, python: str, tasks: list[str], rounds: int) -> Figures:
     """Tokens per second of both, in turns: decode near the start and at a depth of 4,096, and prompts of 512."""
     rival = None if gguf is None else Rival(python, gguf, kernels.threads(), 6144)
     with load(pack, context=6144, profile=None) as engine, engine.session() as session:
@@ -272,7 +272,8 @@ def mid(pack: Path, gguf: Path | None, python: str, rounds: int = 5) -> Figures:
             "decode_4096": (24, lambda: _decode(session, 4096, 24), ("decode", 4096, 24)),
         }
         out: Figures = {"resident": engine.plan.n_slots / engine.plan.n_pages, "threads": kernels.threads()}
-        for name, (n, ours, theirs) in work.items():
+        for name in tasks:
+            n, ours, theirs = work[name]
             ours()
             times = [(ours(), rival.do(*theirs) if rival else 0.0) for _ in range(rounds)]
             out[name] = {"ours_tps": n / min(t for t, _ in times)}
@@ -304,6 +305,8 @@ def main() -> None:
     parser.add_argument("--mid", type=Path, metavar="PACK")
     parser.add_argument("--gguf", type=Path, metavar="FILE")
     parser.add_argument("--rival-python", default=sys.executable)
+    parser.add_argument("--tasks", default="decode,prefill_512,decode_4096", help="of mid")
+    parser.add_argument("--rounds", type=int, default=5, help="of mid")
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -313,7 +316,9 @@ def main() -> None:
             "kv": kv,
             "long": lambda: long(options.long_pack or Path(folder)),
             "needle": needle,
-            "mid": lambda: mid(options.mid, options.gguf, options.rival_python),
+            "mid": lambda: mid(
+                options.mid, options.gguf, options.rival_python, options.tasks.split(","), options.rounds
+            ),
         }
         found = {}
         for name in options.only.split(","):
