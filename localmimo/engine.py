@@ -208,8 +208,14 @@ class Engine:
         self._trust = trust
         self._profile = None if profile is None else profile_path(pack.path, pack.id, profile)
         self._stats = _statistics(self._profile, config)
+        policy = Adaptive(self._stats, room_for_all=plan.n_slots >= plan.n_pages)
         self._store = ExpertStore(
-            pack, plan.page_bytes, plan.n_slots, Adaptive(self._stats), prefetch=prefetch, trust=trust
+            pack,
+            plan.page_bytes,
+            plan.n_slots,
+            policy,
+            prefetch=prefetch,
+            trust=trust,
         )
         self._store.warm(self._stats.hottest(plan.n_slots))
         self._pressure = Pressure(

@@ -354,7 +354,7 @@ class Transformer:
     def _guess(self, layer: int, x: Tensor) -> Guess | None:
         """The next MoE layer's router, run on x as it is before this layer's experts have been added."""
         following = self._next_moe.get(layer)
-        if following is None or len(x) > GUESS_TOKENS:
+        if following is None or x.shape[0] > GUESS_TOKENS:
             return None
         block = self.weights.blocks[following]
         assert isinstance(block.mlp, RouterWeights)

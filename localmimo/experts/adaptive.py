@@ -34,8 +34,10 @@ class Adaptive:
     -patience * log(worth), in tokens from the beginning of the present one.
     """
 
-    def __init__(self, stats: RouterStats) -> None:
+    def __init__(self, stats: RouterStats, *, room_for_all: bool = False) -> None:
+        """room_for_all: every page has a slot, and none gives way unless slots are taken away: only count."""
         self._stats = stats
+        self._only_count = room_for_all
         self._n_rows, n_experts = len(stats.layers), stats.n_experts
         self._recall = Recall(self._n_rows, n_experts)
         self._forecast = Forecast(stats, self._recall)
@@ -56,6 +58,10 @@ class Adaptive:
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
         row = self._stats.row[layer]
+        if self._only_count:
+            self._row = row
+            self._stats.request(layer, experts)
+            return
         if row <= self._row:
             self._look_ahead()
             self._recall.next_token()
@@ -99,6 +105,9 @@ class Adaptive:
         self._held[self._place[page[0]] + page[1]] = False
 
     def victims(self, n: int, keep: Collection[Page]) -> list[Page]:
+        if self._only_count:
+            self._only_count = False
+            self._look_ahead()
         found = self._from_line(n, keep)
         if len(found) < n:
             self._line_up(n + len(keep) + LINE)

@@ -110,7 +110,7 @@ class Block:
 
         x becomes the residual stream there, or behind the dense MLP; returns what the experts are to do, if any.
         """
-        n = len(x)
+        n = x.shape[0]
         if x.shape[1:] != (self._hidden,) or x.dtype is not torch.float32 or not x.is_contiguous():
             raise ValueError(
                 f"x is {x.dtype} {list(x.shape)}; contiguous float32 rows of {self._hidden} were expected."
