@@ -1,16 +1,18 @@
 """How fast are the CPU kernels, beside the memory they read and beside other kernels that pip installs?
 
-    python -m benchmarks.kernels [--threads N] [--rounds N] [--only decode,dense,versus,batch] [--json]
+    python -m benchmarks.kernels [--threads N] [--rounds N] [--only decode,dense,few,versus,batch] [--json]
 
 All candidates take turns, and so does a plain read of memory; figures are medians over the rounds of ratios
 taken within a round, because the speed of a shared machine changes by the second. Matrices and pages cycle
-through more memory than the caches hold. The last line is JSON:
+through more memory than the caches hold; they, and what the plain read reads, lie in huge pages, as a pack's
+do (quant/hugepages.py). The last line is JSON:
     read_gbps            the memory read with the same threads
     decode_fraction      packed bytes per second of a layer's experts (hidden 4096, inner 2048, 8 of many,
                          nf4, one token) as a part of read_gbps
     dense_fraction       the same for a packed matrix [16384 x 4096], by format
     versus               our time / theirs for one token, by their name (below 1: we are faster)
     versus_4_tokens      the same for four tokens
+    few                  tokens -> time of a matrix [8192 x 4096] and of 8 experts over that for one token
     batch                tokens per expert -> our rate / the rate of torch's bf16 matmuls of the same shapes
 """
 
@@ -22,12 +24,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
+from math import prod
 
 import torch
 
 from benchmarks.rivals import Rival, expert_rivals, matrix_rivals
 from quant import kernels
 from quant.codec import codec
+from quant.hugepages import allocate
 from quant.page import PageLayout
 from quant.qtensor import DTYPES, QTensor
 
@@ -48,12 +52,13 @@ class Case:
 
 def filled(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     """Codes of any value and scales that keep results finite."""
+    out = allocate(prod(shape) * DTYPES[dtype].itemsize).view(DTYPES[dtype]).view(shape)
     match dtype:
         case "u8":
-            return torch.randint(40, 64, shape, dtype=torch.uint8)
+            return out.random_(40, 64)
         case "i8":
-            return torch.randint(-127, 128, shape, dtype=torch.int8)
-    return torch.rand(shape).mul_(0.01).to(DTYPES[dtype])
+            return out.random_(-127, 128)
+    return out.copy_(torch.rand(shape).mul_(0.01))
 
 
 def random_matrix(format: str, rows: int, cols: int) -> QTensor:
@@ -87,7 +92,7 @@ def expert_case(format: str, tokens: int, experts: int, slab: torch.Tensor) -> C
 
 
 def read_case() -> Case:
-    data = torch.ones(POOL_BYTES, dtype=torch.uint8)
+    data = allocate(POOL_BYTES).fill_(1)
     return Case(lambda: kernels.read_all(data), POOL_BYTES)
 
 
@@ -191,6 +196,21 @@ def bf16_experts(tokens: int, experts: int) -> Case:
     return Case(run)
 
 
+def measure_few(rounds: int) -> dict[str, dict[str, float]]:
+    """What the few tokens of a draft cost, by what is computed."""
+    slab, counts, out = page_slab("nf4"), (1, 2, 3, 4, 8), {}
+    kinds: dict[str, Callable[[int], Case]] = {
+        "nf4": lambda n: dense_case("nf4", 8192, HIDDEN, n),
+        "int8": lambda n: dense_case("int8", 8192, HIDDEN, n),
+        "experts": lambda n: expert_case("nf4", n, TOP_K, slab),
+    }
+    for kind, make in kinds.items():
+        times = measure({str(n): make(n) for n in counts}, rounds)
+        out[kind] = {str(n): ratio(times[str(n)], times["1"]) for n in counts}
+        say(f"{kind}: " + ", ".join(f"{n} tokens {value:.2f}" for n, value in out[kind].items()))
+    return out
+
+
 def measure_batch(rounds: int) -> dict[str, float]:
     out = {}
     slab = page_slab("nf4")
@@ -210,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the CPU kernels.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--only", default="decode,dense,versus,batch")
+    parser.add_argument("--only", default="decode,dense,few,versus,batch")
     parser.add_argument("--isa", default=None, help="force an instruction set")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
     parser.add_argument(
@@ -236,6 +256,8 @@ def main() -> None:
     if "versus" in parts:
         result["versus"] = measure_versus(args.rounds, 1)
         result["versus_4_tokens"] = measure_versus(max(3, args.rounds // 4), 4)
+    if "few" in parts:
+        result["few"] = measure_few(max(3, args.rounds // 2))
     if "batch" in parts:
         result["batch"] = measure_batch(args.rounds)
     print(json.dumps(result))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.codec import PartSpec
+from quant.hugepages import allocate
 
 if TYPE_CHECKING:
     import torch
@@ -107,9 +108,7 @@ class Shard:
 
     def read(self, offset: int, nbytes: int) -> torch.Tensor:
         """nbytes from `offset` of the file as a fresh uint8 tensor."""
-        import torch
-
-        out = torch.empty(nbytes, dtype=torch.uint8)
+        out = allocate(nbytes)
         self.read_into(offset, out.numpy().data)
         return out
 

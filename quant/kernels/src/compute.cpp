@@ -11,7 +11,7 @@
 namespace localmimo {
 namespace {
 
-constexpr int kTokens = 192;  // tokens of one product call: a multiple of every register tile
+constexpr int kTokens = 64;  // of one product call: at 4096 columns their activations fill half a level-2 cache
 constexpr int64_t kUnits = 32, kManyUnits = 8;  // per thread, at the least, where there are so many strips
 constexpr int64_t kLongest = 4;  // strips of a unit
 constexpr int64_t kAlone = 96 << 10;  // multiplications of some microseconds: one thread is done before two have met

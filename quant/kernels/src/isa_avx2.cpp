@@ -19,6 +19,7 @@ struct Avx2 {
   using Acts = __m256i;
   struct Table { __m256i low, high; };
   static constexpr int kDirect = 2;
+  static constexpr bool kPanels = true;
   static constexpr int kTile = 2;
 
   static LM_INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -115,10 +116,10 @@ struct Avx2 {
   static LM_INLINE void mac(Sum& s, const Step& w, const Acts& a) {
     for (int i = 0; i < 4; ++i) s.v[i] = _mm256_add_epi32(s.v[i], _mm256_madd_epi16(w.v[i], a));
   }
-  template <int64_t bytes>
+  template <int64_t bytes, bool near = false>
   static LM_INLINE void prefetch(const uint8_t* p) {
     for (int64_t i = 0; i < bytes; i += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(p + i), near ? _MM_HINT_T0 : _MM_HINT_T1);
   }
 
   static LM_INLINE F e4m3(const uint8_t* p) {  // as half precision: sign, 4 exponent, 3 mantissa bits

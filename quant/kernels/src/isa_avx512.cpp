@@ -19,8 +19,8 @@ struct Avx512 {
   using Table = __m512i;
   struct Step { __m512i even, odd; };  // columns (0, 2) and (1, 3) of each row
   struct Acts { __m512i even, odd; };
-  static constexpr int kDirect = 8;
-  static constexpr int kTile = 12;  // 12 sums and 12 totals leave 8 registers
+  static constexpr int kDirect = 8;  // 8 sums, 8 totals, 4 steps and what is broadcast
+  static constexpr bool kPanels = false;  // looking up takes other ports than multiplying: it may be done again
 
   static LM_INLINE F zero() { return _mm512_setzero_ps(); }
   static LM_INLINE F set1(float x) { return _mm512_set1_ps(x); }
@@ -52,22 +52,13 @@ struct Avx512 {
   static LM_INLINE void look_up(const uint8_t* p, const Table& t, Step& low, Step& high) {
     const __m512i w = _mm512_loadu_si512(p);
     low.even = _mm512_permutexvar_epi16(w, t);
-    // Shifts to the right by 4, 8 and 12 as high halves of products: on Zen 4 shifts share two ports with
-    // the look-up, multiplications do not.
-    high.even = _mm512_permutexvar_epi16(_mm512_mulhi_epu16(w, _mm512_set1_epi16(1 << 12)), t);
-    low.odd = _mm512_permutexvar_epi16(_mm512_mulhi_epu16(w, _mm512_set1_epi16(1 << 8)), t);
-    high.odd = _mm512_permutexvar_epi16(_mm512_mulhi_epu16(w, _mm512_set1_epi16(1 << 4)), t);
+    high.even = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), t);
+    low.odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), t);
+    high.odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), t);
   }
   static LM_INLINE Step widen(const uint8_t* p) {
     const __m512i w = _mm512_loadu_si512(p);
     return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
-  }
-  static LM_INLINE void save(int16_t* p, const Step& s) {
-    _mm512_storeu_si512(p, s.even);
-    _mm512_storeu_si512(p + 32, s.odd);
-  }
-  static LM_INLINE Step saved(const int16_t* p) {
-    return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 32)};
   }
   static LM_INLINE Acts acts(const int16_t* p) {
     int32_t even, odd;  // read apart: from one 64-bit word they would take two more instructions each
@@ -79,10 +70,10 @@ struct Avx512 {
     s = _mm512_dpwssd_epi32(s, w.even, a.even);
     s = _mm512_dpwssd_epi32(s, w.odd, a.odd);
   }
-  template <int64_t bytes>
+  template <int64_t bytes, bool near = false>
   static LM_INLINE void prefetch(const uint8_t* p) {
     for (int64_t i = 0; i < bytes; i += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(p + i), near ? _MM_HINT_T0 : _MM_HINT_T1);
   }
 
   static LM_INLINE F e4m3(const uint8_t* p) {  // as half precision: sign, 4 exponent, 3 mantissa bits

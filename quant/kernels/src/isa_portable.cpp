@@ -15,6 +15,7 @@ struct Portable {
   using Acts = const int16_t*;
   using Table = const int16_t*;
   static constexpr int kDirect = 1;
+  static constexpr bool kPanels = true;
   static constexpr int kTile = 4;
 
   template <class Op>
@@ -86,7 +87,7 @@ struct Portable {
         s.v[i] = static_cast<int32_t>(static_cast<uint32_t>(s.v[i]) + product);
       }
   }
-  template <int64_t bytes>
+  template <int64_t bytes, bool near = false>
   static LM_INLINE void prefetch(const uint8_t*) {}
 
   // Half precision without infinities and NaN, which no scale holds.
