@@ -25,7 +25,7 @@ from localmimo.config import ModelConfig
 from localmimo.draft import MOST_DRAFTS, Draft, DraftStats, Lookahead, check_draft, pace_of
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
-from localmimo.experts.policy import Adaptive
+from localmimo.experts.policy import Adaptive, Page
 from localmimo.experts.pressure import Pressure, low_bytes
 from localmimo.experts.profile import profile_path
 from localmimo.experts.run import ExpertRunner, Record
@@ -48,6 +48,7 @@ from localmimo.text import Tokenizer
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.matmul import backend
+from quant.pack import experts_of
 
 MAX_BATCH = 64
 
@@ -217,7 +218,7 @@ class Engine:
             prefetch=prefetch,
             trust=trust,
         )
-        self._store.warm(self._stats.hottest(plan.n_slots))
+        self._store.warm(self._first_pages())
         self._pressure = Pressure(
             self._store, plan.page_bytes, low_bytes(Machine.probe().ram_bytes), _free_ram_bytes
         )
@@ -229,6 +230,15 @@ class Engine:
         self._timelines: list[Session] = []
         self._holder: int | None = None  # the thread that is using the timeline
         self._lock = threading.Lock()
+
+    def _first_pages(self) -> list[Page]:
+        """What to read before it is asked for: a profile's hottest pages, and where all fit then all others."""
+        hottest = self._stats.hottest(self.plan.n_slots)
+        if self._profile is None or self.plan.n_slots < self.plan.n_pages:
+            return hottest
+        known = set(hottest)
+        every = ((layer, expert) for layer, n in experts_of(self.pack).items() for expert in range(n))
+        return hottest + [page for page in every if page not in known]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
