@@ -43,5 +43,6 @@ def test_no_request_is_a_500(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
             ],
             capture_output=True, text=True, timeout=500, env=os.environ | {"COLUMNS": "150"},
         )  # fmt: skip
+        print(done.stdout[-400:])
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert server.http.get("/health").status_code == 200
