@@ -48,14 +48,14 @@ def _with_added(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def small() -> Tokenizer:
-    """400 entries, so that most characters beyond ASCII take several tokens."""
+def small(*texts: str) -> Tokenizer:
+    """400 entries, so that most characters beyond ASCII take several tokens; `texts` take few."""
     tokenizer = _with_pipeline(Tokenizer(models.BPE()))
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(
-        ["the river runs to the sea, the sea is wide and the river is long"] * 8, trainer
+        ["the river runs to the sea, the sea is wide and the river is long", *texts] * 8, trainer
     )
     return _with_added(tokenizer)
 

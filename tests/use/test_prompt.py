@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo.answer import Answer
@@ -44,6 +44,7 @@ def test_a_users_spelling_is_text(tokenizer: Tokenizer, text: str, system: str) 
     assert tokenizer.decode(tokens) == prompts(tokenizer).render(said, think=False)
 
 
+@settings(max_examples=40)
 @given(text=SPELLED)
 def test_so_is_a_tools_result_and_a_tools_description(tokenizer: Tokenizer, text: str) -> None:
     def write(text: str) -> list[int]:

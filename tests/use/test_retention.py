@@ -13,6 +13,7 @@ from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
 from localmimo.engine import Engine
 from localmimo.prompt import Recall
+from localmimo.template import TEMPLATES
 from quant import convert
 from tests.tiny import make_checkpoint
 
@@ -21,12 +22,13 @@ from .scripted import Capture, ScriptedReader
 
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {"at": {"type": "integer"}}}}
 CALL = "<tool_call>\n<function=clock>\n\n<parameter=at> 0{}</parameter></function></tool_call>"
+V25 = (TEMPLATES / "mimo-v2.5.jinja").read_text("utf-8")  # whose words are most of a prompt here
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = make_checkpoint(tmp_path_factory.mktemp("retention") / "hf", layout="fused-fp8", vocab_size=512)
-    bpe.small().save(str(folder / "tokenizer.json"))
+    bpe.small(CALL, CALL, str(CLOCK), V25).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     for _ in convert(folder, folder.parent / "pack"):
         pass
@@ -36,22 +38,37 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 class Script:
-    """Stands in for the drawing of tokens: the model says these texts, cut as encode() would not."""
+    """Stands in for the drawing of tokens: the model says these texts, cut as encode() would not.
+
+    Draft heads draw too: a token is given by its place, so that every guess is right.
+    """
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self._tokenizer = engine.tokenizer
-        self.tokens: list[int] = []
-        monkeypatch.setattr("localmimo.generate.pick", lambda *_: self.tokens.pop(0))
+        self._queue: list[list[int]] = []
+        self._now: list[int] = []
+        self._start: int | None = None
+        monkeypatch.setattr("localmimo.generate.pick", self._pick)
 
-    def says(self, text: str) -> None:
+    def says(self, *texts: str) -> None:
+        """What the next answers will be."""
+        self._queue, self._start = [self._tokens(text) for text in texts], None
+
+    def _tokens(self, text: str) -> list[int]:
         parts = self._tokenizer._split.split(text)
         pieces = [
             piece
             for part in parts
-            for piece in ([part] if part in self._tokenizer.added else re.findall(r"(?s).{1,5}", part))
+            for piece in ([part] if part in self._tokenizer.added else re.findall(r"(?s).{1,11}", part))
         ]
-        self.tokens = [token for piece in pieces for token in self._tokenizer.encode(piece)]
-        self.tokens += self._tokenizer.encode("<|im_end|>")
+        tokens = [token for piece in pieces for token in self._tokenizer.encode(piece)]
+        return [*tokens, *self._tokenizer.encode("<|im_end|>")]
+
+    def _pick(self, _logits: object, _sampling: object, _seen: object, _seed: int, place: int) -> int:
+        beyond = 8  # guesses behind the end
+        if self._start is None or not self._start <= place < self._start + len(self._now) + beyond:
+            self._now, self._start = self._queue.pop(0), place
+        return self._now[min(place - self._start, len(self._now) - 1)]
 
 
 @pytest.fixture
@@ -145,10 +162,9 @@ def talk(engine: Engine, script: Script, tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_repl_reads_nothing_twice(talk: Talk, engine: Engine) -> None:
     script, held = talk.script, 0
     for number in range(5):
-        script.says(f"<think>hm {number}</think>\n\n" + CALL.format(number))
-        answers = [*script.tokens]
-        script.says(f"<think>so</think>it is {number}")
-        script.tokens = answers + script.tokens
+        script.says(
+            f"<think>hm {number}</think>\n\n" + CALL.format(number), f"<think>so</think>it is {number}"
+        )
         reused, _ = talk.enter(f"the <|im_end|> river {number}", "always" if not number else "")
         assert reused > held
         with engine.session() as session:
