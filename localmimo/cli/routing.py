@@ -41,6 +41,14 @@ def replay(
 def stats(
     pack: Annotated[str, typer.Argument(metavar="PACK", help="Folder of a pack, or mimo-mini.")],
     profile: Annotated[str, typer.Option(metavar="NAME", help="Whose statistics.")] = "default",
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Write a recipe that gives the hottest experts 4.5 bits."),
+    ] = None,
+    hot_share: Annotated[
+        float,
+        typer.Option("--hot-share", metavar="SHARE", help="The part of each layer's experts that it names."),
+    ] = 0.1,
     plot: Plot = None,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -49,4 +57,7 @@ def stats(
     """Show how often each expert of each layer was used, as earlier sessions counted it."""
     from localmimo.cli.stats import run_stats
 
-    return carry_out(lambda: run_stats(pack, profile, plot, ui_of(verbose, quiet), as_json=as_json))
+    ui = ui_of(verbose, quiet)
+    return carry_out(
+        lambda: run_stats(pack, profile, plot, ui, as_json=as_json, recipe=recipe, hot_share=hot_share)
+    )

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.plot import check_plot, draw_map
 from localmimo.cli.ui import Ui, table
-from localmimo.errors import LocalMimoError
+from localmimo.errors import BadRequest, LocalMimoError
 
 if TYPE_CHECKING:
     from localmimo.experts.profile import Profile
 
 N_HOTTEST = 4  # experts named per layer
+HOT_CODEC = "nf4-16"  # 4.5 bits
 
 
-def run_stats(name: str, profile: str, plot: Path | None, ui: Ui, *, as_json: bool) -> int:
+def run_stats(
+    name: str,
+    profile: str,
+    plot: Path | None,
+    ui: Ui,
+    *,
+    as_json: bool,
+    recipe: Path | None = None,
+    hot_share: float = 0.1,
+) -> int:
     """Carry the command out; the exit code."""
     check_plot(plot)
+    _check_recipe(recipe, hot_share)
     folder = _folder(name)
     layers, found, path = _profile(folder, profile)
     chances = (found.uses / max(found.tokens, 1e-9)).clip(0, 1)
     if plot is not None:
         draw_map(plot, 100 * chances, layers, ("expert", "layer", "tokens that use it, %"))
         ui.note(f" drawn: {plot}")
+    if recipe is not None:
+        rules = hot_rules(layers, chances.tolist(), hot_share)
+        recipe.write_text(f"# the hottest experts of {path}, {found.tokens:,.0f} tokens\n[rules]\n" + rules)
+        ui.note(
+            f" {recipe}: {rules.count(HOT_CODEC)} experts get {HOT_CODEC}. localmimo quantize ... --recipe {recipe}"
+        )
     facts = [facts_of(layer, row.tolist()) for layer, row in zip(layers, chances, strict=True)]
     if as_json:
         ui.json(
@@ -68,6 +86,28 @@ def _profile(folder: Path, name: str) -> tuple[list[int], Profile, Path]:
             f"There are no statistics in {path} yet: they are counted while a model answers (localmimo chat)."
         )
     return list(counts), found, path
+
+
+def _check_recipe(recipe: Path | None, hot_share: float) -> None:
+    if not 0 < hot_share <= 1:
+        raise BadRequest(
+            f"--hot-share is a part of a layer's experts, above 0 and at most 1, not {hot_share:g}."
+        )
+    if recipe is not None and recipe.suffix != ".toml":
+        raise BadRequest(f"A recipe is a .toml file: --recipe {recipe.with_suffix('.toml')}")
+
+
+def hot_rules(layers: list[int], chances: list[list[float]], share: float) -> str:
+    """Rules of a recipe: a finer codec for the hottest `share` of each layer's experts, as far as they were used."""
+    lines = []
+    for layer, row in zip(layers, chances, strict=True):
+        hottest = sorted(range(len(row)), key=lambda expert: -row[expert])[: ceil(share * len(row))]
+        lines += [
+            f'"layers.{layer}.experts.{expert}.*" = "{HOT_CODEC}"\n'
+            for expert in sorted(hottest)
+            if row[expert] > 0
+        ]
+    return "".join(lines)
 
 
 def facts_of(layer: int, chances: list[float]) -> dict[str, Any]:

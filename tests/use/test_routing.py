@@ -12,6 +12,7 @@ from localmimo.experts.profile import profile_path
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.trace import TraceWriter
 from quant import Pack
+from quant.recipe import Recipe
 from tests.packs import make_pack
 
 
@@ -78,7 +79,7 @@ def test_what_is_refused(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for command, flags in {
         "replay": ("--slots", "--plot", "--json"),
-        "stats": ("--profile", "--plot", "--json"),
+        "stats": ("--profile", "--recipe", "--hot-share", "--plot", "--json"),
     }.items():
         assert run([command, "--help"]) == 0
         said = capsys.readouterr().out
@@ -126,6 +127,17 @@ def test_stats_as_json(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (facts["tokens"], facts["profile"]) == (10.0, "code")
     assert facts["layers"][1]["chances"] == [0.4, 0, 1, 0, 0, 0, 0, 0.6]
+
+
+def test_a_recipe_for_the_hottest(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "hot.toml"
+    assert run(["stats", str(pack), "--profile", "code", "--recipe", str(file), "--hot-share", "0.25"]) == 0
+    assert f"{file}: 8 experts get nf4-16." in capsys.readouterr().err
+    recipe = Recipe.load(file)
+    assert recipe.rules[:2] == (("layers.1.experts.1.*", "nf4-16"), ("layers.1.experts.7.*", "nf4-16"))
+    assert (recipe.experts, recipe.dense) == ("nf4", "int8")
+    for bad in (["--recipe", "hot.txt"], ["--hot-share", "0"], ["--hot-share", "1.5"]):
+        assert run(["stats", str(pack), *bad]) == 2
 
 
 def test_a_map_of_experts(pack: Path, tmp_path: Path) -> None:
