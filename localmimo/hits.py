@@ -6,6 +6,7 @@ answer; with neither, others' published caches have to do. Knows pages and count
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from localmimo.config import ModelConfig
 from localmimo.experts.adaptive import Adaptive
 from localmimo.experts.policy import Lru, Policy
 from localmimo.experts.profile import BadProfile, profile_path, read_profile
-from localmimo.experts.stats import Page, RouterStats
+from localmimo.experts.replay import play
+from localmimo.experts.stats import RouterStats
 from localmimo.experts.trace import Trace
 
 Range = tuple[float, float]  # low, high
@@ -39,33 +41,19 @@ def assumed_hits(share: float, cycle: float) -> Range:
 
 def replayed_hits(trace: Trace, config: ModelConfig, n_slots: int) -> Range:
     """Hit rates of the second half of a trace under LRU and under the store's own policy, the lower one first."""
-    layers = len(config.layers)
-    policies: tuple[Policy, ...] = (
-        Lru(layers, config.n_experts),
-        Adaptive(RouterStats(config.moe_layers, config.n_experts)),
+    lines = list(trace)
+    half = len(lines) // 2
+    asked = sum(len(experts) for _, experts in lines[half:])
+
+    def rate(make: Callable[[], Policy]) -> float:
+        found = play(make(), lines, n_slots) - play(make(), lines[:half], n_slots)
+        return found / max(1, asked)
+
+    rates = (
+        rate(lambda: Lru(len(config.layers), config.n_experts)),
+        rate(lambda: Adaptive(RouterStats(config.moe_layers, config.n_experts))),
     )
-    rates = [_replay(trace, policy, n_slots) for policy in policies]
     return min(rates), max(rates)
-
-
-def _replay(trace: Trace, policy: Policy, n_slots: int) -> float:
-    held: set[Page] = set()
-    asked = found = 0
-    half = len(trace.layers) // 2
-    for line, (layer, experts) in enumerate(trace):
-        policy.request(layer, experts)
-        pages = [(layer, expert) for expert in experts]
-        missing = [page for page in pages if page not in held]
-        if line >= half:
-            asked += len(pages)
-            found += len(pages) - len(missing)
-        for page in policy.victims(max(0, len(held) + len(missing) - n_slots), set(pages)):
-            policy.drop(page)
-            held.discard(page)
-        for page in missing[: max(0, n_slots - len(held))]:
-            policy.admit(page)
-            held.add(page)
-    return found / max(1, asked)
 
 
 def profile_hits(pack: Path, pack_id: str, config: ModelConfig, n_slots: int) -> float | None:

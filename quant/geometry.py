@@ -162,6 +162,7 @@ def _fused(config: Mapping[str, object]) -> bool:
 
 def _scale_block(config: Mapping[str, object]) -> tuple[int, int]:
     quantization = config.get("quantization_config")
+    _check_method(quantization)
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     match block:
         case None:
@@ -169,3 +170,19 @@ def _scale_block(config: Mapping[str, object]) -> tuple[int, int]:
         case [int(rows), int(cols)] if rows > 0 and cols > 0:
             return (rows, cols)
     raise BadCheckpoint(f"config.json: weight_block_size is {block!r}; two positive numbers were expected.")
+
+
+def _check_method(quantization: object) -> None:
+    """Only what the published checkpoints use is read; what others made of them is refused with the reason."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == "bitsandbytes":
+        raise BadCheckpoint(
+            "This checkpoint was saved by bitsandbytes: one float32 scale for 64 weights of a flattened matrix. A pack "
+            "keeps an FP8 scale for 16 or 32 weights of a row, so every value would be rounded a second time. Convert "
+            "the published checkpoint instead."
+        )
+    if method not in (None, "fp8"):
+        raise BadCheckpoint(
+            f"config.json: quant_method is {method!r}; only fp8 checkpoints (with mxfp4 experts or without) and "
+            "plain ones are read. Convert the published checkpoint instead."
+        )

@@ -41,8 +41,8 @@ model experts.profile experts.prefetch experts.pressure experts.readers experts.
 experts.stats experts.recall experts.trace
 experts.adaptive
 experts.policy
-hits
 experts.replay
+hits
 experts.tiers experts.uploads
 experts.slots
 experts.guesses experts.gpu

@@ -20,7 +20,11 @@ def pack_folder(name: str | Path) -> Path:
     if not path.exists():
         raise BadModel(f"There is no folder {path}.")
     if (path / "config.json").is_file():
-        raise BadModel(f"{path} is a checkpoint, not a pack. Convert it first: localmimo quantize {path}")
+        kept = " (its MXFP4 experts keep their values: their bytes are put in the kernels' order)"
+        raise BadModel(
+            f"{path} is a checkpoint, not a pack. Convert it first{kept if _mxfp4(path) else ''}: "
+            f"localmimo quantize {path}"
+        )
     partial = path.with_name(path.name + ".partial")
     hint = (
         f" A conversion to it was begun: run its quantize command again ({partial})."
@@ -28,3 +32,7 @@ def pack_folder(name: str | Path) -> Path:
         else ""
     )
     raise BadModel(f"{path} is no pack: it has no manifest.json.{hint}")
+
+
+def _mxfp4(checkpoint: Path) -> bool:
+    return '"mxfp4"' in (checkpoint / "config.json").read_text(errors="replace")

@@ -359,3 +359,14 @@ def test_numbers_that_are_not_finite(tmp_path: Path, layout: str, what: str) -> 
     with pytest.raises(BadCheckpoint, match=r"experts\.3\.up_proj\.weight contains NaN or infinity"):
         source.read("layers.1.experts.3.up")
     source.read("layers.1.experts.3.gate")
+
+
+@pytest.mark.parametrize(
+    ("method", "says"), [("bitsandbytes", "rounded a second time"), ("awq", "quant_method is 'awq'")]
+)
+def test_checkpoints_that_others_quantised_are_refused_with_the_reason(
+    tmp_path: Path, method: str, says: str
+) -> None:
+    folder = tiny.make_checkpoint(tmp_path, quantization_config={"quant_method": method})
+    with pytest.raises(BadCheckpoint, match=says):
+        Source.open(folder)

@@ -136,6 +136,15 @@ def test_bad_questions(pack: Path, arguments: tuple[str, ...], code: int, says: 
     assert got == code and says in err and "Traceback" not in err
 
 
+def test_an_mxfp4_checkpoint_is_not_run_as_it_is(tmp_path: Path) -> None:
+    from localmimo.cli.packs import pack_folder
+    from localmimo.errors import BadModel
+
+    folder = make_checkpoint(tmp_path / "hf", layout="fused-mxfp4", mtp=0, num_hidden_layers=2)
+    with pytest.raises(BadModel, match="MXFP4 experts keep their values.*localmimo quantize"):
+        pack_folder(folder)
+
+
 def test_the_slack_is_the_caches() -> None:
     assert WINDOW_SLACK == kv.SLACK
 
