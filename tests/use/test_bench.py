@@ -49,7 +49,7 @@ TABLE = r"""localmimo \S+( \(\S+\))? · .+ · \d+ cores · .+ RAM · Linux \S+
 mimo-mini · nf4 · 25\.4 MB pack [0-9a-f]{12} · context 256
 RAM .+ of 101 MB: dense .+ · kv .+ · workspace .+ · experts .+ \(224 of 224, 100%\)
 asked: prompt 24 · answer 5 · 2 runs · RAM 96MiB · warm: after a prompt and answer that do not count · profile none
-in force: cpu, \d+ threads · kernels \S+ · activations float32, KV bfloat16 · 224 slots · drafts auto of 3 heads · prefetch .+
+in force: cpu, .+ · activations float32, KV bfloat16 · 224 slots · drafts auto of 3 heads · prefetch .+
 text: mimo-mini's held-out conversations; the answer is the likeliest token each time
 
   depth    prefill tok/s   decode tok/s  first token  read/token  disk GB/s  drafts  experts found in
