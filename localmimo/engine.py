@@ -288,12 +288,17 @@ class Engine:
             "draft": {"setting": self._draft, "heads": self.plan.n_drafts},
             "max_batch": self.plan.max_batch,
             "direct_reads": self._store.direct,
-            "slots_now": self._store.n_slots,
+            "slots_now": self.n_slots,
             "prefetch": self._prefetch,
             "trust": self._trust,
             "profile": None if self._profile is None else str(self._profile),
             "plan": self.plan.as_dict(),
         }
+
+    @property
+    def n_slots(self) -> int:
+        """Expert slots in use now: fewer than planned while the system is short of memory."""
+        return self._store.n_slots
 
     @property
     def traffic(self) -> Traffic:

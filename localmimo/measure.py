@@ -69,6 +69,7 @@ class Run:
     drafts: DraftStats
     steps: list[Taken] = field(default_factory=list)
     peak_bytes: int = 0  # of the process, so far
+    n_slots: int = 0  # in use at the end
 
     def line(self, taken: Taken) -> dict[str, Any]:
         """A prompt or the last step, on its own."""
@@ -147,13 +148,14 @@ class Bench:
         n, seed = self.job.prompt_tokens, 1 + len(self.runs)
         words = bench.corpus.stretch(seed, n + self.job.max_tokens)
         token, prompt = bench.timed(lambda: bench.read([*before, *words[:n]], depth))
-        run = Run(depth, number, prompt, prompt.seconds, DraftStats(), peak_bytes=peak_bytes())
+        run = Run(depth, number, prompt, prompt.seconds, DraftStats())
+        run.peak_bytes, run.n_slots = peak_bytes(), bench.engine.n_slots
         self.runs.append(run)
         self._watch.took(run, prompt)
         for taken in bench.steps(token, words[n:], run.drafts, self._recorder):
             run.steps.append(taken)
             self._watch.took(run, taken)
-        run.peak_bytes = peak_bytes()
+        run.peak_bytes, run.n_slots = peak_bytes(), bench.engine.n_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,7 @@ def figures(depth: int, runs: Sequence[Run]) -> dict[str, Any]:
         "decode": tier_figures(steps),
         "drafts": _drafts([run.drafts for run in runs]),
         "peak_rss_bytes": max(run.peak_bytes for run in runs),
+        "n_slots": min(run.n_slots for run in runs),
     }
 
 

@@ -23,7 +23,7 @@ from localmimo.errors import BadRequest
 from localmimo.estimate import decode_range
 from localmimo.experts.trace import TraceWriter
 from localmimo.machine import format_bytes, parse_bytes
-from localmimo.plan import DEFAULT_CONTEXT, Plan
+from localmimo.plan import DEFAULT_CONTEXT
 from localmimo.speeds import Speeds, file_spots, measured_speeds
 from localmimo.structure import Structure, structure_of
 
@@ -186,8 +186,7 @@ class Sheet:
         self._log = log
         self._trace = trace
         self._facts: dict[str, Any] = {}  # the card, filled when the pack is open
-        self._pack: Path
-        self._plan: Plan
+        self._engine: Engine  # the last one that was opened
         self._show: Callable[[str], None] = ui.note if request.as_json else ui.data
 
     def fill(self, open_engine: Callable[[], Engine]) -> int:
@@ -222,10 +221,10 @@ class Sheet:
 
     def opened(self, engine: Engine, corpus: Corpus) -> None:
         """The card, once."""
+        self._engine = engine
         if self._facts:
             return
         self._facts = card(self.request.as_dict(), engine, corpus)
-        self._pack, self._plan = engine.pack.path, engine.plan
         lines = list(card_lines(self._facts, engine))
         markdown = self.request.form == "md"
         self._show("\n".join([f"* {line}" for line in lines] + [""] if markdown else lines))
@@ -245,6 +244,7 @@ class Sheet:
         from localmimo.measure import figures
 
         found = figures(depth, bench.runs_at(depth))
+        self._facts["effective"] = self._engine.effective()  # the first reads tell whether they can be direct
         self._show(row(found, self.request.form))
         return found
 
@@ -255,20 +255,29 @@ class Sheet:
         self._show("\n read/token, disk and experts: of the answers; --json has those of the prompts too")
         peak = format_bytes(most := max(found["peak_rss_bytes"] for found in results))
         over = format_bytes(max(0, most - bench.library_bytes))
-        budget = format_bytes(self._plan.ram_bytes)
+        budget = format_bytes(self._engine.plan.ram_bytes)
         self._show(f" peak memory {peak}, {over} of it over Python and its libraries; the budget: {budget}")
         useful, wasted = (
             sum(found["decode"][f"prefetch_{name}"] for found in results) for name in ("useful", "wasted")
         )
         if useful or wasted:
             self._show(f" experts read ahead: {useful:,} were then needed, {wasted:,} were not")
+        if not self._facts["effective"]["direct_reads"]:
+            self._show(
+                " this file system knows no direct reads: pages came through the page cache, if not from it"
+            )
+        least = min(found["n_slots"] for found in results)
+        if least < self._engine.plan.n_slots:
+            self._show(
+                f" the system was short of memory: down to {least:,} of {self._engine.plan.n_slots:,} slots"
+            )
         if self.request.plot is not None:
             self._draw(self.request.plot, results, bench.runs)
 
     def _draw(self, path: Path, results: list[dict[str, Any]], runs: Sequence[Run]) -> None:
         if has_matplotlib():
             effective = self._facts["effective"]
-            slots = f"{self._plan.n_slots:,} of {self._plan.n_pages:,} experts in memory"
+            slots = f"{self._engine.plan.n_slots:,} of {self._engine.plan.n_pages:,} experts in memory"
             draw(path, f"{effective['model']} · {effective['experts']} · {slots}", results, runs)
             self.ui.note(f" The picture is in {path}.")
             return
@@ -280,7 +289,7 @@ class Sheet:
     def _check_plan(self, results: list[dict[str, Any]]) -> None:
         """The plan's arithmetic, with this machine's speeds as they are now and the hit rates as they were."""
         self.ui.status.show(" measuring disk and memory ...", now=True)
-        model, speeds = measured_here(self._pack, self._facts["machine"]["n_cores"])
+        model, speeds = measured_here(self._engine.pack.path, self._facts["machine"]["n_cores"])
         self.ui.status.clear()
         self._facts["speeds"] = speeds.as_dict()
         for found in results:
@@ -291,7 +300,9 @@ class Sheet:
         middle = found["depth"] + self.request.prompt_tokens + self.request.max_tokens // 2
         item_bytes = ITEM_BYTES[self._facts["effective"]["kv_dtype"]]
         hit_rate = 1.0 - found["decode"]["hits"].get("disk", 0.0)
-        low, high = decode_range(model, self._plan, speeds, hit_rate, depth=middle, kv_item_bytes=item_bytes)
+        low, high = decode_range(
+            model, self._engine.plan, speeds, hit_rate, depth=middle, kv_item_bytes=item_bytes
+        )
         measured = found["decode_tps"]
         return {
             "hit_rate": hit_rate,

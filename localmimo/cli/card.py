@@ -87,7 +87,6 @@ def _in_force(effective: dict[str, Any]) -> Iterator[str]:
     heads = effective["draft"]["heads"]
     yield f"drafts {effective['draft']['setting']} of {heads} heads" if heads else "no drafts"
     yield f"prefetch {'on' if effective['prefetch'] else 'off'}"
-    yield "disk read directly" if effective["direct_reads"] else "disk read through the page cache"
     yield "checksums checked" if not effective["trust"] else "checksums trusted"
 
 

@@ -99,7 +99,32 @@ def test_json_and_a_line_per_step(pack: Path, tmp_path: Path) -> None:
     assert sum(it["disk_pages"] for it in lines) <= n_pages  # everything fits: no page is read twice
 
 
-def test_a_trace_of_the_answers(pack: Path, tmp_path: Path) -> None:
+def test_a_profile_only_where_one_is_named(tmp_path: Path) -> None:
+    folder = make_pack(tmp_path, experts="nf4", dense="int8")
+    for profile in (None, "mine"):
+        request = Request(model=str(folder), profile=profile, as_json=True, **SMALL)
+        assert json.loads(run(request)[1].out)["requested"]["profile"] == profile
+        assert (folder / "stats").exists() == (profile is not None)
+    assert (folder / "stats" / "mine.safetensors").is_file()
+
+
+def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = bench.Sheet.took
+
+    def squeeze(sheet: bench.Sheet, run: Run, taken: Taken) -> None:
+        took(sheet, run, taken)
+        sheet._engine._store.resize(12)
+        sheet._engine._store._disk.direct = False
+
+    monkeypatch.setattr(bench.Sheet, "took", squeeze)
+    shown = run(Request(model=str(pack), as_json=True, **SMALL))[1]
+    facts = json.loads(shown.out)
+    assert facts["effective"]["slots_now"] == facts["results"][0]["n_slots"] == 12
+    assert facts["effective"]["direct_reads"] is False and "pages came through the page cache" in shown.err
+    assert " the system was short of memory: down to 12 of 32 slots\n" in shown.err
+
+
+def test_a_trace_of_the_answers(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "trace.jsonl"
     facts = json.loads(run(Request(model=str(pack), record=path, as_json=True, **SMALL))[1].out)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -108,6 +133,9 @@ def test_a_trace_of_the_answers(pack: Path, tmp_path: Path) -> None:
     asked = sum(found["decode"][f"{tier}_pages"] for found in facts["results"] for tier in ("ram", "disk"))
     assert read_trace(path).n_requests == asked == 16 * 4 * 2
     assert all(it["experts"] == sorted(set(it["experts"])) for it in lines)
+    assert app.run(["replay", str(path), "--slots", "8,32", "--json"]) == 0
+    played = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(it["slots"], it["requests"]) for it in played] == [(8, asked), (32, asked)]
 
 
 def test_drafts_are_counted(tmp_path: Path) -> None:
