@@ -110,10 +110,11 @@ def _kinds(schema: object) -> frozenset[str]:
     if not isinstance(schema, Mapping):
         return frozenset()
     declared = schema.get("type")
-    names = [declared] if isinstance(declared, str) else list(declared or ())
+    names = declared if isinstance(declared, list) else [declared] if isinstance(declared, str) else []
     kinds = {_ALIASES.get(str(name).lower(), "string") for name in names}
     for key in ("anyOf", "oneOf"):
-        for choice in schema.get(key) or ():
+        choices = schema.get(key)
+        for choice in choices if isinstance(choices, list) else ():
             kinds |= _kinds(choice)
     return frozenset(kinds)
 

@@ -74,6 +74,8 @@ def failure_of(error: BaseException) -> Failure:
             return Failure("invalid", str(error))
         case Cancelled():
             return Failure("loading", "The server is stopping; ask again when it is back.", retry_s=30)
+        case RecursionError():
+            return Failure("invalid", "The request is nested too deeply.")
         case LocalMimoError():
             return Failure("broken", str(error))
     return Failure(

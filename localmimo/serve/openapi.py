@@ -172,12 +172,14 @@ MESSAGES = _object(
     "max_tokens",
 )
 
+COUNTED = MESSAGES | {"required": ["messages"]}
+
 POSTS = {
     "/v1/chat/completions": ("Answer a conversation (OpenAI's chat).", CHAT, "OpenAiError"),
     "/v1/completions": ("Continue a text (OpenAI's completions).", COMPLETION, "OpenAiError"),
     "/v1/responses": ("Answer items (OpenAI's responses).", RESPONSE, "OpenAiError"),
     "/v1/messages": ("Answer a conversation (Anthropic's messages).", MESSAGES, "AnthropicError"),
-    "/v1/messages/count_tokens": ("Tokens of a conversation.", MESSAGES, "AnthropicError"),
+    "/v1/messages/count_tokens": ("Tokens of a conversation.", COUNTED, "AnthropicError"),
 }
 GETS = {
     "/health": ("loading, ok, busy or stopping.", "application/json"),
