@@ -5,6 +5,7 @@ Knows functions and JSON; nothing of models, of who allows a call or of what hap
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import re
@@ -100,7 +101,8 @@ def _in_time(function: Callable[..., Any], arguments: dict[str, Any], limit_s: f
 
     def run() -> None:
         try:
-            outcome.append((function(**arguments), None))
+            result = function(**arguments)
+            outcome.append((asyncio.run(result) if inspect.iscoroutine(result) else result, None))
         except BaseException as error:
             outcome.append((None, error))
 

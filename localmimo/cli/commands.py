@@ -171,10 +171,13 @@ def thinks(repl: Repl) -> bool:
 
 
 def _thoughts(repl: Repl, _argument: str) -> None:
-    if repl.last is None or not repl.last.reasoning:
-        repl.ui.note("  The last answer came without thinking.", style="dim")
-    else:
-        repl.ui.note(repl.last.reasoning.strip(), style="dim")
+    thoughts: list[str] = []  # since the last question, calls in between
+    for message in reversed(repl.messages):
+        if message["role"] == "user":
+            break
+        thoughts.insert(0, str(message.get("reasoning_content", "")).strip())
+    said = "\n\n".join(filter(None, thoughts))
+    repl.ui.note(said or "  The last answer came without thinking.", style="dim")
 
 
 def _stats(repl: Repl, _argument: str) -> None:

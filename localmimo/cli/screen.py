@@ -248,16 +248,11 @@ def figures(stats: Stats, context: int) -> list[str]:
         facts.append(f"{stats.decode_tps:.1f} tok/s")
     if stats.generated_tokens:
         facts.append(f"first token {seconds(stats.first_token_s)}")
+    if drafted := sum(stats.drafts.drafted):
+        facts.append(f"drafts {sum(stats.drafts.accepted) / drafted:.0%}")
     if stats.hits:
         facts.append("experts " + " ".join(f"{tier} {share:.0%}" for tier, share in stats.hits.items()))
     if stats.bytes_read and stats.read_s:
         facts.append(f"disk {stats.bytes_read / stats.read_s / 1e9:.2g} GB/s")
-    return [
-        *facts,
-        f"context {min(context, held_tokens(stats)):,}/{context:,}",
-    ]  # a last token may find no room
-
-
-def held_tokens(stats: Stats) -> int:
-    """Tokens of the conversation after an answer."""
-    return stats.prompt_tokens + stats.generated_tokens
+    held = min(context, stats.prompt_tokens + stats.generated_tokens)  # a last token may have found no room
+    return [*facts, f"context {held:,}/{context:,}"]

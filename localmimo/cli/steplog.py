@@ -49,13 +49,17 @@ class StepLog:
 
 def _since(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """What each count has grown by."""
-    grown: dict[str, Any] = {}
-    for key, value in now.items():
-        earlier = before.get(key)
-        if isinstance(value, dict):
-            grown[key] = _since(value, earlier or {})
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            grown[key] = value - (earlier or 0)
-        else:
-            grown[key] = value
-    return grown
+    return {key: _grown(value, before.get(key)) for key, value in now.items()}
+
+
+def _grown(now: Any, before: Any) -> Any:
+    match now:
+        case dict():
+            return _since(now, before or {})
+        case list():
+            return [
+                _grown(value, earlier) for value, earlier in zip(now, before or [0] * len(now), strict=True)
+            ]
+        case bool() | None | str():
+            return now
+    return now - (before or 0)

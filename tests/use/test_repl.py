@@ -240,12 +240,12 @@ def tools(tmp_path: Path) -> str:
 
 
 def test_a_call_is_shown_asked_about_and_answered(tools: str) -> None:
-    engine = ScriptedEngine(["<think>", "hm", "</think>", "Well. ", CALL], ["It is seven."])
-    repl, shown = converse(engine, f"/tools {tools}", "time?", "y", "/tools off")
+    engine = ScriptedEngine(["<think>", "hm", "</think>", "Well. ", CALL], ["<think>so</think>It is seven."])
+    repl, shown = converse(engine, f"/tools {tools}", "time?", "y", "/tools off", "/thoughts")
     assert shown.out == "Well. \nIt is seven.\n"
     assert shown.err == (
-        "  clock(at, note)  The time.\n  wipe(path)  \nthinking: hm\n  calls clock(at=7)\n  │ 7:00\n"
-        "  No tools; /tools FILE.py takes the functions of a Python file.\n"
+        "  clock(at, note)  The time.\n  wipe(path)  \nthinking: hm\n  calls clock(at=7)\n  │ 7:00\nthinking: so\n"
+        "  No tools; /tools FILE.py takes the functions of a Python file.\nhm\n\nso\n"
     )
     assert repl.reader.questions == ["  run clock? [y/N/always] "]  # type: ignore[attr-defined]
     said, result = engine.asked[1][0][-2:]
@@ -327,6 +327,7 @@ def test_a_line_of_json_per_token(tmp_path: Path) -> None:
     ]
     assert [line["generated_tokens"] for line in lines] == [1, 1, 1]
     assert [line["pages_ram"] for line in lines] == [71, 71, 71]
+    assert sum(lines[1]["drafts"]["drafted"]) == 0
     assert lines[0]["prompt_tokens"] == 1 and lines[1]["prompt_tokens"] == 0 and lines[0]["s"] >= 0
 
 

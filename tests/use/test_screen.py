@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from localmimo.chat import StreamParser
 from localmimo.cli.screen import Screen, block_end, figures, height
 from localmimo.cli.ui import bar, fit, parse_count, rows, seconds, table
+from localmimo.draft import MOST_DRAFTS, DraftStats
 from localmimo.errors import BadRequest
 from localmimo.generate import Stats, Step
 
@@ -228,14 +229,11 @@ def test_reading_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> 
     assert "  reading 400 tokens ━━━━━───────────────  25%  10 tok/s  left 30 s" in shown.err
 
 
-def test_the_line_below_names_the_disks_speed() -> None:
+def test_the_line_below_names_the_disks_speed_and_the_drafts() -> None:
+    drafts = DraftStats(drafted=[8, 2] + [0] * (MOST_DRAFTS - 2), accepted=[5, 1] + [0] * (MOST_DRAFTS - 2))
     stats = Stats(
-        prompt_tokens=3, generated_tokens=2, pages_ram=3, pages_disk=1, bytes_read=6 * 10**9, read_s=2.0
+        3, generated_tokens=2, pages_ram=3, pages_disk=1, bytes_read=6 * 10**9, read_s=2.0, drafts=drafts
     )
     assert figures(stats, 100) == [
-        "3+2 tokens",
-        "first token 0.0 s",
-        "experts ram 75% disk 25%",
-        "disk 3 GB/s",
-        "context 5/100",
-    ]
+        "3+2 tokens", "first token 0.0 s", "drafts 60%", "experts ram 75% disk 25%", "disk 3 GB/s", "context 5/100"
+    ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Functions become schemas; calls are held against them; results are text; files of functions; the agent's loop."""
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +145,11 @@ def hangs() -> None:
     time.sleep(60)
 
 
+async def slow(n: int) -> int:
+    await asyncio.sleep(0)
+    return n + 1
+
+
 def long() -> str:
     return "x" * 50_000
 
@@ -153,6 +159,7 @@ def test_a_tools_failure_is_a_result() -> None:
     began = time.monotonic()
     assert Tool.of(hangs).call({}, limit_s=0.1) == "error: hangs took longer than 0.1 s and was left."
     assert time.monotonic() - began < 10
+    assert Tool.of(slow).call({"n": 1}) == "2"
     assert Tool.of(long).call({}, max_chars=1000) == cut("x" * 50_000, 1000)
     assert cut("abcdefgh", 4) == "abc\n[... 4 of 8 characters left out ...]\nh"
 
