@@ -32,6 +32,7 @@ class Stats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     first_token_s: float = 0.0
+    pages_gpu: int = 0  # expert pages found on the GPU
     pages_ram: int = 0  # expert pages found in RAM
     pages_disk: int = 0  # expert pages read from disk
     bytes_read: int = 0
@@ -57,8 +58,10 @@ class Stats:
     @property
     def hits(self) -> dict[str, float]:
         """Share of expert pages by the tier they were found in."""
-        pages = self.pages_ram + self.pages_disk
-        return {"ram": self.pages_ram / pages, "disk": self.pages_disk / pages} if pages else {}
+        gpu = {"gpu": self.pages_gpu} if self.pages_gpu else {}
+        found = gpu | {"ram": self.pages_ram, "disk": self.pages_disk}
+        pages = sum(found.values())
+        return {tier: n / pages for tier, n in found.items()} if pages else {}
 
     def as_dict(self) -> dict[str, Any]:
         derived = {"prefill_tps": self.prefill_tps, "decode_tps": self.decode_tps, "hits": self.hits}
@@ -316,6 +319,7 @@ class Generation:
 
     def _count(self) -> None:
         traffic = self.traffic().since(self._before)
+        self.stats.pages_gpu = traffic.gpu_pages
         self.stats.pages_ram, self.stats.pages_disk = traffic.ram_pages, traffic.disk_pages
         self.stats.bytes_read, self.stats.read_s = traffic.disk_bytes, traffic.read_s
         self.stats.prefetch_useful = traffic.prefetch_useful
