@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from localmimo.experts.recall import SHARPNESS, Recall
 from localmimo.experts.stats import HALF_LIVES, Page, RouterStats
 
-N_ROUNDS = 8  # forecasts per token
-LATER_ROUNDS = 3  # what is recalled for the tokens after the next turn is worked out every third time
+N_ROUNDS = (4, 16)  # forecasts per token, at least and at most
+FORECAST_PAGES = 1 << 15  # pages looked at per token, if that makes no fewer rounds
+LATER_ROUNDS = 2  # what is recalled for the tokens after the next turn is worked out every second time
 LINE = 64  # victims looked for in advance
 LEARNING = 0.05  # of a mixture's weights, per layer
 SNAPSHOT_TOKENS = 4  # forecasts of later tokens are judged by the tokens that follow a snapshot
@@ -42,18 +43,14 @@ class Adaptive:
         self._recall = Recall(self._n_rows, n_experts)
         self._forecast = Forecast(stats, self._recall)
         self._turnover = Turnover()
-        self._place = {
-            layer: row * n_experts for row, layer in enumerate(stats.layers)
-        }  # of the layer's expert 0
+        self._place = {layer: row * n_experts for row, layer in enumerate(stats.layers)}  # where each begins
         self._distance = np.zeros(self._n_rows * n_experts, dtype=np.float32)
         self._held = np.zeros(self._distance.size, dtype=bool)
-        self._line: list[
-            tuple[int, float]
-        ] = []  # held pages and their distances, best victims last; a few too many
+        self._line: list[tuple[float, int]] = []  # distances and places of held pages, best victims last
         self._waiting: list[tuple[int, list[int]]] = []  # rows and experts requested since the last forecast
-        self._round = -(-self._n_rows // N_ROUNDS)  # layers between forecasts
+        rounds = min(max(FORECAST_PAGES // max(self._held.size, 1), N_ROUNDS[0]), N_ROUNDS[1])
+        self._round = -(-self._n_rows // rounds)  # layers between forecasts
         self._row = -1
-        self._just_used = 0.0  # usual distance of a page that was just used
         self._look_ahead()
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
@@ -76,11 +73,16 @@ class Adaptive:
             self._pass_turn(row, list(experts))
 
     def _pass_turn(self, row: int, experts: list[int]) -> None:
-        """Until the next forecast: the row comes round in a token's time; pages used are as good as such are."""
+        """Until the next forecast: the row comes round in a token's time, the pages used now stay."""
         begin = row * self._stats.n_experts
         distances = self._distance[begin : begin + self._stats.n_experts]
         distances += 1
-        distances[experts] = 1 + row / self._n_rows + self._just_used
+        distances[experts] = 0
+        least = self._line[0][0] if self._line else -1.0
+        late = np.flatnonzero(self._held[begin : begin + self._stats.n_experts] & (distances > least))
+        if len(late):
+            self._line += zip(distances[late].tolist(), (late + begin).tolist(), strict=True)
+            self._line.sort()
 
     def _look_ahead(self) -> None:
         """Learn from the layers that were requested, and forecast every page anew."""
@@ -91,10 +93,6 @@ class Adaptive:
         turn[: self._row + 1] += 1
         distances = self._forecast.distances(self._turnover.patience) + turn[:, None]
         self._distance = distances.reshape(-1).astype(np.float32)
-        if waiting:
-            used = [row * self._stats.n_experts + expert for row, experts in waiting for expert in experts]
-            usual = float(self._distance[used].mean()) - float(np.mean([turn[row] for row, _ in waiting]))
-            self._just_used = max(0.0, usual)
         self._line_up(LINE)
 
     def admit(self, page: Page) -> None:
@@ -122,24 +120,24 @@ class Adaptive:
             ahead = np.sort(np.argpartition(distances, -n)[-n:])
             places, distances = places[ahead], distances[ahead]
         order = np.argsort(distances, kind="stable")
-        self._line = list(zip(places[order].tolist(), distances[order].tolist(), strict=True))
+        self._line = list(zip(distances[order].tolist(), places[order].tolist(), strict=True))
 
     def _from_line(self, n: int, keep: Collection[Page]) -> list[Page]:
         """The next n of the line that are still held, were not used meanwhile and may go."""
         found: list[Page] = []
         while self._line and not self._may_go(*self._line[-1]):
             self._line.pop()
-        for place, distance in reversed(self._line):
+        for distance, place in reversed(self._line):
             if len(found) == n:
                 break
             row, expert = divmod(place, self._stats.n_experts)
             page = (self._stats.layers[row], expert)
-            if page not in keep and self._may_go(place, distance):
+            if page not in keep and self._may_go(distance, place):
                 found.append(page)
         return found
 
-    def _may_go(self, place: int, distance: float) -> bool:
-        return bool(self._held[place]) and self._distance[place] >= distance
+    def _may_go(self, distance: float, place: int) -> bool:
+        return bool(self._held[place]) and self._distance[place] == distance  # else used, or its turn passed
 
 
 class Turnover:
@@ -226,9 +224,14 @@ class Forecast:
         later += self._later + self._later_mix[-1] * self._base_chance
         np.clip(first, LEAST_CHANCE, 1, out=first)
         np.clip(later, LEAST_CHANCE, 1, out=later)
-        fade = np.float32(np.exp(-1 / patience))
-        worth = first + (1 - first) * (fade * later / (1 - fade * (1 - later)))
-        return np.asarray(-patience * np.log(worth), dtype=np.float32)
+        return _distances(first, later, patience)
+
+
+def _distances(first: Array, later: Array, patience: float) -> Array:
+    """Of a page that is used at its next turn with chance `first`, then with chance `later` per token."""
+    fade = np.float32(np.exp(-1 / patience))
+    worth = first + (1 - first) * (fade * later / (1 - fade * (1 - later)))
+    return np.asarray(-patience * np.log(worth), dtype=np.float32)
 
 
 def _credit(mix: Array, views: Array) -> Array:
