@@ -5,14 +5,13 @@ The Python API. Knows every room to its left; knows nothing of terminals or HTTP
 
 import hashlib
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -22,23 +21,19 @@ from localmimo.answer import Answer, Message
 from localmimo.batch import Batch
 from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
-from localmimo.draft import MOST_DRAFTS, Draft, DraftStats, Lookahead, check_draft, pace_of
+from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
-from localmimo.errors import BadModel, BadRequest, ContextFull, DoesNotFit
-from localmimo.experts.policy import Adaptive, Page
-from localmimo.experts.pressure import Pressure, low_bytes
-from localmimo.experts.profile import profile_path
+from localmimo.errors import BadModel, BadRequest, ContextFull
+from localmimo.experts.pager import Pager
 from localmimo.experts.run import ExpertRunner, Record
-from localmimo.experts.stats import RouterStats
-from localmimo.experts.store import ExpertStore, Traffic
+from localmimo.experts.store import Traffic
 from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
 from localmimo.grammar import Following, Grammar, Grammars, grammar_of
-from localmimo.kv import SLACK
-from localmimo.machine import Machine, format_bytes, parse_bytes
 from localmimo.model import Transformer, load_weights
 from localmimo.mtp import load_heads
+from localmimo.opening import Dtype, Kv, Opening
 from localmimo.options import Options
-from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, make_plan
+from localmimo.plan import PREFILL_CHUNK
 from localmimo.prompt import Prompt, Prompts
 from localmimo.sample import Sampling
 from localmimo.saved import Identity
@@ -48,15 +43,9 @@ from localmimo.text import Tokenizer
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.matmul import backend
-from quant.pack import experts_of
-
-MAX_BATCH = 64
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Callable[..., Any] | Tool | Mapping[str, Any]]
-Dtype = Literal["auto", "float32", "bfloat16"]
-Kv = Literal["auto", "bf16", "int8", "float32"]
-KV_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,155 +79,46 @@ def load(
     context: positions to make room for (default: 32,768 or the model's own limit). ram: bytes or "96GiB", for
     everything but the interpreter and its libraries (default: what is free, less a reserve). dtype: of the
     activations. kv: of the KV cache, "bf16" unless dtype is "float32"; "int8" takes half of bf16, with a little
-    loss. window_keys: keys that a window layer sees, with the token itself (default: the config's).
-    profile: name of the router
-    statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of the router
-    while that pays. trust: skip the pages' checksums. draft: tokens that the model's draft heads propose at a time, 0
-    to 3; "auto" measures what pays; 0 does not load them. max_batch: timelines that `generate` advances together,
-    each with room for the whole context.
+    loss. window_keys: keys that a window layer sees, with the token itself (default: the config's). profile: name of
+    the router statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of
+    the router while that pays. trust: skip the pages' checksums. draft: tokens that the model's draft heads propose at
+    a time, 0 to 3; "auto" measures what pays; 0 does not load them. max_batch: timelines that `generate` advances
+    together, each with room for the whole context.
     Raises BadPack, BadModel, or DoesNotFit with the numbers.
     """
-    if device not in ("auto", "cpu") or vram is not None:
-        raise BadRequest(
-            "This version runs on the CPU alone: leave out vram, and device or give device='cpu'."
-        )
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise BadRequest(f'dtype is "{dtype}"; it is one of auto, float32, bfloat16.')
-    if kv != "auto" and kv not in KV_DTYPES:
-        raise BadRequest(f'kv is "{kv}"; it is one of auto, {", ".join(KV_DTYPES)}.')
+    opening = Opening(
+        context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv, profile=profile,
+        prefetch=prefetch, trust=trust, draft=draft, max_batch=max_batch,
+    )  # fmt: skip
     pack = Pack.open(Path(path).expanduser() if path is not None else embedded_pack())
     config = ModelConfig.parse(pack.config, window_keys)
     if pack.page is None or not config.moe_layers:
         raise BadModel(
             f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models."
         )
-    kv_dtype = KV_DTYPES[("float32" if dtype == "float32" else "bf16") if kv == "auto" else kv]
-    draft = check_draft(draft)
-    plan = _plan(pack, pack.page.bytes, config, context, ram, kv_dtype, draft, max_batch)
-    return Engine(
-        pack,
-        config,
-        plan,
-        dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
-        kv_dtype=kv_dtype,
-        profile=profile,
-        prefetch=prefetch,
-        trust=trust,
-        draft=draft,
-    )
-
-
-def _plan(
-    pack: Pack,
-    slot_bytes: int,
-    config: ModelConfig,
-    context: int | None,
-    ram: str | int | None,
-    kv_dtype: torch.dtype,
-    draft: Draft,
-    max_batch: int,
-) -> Plan:
-    context = min(DEFAULT_CONTEXT, config.max_context) if context is None else context
-    if not 1 <= context <= config.max_context:
-        raise BadRequest(
-            f"The context is {context:,}; this model has from 1 to {config.max_context:,} positions."
-        )
-    machine = Machine.probe()
-    budget = machine.automatic_ram_bytes if ram is None else parse_bytes(ram)
-    if budget > machine.ram_bytes:
-        raise DoesNotFit(
-            f"The RAM budget is {format_bytes(budget)} and this machine has {format_bytes(machine.ram_bytes)}."
-        )
-    if not 1 <= max_batch <= MAX_BATCH:
-        raise BadRequest(f"max_batch is {max_batch}; it is from 1 to {MAX_BATCH} timelines.")
-
-    def plan_with(n_drafts: int) -> Plan:
-        return make_plan(
-            config,
-            dense_bytes=_dense_bytes(pack, n_drafts),
-            page_bytes=slot_bytes,
-            context=context,
-            ram_bytes=budget,
-            kv_item_bytes=kv_dtype.itemsize,
-            slack=SLACK,
-            n_drafts=n_drafts,
-            max_batch=max_batch,
-        )
-
-    n_heads = sum(pack.has(f"mtp.{k}.proj") for k in range(MOST_DRAFTS))
-    try:
-        return plan_with(n_heads if draft == "auto" else min(draft, n_heads))
-    except DoesNotFit:
-        if draft != "auto":
-            raise
-        return plan_with(0)
-
-
-def _dense_bytes(pack: Pack, n_drafts: int) -> int:
-    """The dense tensors in memory: those of the main model and of so many draft heads."""
-    heads = tuple(f"mtp.{k}." for k in range(n_drafts))
-    return sum(
-        tensor.nbytes
-        for name, tensor in pack.tensors.items()
-        if name.startswith(heads) or not name.startswith("mtp.")
-    )
+    return Engine(pack, config, opening)
 
 
 class Engine:
     """One opened pack. Thread-safe: one generation at a time, the others wait."""
 
-    def __init__(
-        self,
-        pack: Pack,
-        config: ModelConfig,
-        plan: Plan,
-        *,
-        dtype: torch.dtype,
-        kv_dtype: torch.dtype,
-        profile: str | None = "default",
-        prefetch: bool = True,
-        trust: bool = False,
-        draft: Draft = 0,
-    ) -> None:
+    def __init__(self, pack: Pack, config: ModelConfig, opening: Opening) -> None:
         self.pack = pack
         self.config = config
-        self.plan = plan
-        self._dtype = dtype
-        self._kv_dtype = kv_dtype
-        self._prefetch = prefetch
-        self._trust = trust
-        self._profile = None if profile is None else profile_path(pack.path, pack.id, profile)
-        self._stats = _statistics(self._profile, config)
-        policy = Adaptive(self._stats, room_for_all=plan.n_slots >= plan.n_pages)
-        self._store = ExpertStore(
-            pack,
-            plan.page_bytes,
-            plan.n_slots,
-            policy,
-            prefetch=prefetch,
-            trust=trust,
-        )
-        self._store.warm(self._first_pages())
-        self._pressure = Pressure(
-            self._store, plan.page_bytes, low_bytes(Machine.probe().ram_bytes), _free_ram_bytes
-        )
-        self._model = Transformer(config, load_weights(pack, config), dtype)
+        self.plan = opening.plan(pack, config)
+        self._opening = opening
+        self._pager = Pager(
+            pack, config, self.plan,
+            profile=opening.profile, prefetch=opening.prefetch, trust=opening.trust,
+        )  # fmt: skip
+        self._store = self._pager.store
+        self._model = Transformer(config, load_weights(pack, config), opening.activation_dtype)
         self._experts = ExpertRunner(self._store)
-        self._heads = load_heads(pack, self._model, plan.n_drafts)
-        self._draft = draft
-        self._pace = pace_of(draft, plan.n_drafts)
+        self._heads = load_heads(pack, self._model, self.plan.n_drafts)
+        self._pace = pace_of(opening.draft, self.plan.n_drafts)
         self._timelines: list[Session] = []
         self._holder: int | None = None  # the thread that is using the timeline
         self._lock = threading.Lock()
-
-    def _first_pages(self) -> list[Page]:
-        """What to read before it is asked for: a profile's hottest pages, and where all fit then all others."""
-        hottest = self._stats.hottest(self.plan.n_slots)
-        if self._profile is None or self.plan.n_slots < self.plan.n_pages:
-            return hottest
-        known = set(hottest)
-        every = ((layer, expert) for layer, n in experts_of(self.pack).items() for expert in range(n))
-        return hottest + [page for page in every if page not in known]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -267,8 +147,8 @@ class Engine:
             model=self.pack.name,
             pack=self.pack.id,
             config=hashlib.sha256(repr(self.config).encode()).hexdigest(),
-            kv=str(self._kv_dtype).removeprefix("torch."),
-            dtype=str(self._dtype).removeprefix("torch."),
+            kv=str(self._opening.kv_dtype).removeprefix("torch."),
+            dtype=str(self._opening.activation_dtype).removeprefix("torch."),
         )
 
     def effective(self) -> dict[str, Any]:
@@ -279,19 +159,19 @@ class Engine:
             "pack_id": self.pack.id,
             "experts": "+".join(self.pack.layouts),
             "device": "cpu",
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "kv_dtype": str(self._kv_dtype).removeprefix("torch."),
+            "dtype": str(self._opening.activation_dtype).removeprefix("torch."),
+            "kv_dtype": str(self._opening.kv_dtype).removeprefix("torch."),
             "kernels": backend(),
             "threads": torch.get_num_threads(),
             "window_keys": self.config.mtp_layer.window,
             "context": self.context,
-            "draft": {"setting": self._draft, "heads": self.plan.n_drafts},
+            "draft": {"setting": self._opening.draft, "heads": self.plan.n_drafts},
             "max_batch": self.plan.max_batch,
             "direct_reads": self._store.direct,
             "slots_now": self.n_slots,
-            "prefetch": self._prefetch,
-            "trust": self._trust,
-            "profile": None if self._profile is None else str(self._profile),
+            "prefetch": self._opening.prefetch,
+            "trust": self._opening.trust,
+            "profile": None if self._pager.profile is None else str(self._pager.profile),
             "plan": self.plan.as_dict(),
         }
 
@@ -558,7 +438,7 @@ class Engine:
             self._model,
             self._experts,
             self.context,
-            self._kv_dtype,
+            self._opening.kv_dtype,
             stretch=self.plan.stretch_tokens,
             identity=self.identity,
             heads=self._heads,
@@ -566,10 +446,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop reading, save the router statistics and give the memory back."""
-        self._pressure.close()
-        self._store.close()
-        if self._profile is not None and not self._stats.save(self._profile):
-            warnings.warn(str(self._stats.warning), stacklevel=2)
+        self._pager.close()
         self._timelines.clear()
         if "template" in self.__dict__:
             self.template.close()
@@ -581,16 +458,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _free_ram_bytes() -> int:
-    return Machine.probe().free_ram_bytes
-
-
-def _statistics(profile: Path | None, config: ModelConfig) -> RouterStats:
-    if profile is None:
-        return RouterStats(config.moe_layers, config.n_experts)
-    return RouterStats.open(profile, config.moe_layers, config.n_experts)
 
 
 def _completion(steps: Iterable[Step]) -> Completion:

@@ -47,12 +47,13 @@ experts.tiers experts.uploads
 experts.slots
 experts.guesses experts.gpu
 experts.store
+experts.pager
 experts.run
 mtp
 session
 draft
 generate
-options batch answer
+opening options batch answer
 agent prompt conversation
 mini
 corpus embedded

@@ -1,0 +1,120 @@
+"""Opening: how a pack is to be opened, checked, and the plan that follows from it on this machine.
+
+Facts and arithmetic; opens nothing and holds nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from localmimo.config import ModelConfig
+from localmimo.draft import MOST_DRAFTS, Draft, check_draft
+from localmimo.errors import BadRequest, DoesNotFit
+from localmimo.kv import SLACK
+from localmimo.machine import Machine, format_bytes, parse_bytes
+from localmimo.plan import DEFAULT_CONTEXT, Plan, make_plan
+from quant import Pack
+
+MAX_BATCH = 64
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Kv = Literal["auto", "bf16", "int8", "float32"]
+KV_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """The keywords of `load`. Raises BadRequest where one of them makes no sense."""
+
+    context: int | None = None
+    ram: str | int | None = None
+    vram: str | int | None = None
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    kv: Kv = "auto"
+    profile: str | None = "default"
+    prefetch: bool = True
+    trust: bool = False
+    draft: Draft = "auto"
+    max_batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu") or self.vram is not None:
+            raise BadRequest(
+                "This version runs on the CPU alone: leave out vram, and device or give device='cpu'."
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise BadRequest(f'dtype is "{self.dtype}"; it is one of auto, float32, bfloat16.')
+        if self.kv != "auto" and self.kv not in KV_DTYPES:
+            raise BadRequest(f'kv is "{self.kv}"; it is one of auto, {", ".join(KV_DTYPES)}.')
+        if not 1 <= self.max_batch <= MAX_BATCH:
+            raise BadRequest(f"max_batch is {self.max_batch}; it is from 1 to {MAX_BATCH} timelines.")
+        check_draft(self.draft)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the KV cache: bfloat16 unless the activations were asked to be float32."""
+        named = "float32" if self.dtype == "float32" else "bf16"
+        return KV_DTYPES[named if self.kv == "auto" else self.kv]
+
+    def plan(self, pack: Pack, config: ModelConfig) -> Plan:
+        """What lies where. Raises BadRequest, or DoesNotFit with the numbers.
+
+        Draft heads are left out where they are not asked for by number and do not fit.
+        """
+        n_heads = sum(pack.has(f"mtp.{k}.proj") for k in range(MOST_DRAFTS))
+        try:
+            return self._plan_with(
+                pack, config, n_heads if self.draft == "auto" else min(self.draft, n_heads)
+            )
+        except DoesNotFit:
+            if self.draft != "auto":
+                raise
+            return self._plan_with(pack, config, 0)
+
+    def _plan_with(self, pack: Pack, config: ModelConfig, n_drafts: int) -> Plan:
+        assert pack.page is not None
+        return make_plan(
+            config,
+            dense_bytes=dense_bytes(pack, n_drafts),
+            page_bytes=pack.page.bytes,
+            context=self._context(config),
+            ram_bytes=self._budget(),
+            kv_item_bytes=self.kv_dtype.itemsize,
+            slack=SLACK,
+            n_drafts=n_drafts,
+            max_batch=self.max_batch,
+        )
+
+    def _context(self, config: ModelConfig) -> int:
+        context = min(DEFAULT_CONTEXT, config.max_context) if self.context is None else self.context
+        if not 1 <= context <= config.max_context:
+            raise BadRequest(
+                f"The context is {context:,}; this model has from 1 to {config.max_context:,} positions."
+            )
+        return context
+
+    def _budget(self) -> int:
+        machine = Machine.probe()
+        budget = machine.automatic_ram_bytes if self.ram is None else parse_bytes(self.ram)
+        if budget > machine.ram_bytes:
+            raise DoesNotFit(
+                f"The RAM budget is {format_bytes(budget)} and this machine has "
+                f"{format_bytes(machine.ram_bytes)}."
+            )
+        return budget
+
+
+def dense_bytes(pack: Pack, n_drafts: int) -> int:
+    """The dense tensors in memory: those of the main model and of so many draft heads."""
+    heads = tuple(f"mtp.{k}." for k in range(n_drafts))
+    return sum(
+        tensor.nbytes
+        for name, tensor in pack.tensors.items()
+        if name.startswith(heads) or not name.startswith("mtp.")
+    )
