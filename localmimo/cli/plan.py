@@ -310,7 +310,8 @@ def _lines(answer: Answer, question: Question, ui: Ui) -> Iterator[str]:
         yield f" {note}"
     if question.vram is not None:
         yield from _gpu_notes(answer)
-    yield " Structure is exact; speed is an estimate."
+    check = f" Check it: localmimo bench {question.model} --check-plan" if model.kind == "pack" else ""
+    yield f" Structure is exact; speed is an estimate.{check}"
     if model.member and (command := model.member.serve_command()) and model.member.server:
         yield f" For many users on one server ({model.member.server.hardware}), the same checkpoint: {command}"
 
