@@ -50,7 +50,7 @@ class Opening:
             raise BadRequest(f'kv is "{self.kv}"; it is one of auto, {", ".join(KV_DTYPES)}.')
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise BadRequest(f"max_batch is {self.max_batch}; it is from 1 to {MAX_BATCH} timelines.")
-        check_draft(self.draft)
+        object.__setattr__(self, "draft", check_draft(self.draft))  # "2" is 2
 
     @property
     def activation_dtype(self) -> torch.dtype:
