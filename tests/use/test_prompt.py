@@ -34,6 +34,7 @@ def special(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     return [tokenizer.decode([token]) for token in tokens if tokenizer.decode([token]) in tokenizer.added]
 
 
+@settings(max_examples=50)
 @given(text=SPELLED, system=SPELLED)
 def test_a_users_spelling_is_text(tokenizer: Tokenizer, text: str, system: str) -> None:
     said = [{"role": "system", "content": system}, {"role": "user", "content": text}]

@@ -27,7 +27,9 @@ V25 = (TEMPLATES / "mimo-v2.5.jinja").read_text("utf-8")  # whose words are most
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    folder = make_checkpoint(tmp_path_factory.mktemp("retention") / "hf", layout="fused-fp8", vocab_size=512)
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("retention") / "hf", layout="fused-fp8", vocab_size=512, num_hidden_layers=3
+    )
     bpe.small(CALL, CALL, str(CLOCK), V25).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     for _ in convert(folder, folder.parent / "pack"):
