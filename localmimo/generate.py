@@ -122,7 +122,10 @@ class Verbatim:
 
 @dataclass(slots=True)
 class StopStrings:
-    """Finds stop strings in a stream of text, also where they straddle tokens; holds back what may be one."""
+    """Finds stop strings in a stream of text, also where they straddle tokens; holds back what may be one.
+
+    The one that is complete first counts, the longer one of two that end together, however the text is cut.
+    """
 
     strings: Sequence[str]
     found: bool = False  # from then on every text is dropped
@@ -131,10 +134,10 @@ class StopStrings:
     def push(self, text: str) -> str:
         """The text that is certain now."""
         self._held += "" if self.found else text
-        starts = [at for string in self.strings if (at := self._held.find(string)) >= 0]
-        if starts:
+        ends = [(at + len(s), at) for s in self.strings if (at := self._held.find(s)) >= 0]
+        if ends:
             self.found = True
-            certain, self._held = self._held[: min(starts)], ""
+            certain, self._held = self._held[: min(ends)[1]], ""
             return certain
         return self._take(
             len(self._held) - max((self._overlap(string) for string in self.strings), default=0)

@@ -63,8 +63,14 @@ def test_stop_strings_for_every_way_of_cutting(text: str, stops: Sequence[str], 
         out += stream.push(text[at : at + size])
         at += size
     out += stream.flush()
-    ends = [text.find(stop) for stop in stops if stop in text]
-    assert out == (text[: min(ends)] if ends else text)
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert out == (text[: min(ends)[1]] if ends else text)
+
+
+@pytest.mark.parametrize("pieces", [["aba"], ["ab", "a"], ["a", "b", "a"]])
+def test_the_stop_string_that_is_complete_first_counts(pieces: list[str]) -> None:
+    stream = StopStrings(["b", "aba"])
+    assert "".join(map(stream.push, pieces)) == "a" and stream.found
 
 
 def test_an_eos_token_stops(engine: Engine) -> None:
