@@ -58,7 +58,7 @@ agent prompt conversation
 mini
 corpus embedded
 engine
-measure
+measure overhead
 serve
 cli"""
 

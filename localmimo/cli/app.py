@@ -38,8 +38,6 @@ from localmimo.cli.measuring import bench
 from localmimo.cli.routing import replay, stats
 from localmimo.errors import BadModel, BadRequest, Cancelled, DoesNotFit, LocalMimoError
 
-_ui, _carry_out = ui_of, carry_out
-
 # Public name of nothing in typer: BadParameter's parent is the usage error, and its parent every shown error.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 ShownError: type[Exception] = UsageError.__bases__[0]

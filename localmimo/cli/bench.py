@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -333,9 +333,12 @@ def _cut_short(bench: Bench, n_done: int) -> Sequence[int]:
 
 def measured_here(pack: Path, n_cores: int) -> tuple[Structure, Speeds]:
     """The model by its pack, and what disk and memory give now."""
+    from localmimo.overhead import layer_seconds
+
     model = structure_of(pack)
     spots = file_spots(model.files, model.page_bytes)
-    return model, measured_speeds(spots, model.page_bytes, pack, n_cores, anew=True)
+    speeds = measured_speeds(spots, model.page_bytes, pack, n_cores, anew=True)
+    return model, replace(speeds, layer_s=layer_seconds(speeds.ram_read, anew=True))
 
 
 def plan_line(depth: int, check: dict[str, Any]) -> str:

@@ -96,6 +96,25 @@ def _versions() -> Findings:
         yield Finding("versions", "ok", text, facts=found)
 
 
+OVERHEAD = (
+    "import sys; from localmimo.overhead import layer_seconds; "
+    "print(layer_seconds(float(sys.argv[1]), anew=sys.argv[2] == 'anew'))"
+)
+
+
+def _overhead(ram_read: float, quick: bool) -> Findings:
+    """The embedded model answers, in a process of its own: does it run at all, and what does a layer cost?"""
+    command = [sys.executable, "-c", OVERHEAD, str(ram_read), "kept" if quick else "anew"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Finding("engine", "fail", f"the embedded model does not run: {last}", "Reinstall localmimo.")
+        return
+    seconds = float(done.stdout.split()[-1])
+    text = f"the embedded model answers; a layer takes {1e3 * seconds:.2f} ms beyond its bytes"
+    yield Finding("engine", "ok", text, facts={"layer_s": seconds})
+
+
 def _kernels() -> Findings:
     """In a process of their own: importing torch takes seconds, and a broken install should only cost a line."""
     code = (
@@ -274,6 +293,7 @@ def _disk(place: Path, quick: bool) -> Findings:
     machine = Machine.probe()
     ram = ram_speed(machine.n_cores, anew=not quick)
     yield Finding("memory speed", "ok", f"{format_bytes(ram)}/s read by all cores", facts={"read": ram})
+    yield from _overhead(ram, quick)
 
 
 def _page_bytes(place: Path) -> int:
