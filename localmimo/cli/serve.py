@@ -82,7 +82,12 @@ async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> 
     from localmimo.serve.service import Service
 
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    service = Service(job.queue, job.sessions_dir, parse_bytes(job.sessions_disk))
+    service = Service(
+        job.queue,
+        job.sessions_dir,
+        parse_bytes(job.sessions_disk),
+        note=ui.note if ui.verbose else lambda line: None,
+    )
 
     def stopping() -> None:
         service.stopping = True

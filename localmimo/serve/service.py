@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +29,14 @@ State = Literal["loading", "ok", "busy", "stopping"]
 class Service:
     """One engine for many clients. It answers once it is `ready`."""
 
-    def __init__(self, n_waiting: int = 8, sessions_dir: Path | None = None, sessions_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        n_waiting: int = 8,
+        sessions_dir: Path | None = None,
+        sessions_bytes: int = 0,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._note = note
         self._sessions = (sessions_dir, sessions_bytes)
         self.line = Line(n_waiting)
         self.metrics = Metrics()
@@ -42,7 +50,7 @@ class Service:
         engine.encode("")
         folder, limit_bytes = self._sessions
         shelf = None if folder is None else Shelf(folder / engine.pack.id[:16], limit_bytes)
-        self._worker = Worker(engine, self.metrics.finished, shelf)
+        self._worker = Worker(engine, self._finished, shelf)
         self._desk = Desk(str(engine.pack.name), engine.tokenizer)
 
     @property
@@ -118,6 +126,14 @@ class Service:
                     float(shelf.n_loaded),
                 )
         return self.metrics.text(worker.current if worker else None, gauges)
+
+    def _finished(self, job: Job) -> None:
+        self.metrics.finished(job)
+        stats = job.stats
+        self._note(
+            f"{stats.prompt_tokens}+{stats.generated_tokens} tokens, {stats.reused_tokens} kept · "
+            f"first token {stats.first_token_s:.1f} s · {stats.decode_tps:.1f} tok/s · {job.answer.finish_reason}"
+        )
 
     async def close(self) -> None:
         """Stop the worker; what it was answering ends as cancelled."""
