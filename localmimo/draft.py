@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -83,19 +84,20 @@ class Steady:
 class Measured:
     """Finds the depth that gives the most tokens per second, and risks little to find it.
 
-    What it knows of a depth is the mean of its last passes: seconds, tokens. It starts without drafts, tries one more
+    What it knows of a depth are its last passes: seconds, tokens. It starts without drafts, tries one more
     draft for a few passes, and moves where that was faster; then it looks at no drafts again, first soon, then
     less often, since the caches of a model grow warm while it speaks. Time lost to tries, against passes without
     drafts, may reach ALLOWANCE tokens' time; then it goes back to none and waits, longer each time.
     """
 
-    COLD, WARM, TRY = 2, 4, 4  # passes: not counted, before the first try, of a try
+    COLD, WARM, TRY = 2, 5, 5  # passes: not counted, before the first try, of a try
     STAY_FIRST, STAY = 8, 64  # passes between looks at other depths
     WAIT = 64  # passes without drafts after they did not pay
     ALLOWANCE, FORGIVEN = (
         2.5,
         0.004,
     )  # tokens' time (1 % of 256 tokens), and what a pass without drafts gives back
+    CREDIT = 8.0  # tokens' time that were gained and may be lost again
     SAMPLES = 16
     GAIN = 0.98  # a depth must take at most so much of another's time to be moved to
 
@@ -120,13 +122,14 @@ class Measured:
             self._cold -= 1
             return
         usual = self.token_s(0)
-        if usual is not None:  # a hiccup is no property of a depth
-            seconds = min(seconds, (depth + 3) * usual)
         self._passes[depth].append((seconds, tokens))
         self._left -= 1
-        if usual is not None:
+        if (
+            usual is not None
+        ):  # n drafts cost at most n passes, and the heads: what is more is the machine's hiccup
+            seconds = min(seconds, (depth + 1.3) * usual)
             lost = seconds - tokens * usual if depth else -self.FORGIVEN * seconds
-            self._lost = max(0.0, self._lost + lost)
+            self._lost = max(-self.CREDIT * usual if self.current else 0.0, self._lost + lost)
         if usual is not None and self._lost > self.ALLOWANCE * usual:
             self._give_up()
         elif self._left <= 0:
@@ -134,8 +137,10 @@ class Measured:
 
     def token_s(self, depth: int) -> float | None:
         """Seconds per token at a depth, None where nothing is known of it."""
-        passes = self._passes[depth]
-        return sum(s for s, _ in passes) / sum(n for _, n in passes) if passes else None
+        if not self._passes[depth]:
+            return None
+        seconds, tokens = self._usual(depth)
+        return seconds / tokens
 
     def _decide(self) -> None:
         if self._trying is not None:
@@ -165,9 +170,9 @@ class Measured:
         self._looks += 1
 
     def _give_up(self) -> None:
-        self._trying, self.current, self._looks = None, 0, 0
+        self._trying, self.current, self._looks, self._lost = None, 0, 0, max(0.0, self._lost)
         self._left = self._wait
-        self._wait = min(16 * self.WAIT, 2 * self._wait)
+        self._wait = min(8 * self.WAIT, 2 * self._wait)
         for passes in self._passes[1:]:
             passes.clear()
 
@@ -182,13 +187,13 @@ class Measured:
         """Whether a depth can be faster, one more draft costing and giving what the last one did."""
         if deeper == 1 or not self._passes[deeper - 2] or not self._passes[deeper - 1]:
             return True
-        before, here = self._mean(deeper - 2), self._mean(deeper - 1)
+        before, here = self._usual(deeper - 2), self._usual(deeper - 1)
         return (2 * here[0] - before[0]) / (2 * here[1] - before[1]) < here[0] / here[1]
 
-    def _mean(self, depth: int) -> tuple[float, float]:
-        """Seconds and tokens of a pass."""
+    def _usual(self, depth: int) -> tuple[float, float]:
+        """Seconds (the median: a busy machine stalls now and then) and tokens (the mean) of a pass."""
         passes = self._passes[depth]
-        return sum(s for s, _ in passes) / len(passes), sum(n for _, n in passes) / len(passes)
+        return median(seconds for seconds, _ in passes), sum(n for _, n in passes) / len(passes)
 
 
 def pace_of(draft: Draft, n_heads: int) -> Pace:

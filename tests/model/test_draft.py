@@ -198,6 +198,7 @@ def simulate(
     tokens: int,
     seed: int,
     noise: float = 0.25,
+    stalls: float = 0.0,
 ) -> tuple[float, list[int]]:
     """Seconds to say so many tokens where a pass costs cost(depth) and head k is right with a chance; the depths."""
     rng, pace, seconds, said, depths = random.Random(seed), Measured(3), 0.0, 0, []
@@ -205,6 +206,7 @@ def simulate(
         depth = pace.depth()
         right_run = next((k for k in range(depth) if rng.random() >= right[k]), depth)
         took = cost(depth) * rng.lognormvariate(-(noise**2) / 2, noise)
+        took *= 6 if rng.random() < stalls else 1
         pace.took(depth, took, right_run + 1)
         seconds, said = seconds + took, said + right_run + 1
         depths.append(depth)
@@ -230,6 +232,12 @@ def test_where_drafts_pay_they_are_used() -> None:
     seconds, depths = simulate(lambda depth: 1 + 0.11 * depth, (0.95, 0.75, 0.7), 2000, seed=1)
     assert seconds < 2000 / 1.8
     assert sum(depth == 3 for depth in depths) > 0.7 * len(depths)
+
+
+def test_a_machine_that_stalls_does_not_hide_that_they_pay() -> None:
+    runs = [simulate(lambda d: 1 + 0.11 * d, (0.95, 0.75, 0.7), 1000, seed, stalls=0.2) for seed in range(20)]
+    used = [sum(depth > 0 for depth in depths) / len(depths) for _, depths in runs]
+    assert sorted(used)[len(used) // 2] > 0.8 and min(used) > 0.3
 
 
 def test_the_pace_follows_when_the_machine_changes() -> None:
