@@ -22,6 +22,7 @@ from localmimo.cli.frame import (
     NO_ROOM,
     OK,
     USAGE,
+    Draft,
     Json,
     NoPrefetch,
     Profile,
@@ -257,6 +258,15 @@ def chat(
     profile: Profile = "default",
     no_prefetch: NoPrefetch = False,
     trust: Trust = False,
+    draft: Draft = "auto",
+    schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="The answer is JSON that satisfies this schema."),
+    ] = None,
+    grammar: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT|@FILE", help="The answer follows this grammar (Lark or GBNF)."),
+    ] = None,
     tools: Annotated[
         list[str] | None,
         typer.Option(
@@ -293,6 +303,9 @@ def chat(
         profile=profile,
         prefetch=not no_prefetch,
         trust=trust,
+        draft=draft,
+        schema=schema,
+        grammar=grammar,
         system=system,
         think=think,
         think_budget=think_budget,
@@ -360,6 +373,7 @@ def serve(
     profile: Profile = "default",
     no_prefetch: NoPrefetch = False,
     trust: Trust = False,
+    draft: Draft = "auto",
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
@@ -379,7 +393,7 @@ def serve(
         queue=queue,
         sessions_dir=sessions_dir and sessions_dir.expanduser(),
         sessions_disk=sessions_disk,
-        opening=Options((), context, ram, dtype, kv, profile, not no_prefetch, trust),
+        opening=Options((), context, ram, dtype, kv, profile, not no_prefetch, trust, draft),
     )
     return carry_out(lambda: run_serve(job, ui_of(verbose, quiet)))
 

@@ -5,6 +5,7 @@ Knows flags, stdin and folders; nothing of keys or of how an answer looks.
 
 from __future__ import annotations
 
+import json
 import select
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from localmimo.cli.keys import Choices
     from localmimo.cli.repl import Manner
     from localmimo.engine import Engine
+    from localmimo.grammar import Grammar
 
 STDIN = "-"
 
@@ -40,6 +42,9 @@ class Options:
     profile: str = "default"  # "none": no statistics are kept
     prefetch: bool = True
     trust: bool = False
+    draft: str = "auto"
+    schema: Path | None = None
+    grammar: str | None = None
     system: str | None = None
     think: bool | None = None
     think_budget: int | None = None
@@ -139,16 +144,16 @@ def _with_stdin(prompt: str, stdin: IO[str], ui: Ui) -> str:
     return f"{prompt}\n\n{piped}" if piped.strip() else prompt
 
 
-def _system_text(system: str | None) -> str | None:
+def _system_text(system: str | None, flag: str = "--system") -> str | None:
     if system is None or not system.startswith("@"):
         return system
     path = Path(system[1:]).expanduser()
     if not path.is_file():
-        raise BadRequest(f"--system: there is no file {path}.")
+        raise BadRequest(f"{flag}: there is no file {path}.")
     try:
         return path.read_text("utf-8").strip()
     except UnicodeDecodeError:
-        raise BadRequest(f"--system: {path} is no UTF-8 text.") from None
+        raise BadRequest(f"{flag}: {path} is no UTF-8 text.") from None
 
 
 def open_engine(model: str | None, options: Options, ui: Ui) -> Engine:
@@ -167,7 +172,7 @@ def open_engine(model: str | None, options: Options, ui: Ui) -> Engine:
         return load(
             folder, context=context, ram=options.ram, dtype=options.dtype, kv=options.kv,  # type: ignore[arg-type]
             profile=None if options.profile == "none" else options.profile,
-            prefetch=options.prefetch, trust=options.trust,
+            prefetch=options.prefetch, trust=options.trust, draft=options.draft,  # type: ignore[arg-type]
         )  # fmt: skip
     finally:
         ui.status.clear()
@@ -184,8 +189,24 @@ def _manner(options: Options, ui: Ui) -> Manner:
         think=options.think,
         think_budget=options.think_budget,
         stats=stats,
+        grammar=_grammar(options),
         log=None if options.stats_json is None else StepLog(options.stats_json),
     )
+
+
+def _grammar(options: Options) -> Grammar | None:
+    """What the answer must look like. Raises BadRequest where a file is missing or no JSON."""
+    from localmimo.grammar import Grammar, grammar_of
+
+    if options.schema is None:
+        return grammar_of(_system_text(options.grammar, "--grammar"), None)
+    if options.grammar is not None:
+        raise BadRequest("Give either --schema or --grammar, not both.")
+    text = _system_text(f"@{options.schema}", "--schema")
+    try:
+        return Grammar.json_schema(json.loads(text or ""))
+    except ValueError as error:
+        raise BadRequest(f"--schema: {options.schema} is no JSON: {error}.") from None
 
 
 def _converse(

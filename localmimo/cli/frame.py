@@ -61,6 +61,24 @@ NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="Do not read exp
 Trust = Annotated[bool, typer.Option("--trust", help="Do not check the pages' checksums.")]
 
 
+def _check_draft(value: str) -> str:
+    if value not in ("auto", "0", "1", "2", "3"):
+        raise typer.BadParameter(f"{value} is none of auto, 0, 1, 2 and 3.")
+    return value
+
+
+Draft = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="N",
+        callback=_check_draft,
+        help="Tokens that the model's draft heads propose at a time, 0 to 3, or auto: what pays. "
+        "They change no answer.",
+    ),
+]
+
+
 def ui_of(verbose: int, quiet: bool) -> Any:
     from localmimo.cli.ui import Ui
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from localmimo.answer import Answer
     from localmimo.cli.steplog import StepLog
     from localmimo.engine import Engine
+    from localmimo.grammar import Grammar
 
 
 MAX_ROUNDS = 50  # of calls after one question
@@ -45,6 +46,7 @@ class Manner:
     think: bool | None = None
     think_budget: int | None = None
     stats: bool = True
+    grammar: Grammar | None = None
     log: StepLog | None = None
 
     def stream_options(self) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class Manner:
             "max_tokens": self.max_tokens,
             "think": self.think,
             "think_budget": self.think_budget,
-        }
+        } | ({} if self.grammar is None else {"grammar": self.grammar})
 
 
 def answer(
