@@ -156,18 +156,20 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert talking.returncode == 1
 
 
-def test_structured_output_and_drafts_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_structured_output_and_drafts_on_the_command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}')
     common = ["--no-think", "--temp", "0", "-n", "60", "-q"]
-    assert run(["chat", "Is it?", "--grammar", 'start: "yes" | "no"', "--draft", "2", *common]) == 0
+    assert app.run(["chat", "Is it?", "--grammar", 'start: "yes" | "no"', "--draft", "2", *common]) == 0
     assert capfd.readouterr().out.strip() in ("yes", "no")
-    assert run(["chat", "Is it?", "--schema", str(schema), *common]) == 0
+    assert app.run(["chat", "Is it?", "--schema", str(schema), *common]) == 0
     assert capfd.readouterr().out.lstrip().startswith("{")
     for wrong, sentence in (
         (["--draft", "4"], "none of auto, 0, 1, 2 and 3"),
         (["--schema", str(schema), "--grammar", "start: /a/"], "not both"),
         (["--schema", str(tmp_path / "missing")], "there is no file"),
     ):
-        assert run(["chat", "Is it?", *wrong]) == 2
+        assert app.run(["chat", "Is it?", *wrong]) == 2
         assert sentence in capfd.readouterr().err
