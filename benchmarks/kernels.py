@@ -1,6 +1,6 @@
 """How fast are the CPU kernels, beside the memory they read and beside other kernels that pip installs?
 
-    python -m benchmarks.kernels [--threads N] [--rounds N] [--only decode,dense,few,versus,batch] [--json]
+    python -m benchmarks.kernels [--threads N] [--rounds N] [--only decode,dense,few,rate,versus,batch] [--json]
 
 All candidates take turns, and so does a plain read of memory; figures are medians over the rounds of ratios
 taken within a round, because the speed of a shared machine changes by the second. Matrices and pages cycle
@@ -13,6 +13,7 @@ do (quant/hugepages.py). The last line is JSON:
     versus               our time / theirs for one token, by their name (below 1: we are faster)
     versus_4_tokens      the same for four tokens
     few                  tokens -> time of a matrix [8192 x 4096] and of 8 experts over that for one token
+    rate                 tokens -> 10^9 multiplications a second in an nf4 matrix that the caches hold
     batch                tokens per expert -> our rate / the rate of torch's bf16 matmuls of the same shapes
 """
 
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from math import prod
 
@@ -211,6 +213,17 @@ def measure_few(rounds: int) -> dict[str, dict[str, float]]:
     return out
 
 
+def measure_rate(rounds: int) -> dict[str, float]:
+    """Multiplications of a second in a matrix that the caches hold: the best of many short runs, in 10^9."""
+    out = {}
+    for n in (1, 2, 4, 8, 16, 32, 64, 192):
+        q, x = random_matrix("nf4", 512, HIDDEN), torch.randn(n, HIDDEN)
+        times = measure({"ours": Case(partial(kernels.linear, x, q))}, 40 * rounds)
+        out[str(n)] = q.shape[0] * q.shape[1] * n / min(times["ours"]) / 1e9
+        say(f"{n} tokens: {out[str(n)]:.0f} x 10^9 multiplications a second")
+    return out
+
+
 def measure_batch(rounds: int) -> dict[str, float]:
     out = {}
     slab = page_slab("nf4")
@@ -230,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the CPU kernels.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--only", default="decode,dense,few,versus,batch")
+    parser.add_argument("--only", default="decode,dense,few,rate,versus,batch")
     parser.add_argument("--isa", default=None, help="force an instruction set")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
     parser.add_argument(
@@ -258,6 +271,8 @@ def main() -> None:
         result["versus_4_tokens"] = measure_versus(max(3, args.rounds // 4), 4)
     if "few" in parts:
         result["few"] = measure_few(max(3, args.rounds // 2))
+    if "rate" in parts:
+        result["rate"] = measure_rate(args.rounds)
     if "batch" in parts:
         result["batch"] = measure_batch(args.rounds)
     print(json.dumps(result))
