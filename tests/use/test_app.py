@@ -1,5 +1,6 @@
 """The command line from outside: help, exit codes, sentences, and no torch where none is needed."""
 
+import io
 import re
 import subprocess
 import sys
@@ -157,8 +158,9 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
 
 
 def test_structured_output_and_drafts_on_the_command_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}')
     common = ["--no-think", "--temp", "0", "-n", "60", "-q"]
