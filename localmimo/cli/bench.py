@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from localmimo.cli.benchplot import chart, check_plot, draw, has_matplotlib
 from localmimo.cli.card import card, card_lines
@@ -72,9 +72,10 @@ class Request:
         return max(self.depths) + self.prompt_tokens + self.max_tokens
 
     @property
-    def drafting(self) -> str:
+    def drafting(self) -> int | Literal["auto"]:
         """A trace and the plan's arithmetic know one token at a time; else drafts as they pay."""
-        return self.draft or ("0" if self.record or self.check_plan else "auto")
+        asked = self.draft or ("0" if self.record or self.check_plan else "auto")
+        return "auto" if asked == "auto" else int(asked)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,7 +169,7 @@ def _open(request: Request, folder: Path | None, context: int, ui: Ui) -> Engine
             context=context,
             ram=request.ram,
             kv=request.kv,  # type: ignore[arg-type]
-            draft=request.drafting,  # type: ignore[arg-type]
+            draft=request.drafting,
             profile=request.profile,
             prefetch=request.prefetch,
             trust=request.trust,
