@@ -131,7 +131,7 @@ class Measured:
             lost = seconds - tokens * usual if depth else -self.FORGIVEN * seconds
             self._lost = max(-self.CREDIT * usual if self.current else 0.0, self._lost + lost)
         if usual is not None and self._lost > self.ALLOWANCE * usual:
-            self._give_up()
+            self._doubt()
         elif self._left <= 0:
             self._decide()
 
@@ -168,6 +168,18 @@ class Measured:
     def _stay(self) -> None:
         self._left = min(self.STAY, self.STAY_FIRST << self._looks)
         self._looks += 1
+
+    def _doubt(self) -> None:
+        """Too much was lost: a depth that has paid is held against none once more, as the machine is now."""
+        if not self.current or self._trying is not None:
+            self._give_up()
+            return
+        here = self._passes[self.current]
+        recent = list(here)[-self.TRY :]
+        here.clear()
+        here.extend(recent)
+        self._passes[0].clear()
+        self._trying, self._left, self._lost = 0, self.TRY, 0.0
 
     def _give_up(self) -> None:
         self._trying, self.current, self._looks, self._lost = None, 0, 0, max(0.0, self._lost)
