@@ -38,7 +38,7 @@ chat
 kv plan structure saved trail
 estimate
 model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic
-experts.stats experts.recall experts.trace
+experts.stats experts.recall experts.referee experts.trace
 experts.adaptive
 experts.policy
 experts.replay

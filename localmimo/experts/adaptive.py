@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmimo.experts.recall import SHARPNESS, Recall
+from localmimo.experts.referee import Referee
 from localmimo.experts.stats import HALF_LIVES, Page, RouterStats
 
 N_ROUNDS = (4, 16)  # forecasts per token, at least and at most
@@ -43,6 +44,8 @@ class Adaptive:
         self._recall = Recall(self._n_rows, n_experts)
         self._forecast = Forecast(stats, self._recall)
         self._turnover = Turnover()
+        self._referee = Referee()
+        self._n_held = 0
         self._place = {layer: row * n_experts for row, layer in enumerate(stats.layers)}  # where each begins
         self._distance = np.zeros(self._n_rows * n_experts, dtype=np.float32)
         self._held = np.zeros(self._distance.size, dtype=bool)
@@ -62,9 +65,12 @@ class Adaptive:
         if row <= self._row:
             self._look_ahead()
             self._recall.next_token()
-            self._turnover.next_token(int(self._held.sum()))
+            self._turnover.next_token(self._n_held)
+            self._referee.next_token()
         self._row = row
         self._turnover.n_requests += len(experts)
+        places = [self._place[layer] + expert for expert in experts]
+        self._referee.request(places, int(self._held[places].sum()), max(self._n_held, len(places)))
         self._stats.request(layer, experts)
         self._waiting.append((row, list(experts)))
         if len(self._waiting) >= self._round:
@@ -76,7 +82,7 @@ class Adaptive:
         """Until the next forecast: the row comes round in a token's time, the pages used now stay."""
         begin = row * self._stats.n_experts
         distances = self._distance[begin : begin + self._stats.n_experts]
-        distances += 1
+        distances += not self._referee.lru_rules
         distances[experts] = 0
         least = self._line[0][0] if self._line else -1.0
         late = np.flatnonzero(self._held[begin : begin + self._stats.n_experts] & (distances > least))
@@ -91,15 +97,23 @@ class Adaptive:
             self._forecast.learn([row for row, _ in waiting], [experts for _, experts in waiting])
         turn = np.arange(self._n_rows, dtype=np.float32) / max(self._n_rows, 1)
         turn[: self._row + 1] += 1
-        distances = self._forecast.distances(self._turnover.patience) + turn[:, None]
+        forecast = self._forecast.distances(self._turnover.patience) + turn[:, None]
+        distances = self._ages() if self._referee.lru_rules else forecast
         self._distance = distances.reshape(-1).astype(np.float32)
         self._line_up(LINE)
 
+    def _ages(self) -> Array:
+        """Tokens since each page was used [rows, experts]: by them, the policy is LRU."""
+        used = self._stats.last_used + np.arange(self._n_rows)[:, None] / max(self._n_rows, 1)
+        return np.asarray(self._stats.steps.max(initial=0) + 1 - used, dtype=np.float32)
+
     def admit(self, page: Page) -> None:
         self._turnover.n_admitted += 1
+        self._n_held += not self._held[self._place[page[0]] + page[1]]
         self._held[self._place[page[0]] + page[1]] = True
 
     def drop(self, page: Page) -> None:
+        self._n_held -= int(self._held[self._place[page[0]] + page[1]])
         self._held[self._place[page[0]] + page[1]] = False
 
     def victims(self, n: int, keep: Collection[Page]) -> list[Page]:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo.experts.policy import Adaptive, Belady, Lfu, Lru, Page, Policy
+from localmimo.experts.referee import Referee
 from localmimo.experts.stats import RouterStats
 
 LAYERS, N_EXPERTS = (1, 2, 4), 8
@@ -98,3 +99,22 @@ def test_ours_keeps_what_is_used_always_and_what_comes_next() -> None:
                 policy.admit((layer, expert))
     order = policy.victims(100, ())
     assert set(order[-6:]) == {(layer, expert) for layer in LAYERS for expert in (0, 1 + 40 % 7)}
+
+
+def test_the_referee_lets_lru_rule_for_ever_longer_whiles() -> None:
+    referee = Referee()
+    ruled = []
+    for _ in range(200):
+        referee.request(range(60), 0, 60)  # LRU finds them all, ours none
+        referee.next_token()
+        ruled.append(referee.lru_rules)
+    whiles = [len(run) for run in "".join("x" if rules else " " for rules in ruled).split()]
+    assert whiles[:3] == [8, 16, 32]
+
+
+def test_the_referee_leaves_ours_alone_while_it_is_ahead() -> None:
+    referee = Referee()
+    for token in range(50):
+        referee.request([token, token + 1000], 1, 8)
+        referee.next_token()
+        assert not referee.lru_rules
