@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localmimo.errors import BadModel
+from quant.geometry import MAX_EXPERTS, MAX_LAYERS
+from quant.smallfile import CONFIG_BYTES, read_small
 
 MODEL_TYPES = ("mimo_v2_flash", "mimo_v2")
+MAX_NUMBER = 1 << 53  # beyond this, and for what is no number, floats stop being counts
 N_MTP_SHIPPED = 3  # V2-Flash and V2.5 ship three draft blocks without a config key that says so
 
 # Read below.
@@ -130,10 +133,10 @@ class ModelConfig:
             hidden=reader.count("hidden_size"),
             layers=layers,
             mtp_layer=_layer(reader, "window", "dense", window_keys),
-            n_mtp=reader.count("num_nextn_predict_layers", N_MTP_SHIPPED, least=0),
+            n_mtp=reader.count("num_nextn_predict_layers", N_MTP_SHIPPED, least=0, most=MAX_LAYERS),
             dense_inner=reader.count("intermediate_size"),
             expert_inner=reader.count("moe_intermediate_size"),
-            n_experts=reader.count("n_routed_experts"),
+            n_experts=reader.count("n_routed_experts", most=MAX_EXPERTS),
             top_k=_top_k(reader),
             routed_scale=reader.number("routed_scaling_factor", 1.0),
             norm_topk=bool(reader.get("norm_topk_prob", True)),
@@ -147,10 +150,10 @@ class ModelConfig:
     def open(cls, path: Path) -> "ModelConfig":
         """Read config.json at `path`."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(read_small(path, CONFIG_BYTES).decode("utf-8"))
         except FileNotFoundError:
             raise BadModel(f"{path} is missing: give a folder that holds a MiMo-V2 config.json.") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BadModel(f"{path} cannot be read as JSON: {error}.") from None
         return cls.parse(raw)
 
@@ -189,13 +192,17 @@ class _Reader:
             raise BadModel(f'config.json lacks "{key}".')
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise BadModel(f"config.json has {key} = {value!r}, which is not a number.")
+        if not -MAX_NUMBER <= value <= MAX_NUMBER:
+            raise BadModel(f"config.json has {key} = {str(value)[:40]}, which is no size of a model.")
         return float(value)
 
-    def count(self, key: str, default: int | None = None, *aliases: str, least: int = 1) -> int:
+    def count(
+        self, key: str, default: int | None = None, *aliases: str, least: int = 1, most: int = (1 << 31) - 1
+    ) -> int:
         value = self.number(key, default, *aliases)
-        if value != int(value) or value < least:
+        if value != int(value) or not least <= value <= most:
             raise BadModel(
-                f"config.json has {key} = {value:g}; it must be a whole number of at least {least}."
+                f"config.json has {key} = {value:g}; it must be a whole number from {least} to {most:,}."
             )
         return int(value)
 
@@ -208,7 +215,7 @@ class _Reader:
 
 
 def _layers(reader: _Reader, window_keys: int | None) -> tuple[LayerSpec, ...]:
-    n = reader.count("num_hidden_layers")
+    n = reader.count("num_hidden_layers", most=MAX_LAYERS)
     windows = reader.per_layer("hybrid_layer_pattern", n, 0)  # 1 = sliding window
     experts = reader.per_layer("moe_layer_freq", n, 0)
     _agree(
@@ -264,10 +271,13 @@ def _layer(
 def _theta(reader: _Reader, attention: str) -> float:
     flat = "swa_rope_theta" if attention == "window" else "rope_theta"
     nested = reader.get("rope_parameters", {})
-    kind = nested.get("sliding_attention" if attention == "window" else "full_attention", {})
+    part = "sliding_attention" if attention == "window" else "full_attention"
+    kind = nested.get(part, {}) if isinstance(nested, Mapping) else None
+    if not isinstance(kind, Mapping):
+        raise BadModel(f"config.json has rope_parameters that are no objects: {str(nested)[:100]}.")
     if kind.get("rope_type", "default") != "default":
         raise BadModel(f"config.json sets rope_type = {kind['rope_type']!r}; only 'default' is supported.")
-    return float(kind["rope_theta"]) if "rope_theta" in kind else reader.number(flat, None)
+    return _Reader(kind).number("rope_theta", None) if "rope_theta" in kind else reader.number(flat, None)
 
 
 def _window(reader: _Reader, window_keys: int | None) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from localmimo.errors import BadRequest, BadSession
 from localmimo.home import home
 from localmimo.messages import check_messages
+from quant.smallfile import read_small
 
 if TYPE_CHECKING:
     from localmimo.engine import Engine
@@ -117,9 +118,7 @@ def _read(path: Path, name: str) -> Conversation:
         known = ", ".join(saved_names()[-10:])
         raise BadSession(f"There is no saved session {name}" + (f"; there are {known}." if known else "."))
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError("it is too large")
-        value = json.loads(path.read_text("utf-8", "surrogatepass"))
+        value = json.loads(read_small(path, MAX_BYTES).decode("utf-8", "surrogatepass"))
         if value["version"] != VERSION:
             raise ValueError(f"its version is {value['version']}; this program reads {VERSION}")
         system = value["system"]
@@ -132,5 +131,5 @@ def _read(path: Path, name: str) -> Conversation:
             tuple(map(int, value["tokens"])),
             tuple(map(int, value["turns"])),
         )
-    except (ValueError, KeyError, TypeError, RecursionError, BadRequest) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, BadRequest) as error:
         raise BadSession(f"{path} cannot be read as a session: {error}") from None

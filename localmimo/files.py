@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from localmimo.errors import BadModel
+from quant.smallfile import LIST_BYTES, read_small
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -17,8 +18,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        value = json.loads(read_small(path, LIST_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadModel(
             f"{path} is not valid JSON ({error}); copy the file again from the checkpoint."
         ) from None

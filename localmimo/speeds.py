@@ -186,7 +186,7 @@ def keep(key: str, figures: dict[str, Any]) -> None:
 def _read() -> dict[str, Any]:
     try:
         entries = json.loads((home() / CACHE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
 

@@ -14,6 +14,9 @@ from quant.errors import BadCheckpoint
 
 ARCHITECTURES = ("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM")
 MODEL_TYPES = ("mimo_v2_flash", "mimo_v2")
+MAX_LAYERS = 1 << 10  # the largest has 70
+MAX_EXPERTS = 1 << 12  # the largest has 384
+MAX_PAGES = 1 << 18  # experts of all layers; the largest has 26,496
 
 
 @dataclass(frozen=True)
@@ -77,22 +80,33 @@ class Geometry:
         if not isinstance(config, dict):
             raise BadCheckpoint("config.json is not a JSON object.")
         _check_family(config)
-        n_layers = _count(config, "num_hidden_layers")
+        n_layers = _count(config, "num_hidden_layers", most=MAX_LAYERS)
         n_mtp = config.get("num_nextn_predict_layers")
         moe = _flags(config, "moe_layer_freq", n_layers)
+        _check_pages(config, sum(moe))
         return cls(
             hidden=_count(config, "hidden_size"),
             vocab=_count(config, "vocab_size"),
             inner_dense=_count(config, "intermediate_size"),
             inner_expert=_count(config, "moe_intermediate_size") if any(moe) else 0,
-            n_experts=_count(config, "n_routed_experts") if any(moe) else 0,
+            n_experts=_count(config, "n_routed_experts", most=MAX_EXPERTS) if any(moe) else 0,
             window=_flags(config, "hybrid_layer_pattern", n_layers),
             moe=moe,
             global_heads=_heads(config, ""),
             window_heads=_heads(config, "swa_"),
             fused=_fused(config),
             scale_block=_scale_block(config),
-            n_mtp=None if n_mtp is None else _count(config, "num_nextn_predict_layers", least=0),
+            n_mtp=None
+            if n_mtp is None
+            else _count(config, "num_nextn_predict_layers", least=0, most=MAX_LAYERS),
+        )
+
+
+def _check_pages(config: Mapping[str, object], n_moe: int) -> None:
+    pages = n_moe * _count(config, "n_routed_experts", most=MAX_EXPERTS) if n_moe else 0
+    if pages > MAX_PAGES:
+        raise BadCheckpoint(
+            f"config.json describes {pages:,} experts in all; at most {MAX_PAGES:,} are read."
         )
 
 
@@ -107,11 +121,11 @@ def _check_family(config: Mapping[str, object]) -> None:
         )
 
 
-def _count(config: Mapping[str, object], key: str, *, least: int = 1) -> int:
+def _count(config: Mapping[str, object], key: str, *, least: int = 1, most: int = (1 << 31) - 1) -> int:
     value = config.get(key)
-    if type(value) is not int or not least <= value < 1 << 31:
+    if type(value) is not int or not least <= value <= most:
         raise BadCheckpoint(
-            f"config.json: {key} is {value!r}; a whole number of at least {least} was expected."
+            f"config.json: {key} is {value!r}; a whole number from {least} to {most:,} was expected."
         )
     return value
 
@@ -162,12 +176,14 @@ def _fused(config: Mapping[str, object]) -> bool:
 
 def _scale_block(config: Mapping[str, object]) -> tuple[int, int]:
     quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict | None):
+        raise BadCheckpoint(f"config.json: quantization_config is {str(quantization)[:100]}, not an object.")
     _check_method(quantization)
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     match block:
         case None:
             return (128, 128)
-        case [int(rows), int(cols)] if rows > 0 and cols > 0:
+        case [int(rows), int(cols)] if 0 < rows < 1 << 31 and 0 < cols < 1 << 31:
             return (rows, cols)
     raise BadCheckpoint(f"config.json: weight_block_size is {block!r}; two positive numbers were expected.")
 

@@ -23,6 +23,7 @@ from quant.errors import BadCheckpoint, NoSpace, Unreachable
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # owner/name, perhaps @revision
 SMALL_BYTES = 64 << 20  # whatever is larger than this and no safetensors file is not ours
 HEADER_GUESS = 1 << 20
+HEADER_MOST = 100_000_000
 N_TRIES = 5
 PAUSE_S = 2.0
 LISTING = "listing.json"
@@ -89,7 +90,7 @@ class Hub:
                 entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None
             )
             for entry in info.siblings or []
-            if "/" not in entry.rfilename
+            if _plain(entry.rfilename)
         }
         if info.sha is None or not files:
             raise BadCheckpoint(f"{self.repository} is empty on the hub.")
@@ -101,6 +102,10 @@ class Hub:
         length = int.from_bytes(head[:8], "little")
         if 8 + length > self.files[name].n_bytes:
             raise BadCheckpoint(f"{name} of {self.repository} claims a header larger than itself.")
+        if length > HEADER_MOST:
+            raise BadCheckpoint(
+                f"{name} of {self.repository} claims a header of {length:,} bytes; at most {HEADER_MOST:,} are allowed."
+            )
         if len(head) < 8 + length:
             head += self._range(name, len(head), 8 + length)
         return head[8 : 8 + length]
@@ -277,15 +282,23 @@ def _forget(path: Path) -> None:
     target.unlink(missing_ok=True)
 
 
+def _plain(name: object) -> bool:
+    """Whether a name stays in the folder that it is put in."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {"/", "\\", "\0"}
+
+
 def _read_listing(file: Path, repository: str) -> tuple[str, dict[str, HubFile]] | None:
     try:
         facts: dict[str, Any] = json.loads(file.read_text())
         files = [HubFile(**entry) for entry in facts["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        commit = facts["commit"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not all(_plain(entry.name) and type(entry.n_bytes) is int for entry in files):
         return None
     if facts.get("repository") != repository:
         raise BadCheckpoint(
             f"{file.parent} holds a download of {facts.get('repository')}, not of {repository}: delete it, "
             "or choose another --out."
         )
-    return str(facts["commit"]), {entry.name: entry for entry in files}
+    return str(commit), {entry.name: entry for entry in files}

@@ -24,6 +24,7 @@ from quant.codec import CODECS, PartSpec, codec
 from quant.errors import BadPack
 from quant.page import PAGE_ALIGN, Expert, PageLayout
 from quant.shard import Shard
+from quant.smallfile import CONFIG_BYTES, LIST_BYTES, read_small
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 FORMAT = "localmimo-pack"
 VERSION = 1
 MANIFEST = "manifest.json"
+MOST_SAID = 300  # characters of a complaint: it quotes what others wrote
 VECTOR_DTYPES = ("bf16", "f32")
 
 
@@ -84,12 +86,14 @@ class Pack:
         """Open and check a pack. Raises BadPack with the numbers that disagree."""
         path = Path(path).expanduser()
         try:
-            text = (path / MANIFEST).read_bytes()
+            text = read_small(path / MANIFEST, LIST_BYTES)
         except OSError as error:
             hint = ""
             if Path(f"{path.absolute()}.partial").is_dir():
                 hint = " A conversion to it was begun; run the same quantize command again to finish it."
             raise BadPack(f"{path} is no pack: it has no readable {MANIFEST}.{hint}") from error
+        except ValueError as error:
+            raise BadPack(f"{path / MANIFEST} can not be read: {error}.") from error
         return cls(path, text)
 
     def close(self) -> None:
@@ -191,7 +195,7 @@ class Pack:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = json.loads(read_small(path / "config.json", CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise BadPack(f"{path / 'config.json'} can not be read: {error}.") from error
     if not isinstance(config, dict):
@@ -224,7 +228,8 @@ class _Schema:
 
     def require(self, ok: bool, what: str) -> None:
         if not ok:
-            raise BadPack(f"{self.path / MANIFEST}: {what}.")
+            said = what if len(what) <= MOST_SAID else f"{what[:MOST_SAID]} ..."
+            raise BadPack(f"{self.path / MANIFEST}: {said}.")
 
     def table(self, value: object, key: str) -> dict[str, Any]:
         self.require(isinstance(value, dict), f"{key} must be an object")
@@ -296,7 +301,7 @@ def _check_pages(schema: _Schema, manifest: dict[str, Any]) -> None:
         return
     page = schema.table(manifest["page"], "page")
     schema.require(
-        page.get("codec") in CODECS, f"page.codec is {page.get('codec')!r}; known are {', '.join(CODECS)}"
+        _known(page.get("codec")), f"page.codec is {page.get('codec')!r}; known are {', '.join(CODECS)}"
     )
     for key in ("hidden", "inner"):
         schema.count(page.get(key), f"page.{key}", most=1 << 24)
@@ -310,11 +315,16 @@ def _check_pages(schema: _Schema, manifest: dict[str, Any]) -> None:
         _check_layer(schema, number, schema.table(facts, f"layers.{number}"), manifest["files"], slot)
 
 
+def _known(name: object) -> bool:
+    return isinstance(name, str) and name in CODECS
+
+
 def _check_layer(
     schema: _Schema, number: str, facts: dict[str, Any], files: dict[str, Any], slot: PageLayout
 ) -> None:
     key = f"layers.{number}"
-    schema.require(number.isdecimal(), f"{key} is no layer number")
+    plain = number.isascii() and number.isdecimal() and len(number) <= 6 and str(int(number)) == number
+    schema.require(plain, f"{key} is no layer number")
     file = schema.file(facts.get("file"), files, f"{key}.file")
     offset = schema.count(facts.get("data_offset"), f"{key}.data_offset")
     schema.require(offset % PAGE_ALIGN == 0, f"{key}.data_offset is {offset}, no multiple of {PAGE_ALIGN}")
@@ -324,7 +334,7 @@ def _check_layer(
     for crc in crcs:
         schema.count(crc, f"{key}.crc32", most=1 << 32)
     codecs = facts.get("codecs", [slot.codec] * len(crcs))
-    known = isinstance(codecs, list) and len(codecs) == len(crcs) and all(name in CODECS for name in codecs)
+    known = isinstance(codecs, list) and len(codecs) == len(crcs) and all(map(_known, codecs))
     schema.require(known, f"{key}.codecs must name a codec for each of {len(crcs)} experts")
     sizes = {name: replace(slot, codec=name).bytes for name in {*codecs}}
     schema.require(max(sizes.values()) <= slot.bytes, f"{key} has a page above {slot.bytes} bytes")

@@ -12,11 +12,18 @@ from math import prod
 from typing import Any, NamedTuple
 
 from quant.codec import ceil_div
-from quant.geometry import Geometry, Heads
+from quant.errors import BadCheckpoint
+from quant.geometry import MAX_LAYERS, Geometry, Heads
 
 N_MTP = 3  # draft blocks that every release ships; only V2.6's config says so
 MXFP4_BLOCK = 32
 ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
+
+VISION = """hidden_size intermediate_size patch_size spatial_merge_size in_chans temporal_patch_size depth
+out_hidden_size num_heads num_key_value_heads qk_channels"""
+AUDIO = """input_local_dim input_local_intermediate_size audio_channels speech_vocab_size input_local_layers group_size
+out_hidden_size"""
+REPEATED = ("depth", "audio_channels", "input_local_layers")
 
 
 class Tensor(NamedTuple):
@@ -43,9 +50,9 @@ def published_tensors(config: Mapping[str, Any]) -> Tensors:
     listing = _Text(config)
     yield from listing.tensors()
     if isinstance(config.get("vision_config"), dict):
-        yield from _vision(config["vision_config"])
+        yield from _vision(_sizes(config, "vision_config", VISION))
     if isinstance(config.get("audio_config"), dict):
-        yield from _audio(config["audio_config"])
+        yield from _audio(_sizes(config, "audio_config", AUDIO))
 
 
 class _Text:
@@ -135,6 +142,22 @@ def _joint_scale_rows(heads: Heads, side: int) -> tuple[int, int]:
     return heads.shards * k_blocks, heads.shards * (blocks - k_blocks)
 
 
+def _sizes(config: Mapping[str, Any], tower: str, keys: str) -> dict[str, Any]:
+    """The numbers of one tower, each held against what a model can have."""
+    found = {**config[tower]}
+    for key in keys.split():
+        value, most = found.get(key), MAX_LAYERS if key in REPEATED else (1 << 31) - 1
+        if isinstance(value, str) and value.isdecimal() and len(value) < 10:
+            value = found[key] = int(value)
+        if type(value) is not int or not 0 < value <= most:
+            raise BadCheckpoint(
+                f"config.json: {tower}.{key} is {str(value)[:40]}; a whole number from 1 to {most:,} was expected."
+            )
+    if not isinstance(found.setdefault("fullatt_block_indexes", []), list):
+        raise BadCheckpoint(f"config.json: {tower}.fullatt_block_indexes is no list.")
+    return found
+
+
 # V2.5's other senses. Their sizes reproduce the published totals: 459 tensors, 989,721,600 elements.
 
 
@@ -170,7 +193,7 @@ def _vision_block(prefix: str, block: int, config: Mapping[str, Any], hidden: in
 def _audio(config: Mapping[str, Any]) -> Tensors:
     dim, inner = config["input_local_dim"], config["input_local_intermediate_size"]
     for channel in range(config["audio_channels"]):
-        yield Tensor(f"speech_embeddings.{channel}.weight", "BF16", (int(config["speech_vocab_size"]), dim))
+        yield Tensor(f"speech_embeddings.{channel}.weight", "BF16", (config["speech_vocab_size"], dim))
     root = "audio_encoder.input_local_transformer"
     for layer in range(config["input_local_layers"]):
         yield from _audio_layer(f"{root}.layers.{layer}", dim, inner)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from quant.codec import codec
 from quant.errors import BadRecipe
 from quant.pieces import Matrix
+from quant.smallfile import CONFIG_BYTES, read_small
 
 if TYPE_CHECKING:
     from quant.listing import Listing
@@ -67,8 +68,8 @@ class Recipe:
     def load(cls, path: str | Path) -> Recipe:
         """A TOML file: optional keys `experts` and `dense`, and a table `rules` of "glob" = "codec"."""
         try:
-            table = tomllib.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+            table = tomllib.loads(read_small(Path(path), CONFIG_BYTES).decode())
+        except (OSError, ValueError, RecursionError) as error:
             raise BadRecipe(f"The recipe {path} can not be read: {error}.") from error
         unknown = table.keys() - {"experts", "dense", "rules"}
         rules = table.get("rules", {})
@@ -103,7 +104,9 @@ class Recipe:
     def from_dict(cls, facts: Mapping[str, object]) -> Recipe:
         """The inverse of `as_dict`."""
         match facts:
-            case {"experts": str(experts), "dense": str(dense), "rules": list(rules)}:
+            case {"experts": str(experts), "dense": str(dense), "rules": list(rules)} if all(
+                isinstance(rule, list | tuple) and len(rule) == 2 for rule in rules
+            ):
                 return cls(experts, dense, tuple((str(glob), str(name)) for glob, name in rules))
         raise BadRecipe(f"This is no recipe: {facts!r}.")
 

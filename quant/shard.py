@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING
 
 from quant.codec import PartSpec
 from quant.hugepages import allocate
+from quant.smallfile import open_regular
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_AXES = 8
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -57,7 +59,7 @@ class Shard:
         self.blame = blame
         self.max_header = max_header
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._fd = open_regular(path)
         except OSError as error:
             raise blame(f"{path} can not be opened: {error.strerror}.") from error
         try:
@@ -116,7 +118,12 @@ class Shard:
         """Fill `view`, a flat view of bytes, from `offset` of the file."""
         descriptor, nbytes, done = self._descriptor(), len(view), 0
         while done < nbytes:
-            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+            try:
+                got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+            except OSError as error:
+                raise self.blame(
+                    f"{self.path} can not be read at byte {offset + done:,}: {error.strerror}."
+                ) from error
             if not got:
                 raise self.blame(
                     f"{self.path} ends {nbytes - done:,} bytes early: it was cut off while being read."
@@ -161,18 +168,22 @@ class Shard:
         return found
 
     def _entry(self, name: str, entry: object) -> Stored:
-        wrong = f"{self.path}: the header entry of {name}"
+        wrong = f"{self.path}: the header entry of {name[:200]}"
         match entry:
             case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
                 pass
             case _:
                 raise self.blame(f"{wrong} is malformed.")
         if dtype not in DTYPE_BITS:
-            raise self.blame(f"{wrong} has the unknown dtype {dtype!r}.")
+            raise self.blame(f"{wrong} has the unknown dtype {_short(dtype)}.")
+        if len(shape) > MAX_AXES:
+            raise self.blame(f"{wrong} has {len(shape):,} axes; at most {MAX_AXES} are allowed.")
         if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-            raise self.blame(f"{wrong} has an impossible shape {shape}.")
+            raise self.blame(f"{wrong} has an impossible shape {_short(shape)}.")
         nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
-        if not 0 <= start <= stop or stop - start != nbytes:
+        if not 0 <= start <= stop < 1 << 63:
+            raise self.blame(f"{wrong} spans impossible bytes: {_short([start, stop])}.")
+        if stop - start != nbytes:
             raise self.blame(f"{wrong} spans {stop - start:,} bytes, but {dtype} {shape} needs {nbytes:,}.")
         return Stored(name, dtype, tuple(shape), self.data_offset + start, nbytes)
 
@@ -187,6 +198,12 @@ class Shard:
             raise self.blame(
                 f"{self.path} {kind}: its header describes {expected:,} bytes, it has {self.n_bytes:,}."
             )
+
+
+def _short(value: object) -> str:
+    """What a hostile file says, cut to what one wants to read."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

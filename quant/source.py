@@ -20,6 +20,7 @@ from quant.names import Names
 from quant.pieces import Matrix, Place
 from quant.published import published_tensors
 from quant.shard import Shard, Stored
+from quant.smallfile import CONFIG_BYTES, LIST_BYTES, read_small
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ class Source:
         config_file = path / "config.json"
         if not config_file.is_file():
             raise BadCheckpoint(f"{path} has no config.json; is the download complete?")
-        config_text = config_file.read_bytes()
+        config_text = _read(config_file, CONFIG_BYTES)
         Geometry.parse(
             _parse_json(config_text, config_file)
         )  # before the shards: the clearest complaint first
@@ -88,7 +89,7 @@ class Source:
         """A checkpoint that is still on the hub: every header is here, each file comes when it is asked for."""
         hub.fetch_small()
         path = hub.path()
-        config_text = (path / "config.json").read_bytes()
+        config_text = _read(path / "config.json", CONFIG_BYTES)
         Geometry.parse(_parse_json(config_text, path / "config.json"))
         listed = _listed(path / INDEX) if INDEX in hub.files else {SINGLE: []}
         names = sorted({*listed, *({MTP_FILE} & hub.files.keys())})
@@ -171,6 +172,13 @@ class Source:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _read(file: Path, most: int) -> bytes:
+    try:
+        return read_small(file, most)
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{file} can not be read: {error}.") from error
+
+
 def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -203,7 +211,7 @@ def _open_shards(path: Path) -> dict[str, Shard]:
 
 def _listed(index_file: Path) -> dict[str, list[str]]:
     """File -> names of its tensors, as the index says; file names must stay inside the folder."""
-    weight_map = _parse_json(index_file.read_bytes(), index_file).get("weight_map")
+    weight_map = _parse_json(_read(index_file, LIST_BYTES), index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadCheckpoint(f"{index_file} has no weight_map.")
     listed: dict[str, list[str]] = {}

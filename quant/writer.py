@@ -22,6 +22,7 @@ from typing import Any
 from quant.errors import BadRecipe, NoSpace, NotWritable
 from quant.listing import size_text
 from quant.pack import MANIFEST
+from quant.smallfile import LIST_BYTES, read_small
 
 JOURNAL = "journal.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -40,14 +41,14 @@ def read_journal(folder: Path) -> tuple[Settings | None, dict[str, Record]]:
     """Settings and finished files of a folder. A line that was cut off by a crash is ignored, and what
     follows it."""
     try:
-        text = (folder / JOURNAL).read_text(errors="replace")
-    except OSError:
+        text = read_small(folder / JOURNAL, LIST_BYTES).decode(errors="replace")
+    except (OSError, ValueError):
         return None, {}
     lines: list[Any] = []
     for line in text.splitlines(keepends=True):
         try:
             lines.append(json.loads(line) if line.endswith("\n") else None)
-        except ValueError:
+        except (ValueError, RecursionError):
             lines.append(None)
         if not isinstance(lines[-1], dict):
             lines.pop()
@@ -60,9 +61,11 @@ def read_journal(folder: Path) -> tuple[Settings | None, dict[str, Record]]:
 
 def _on_disk(folder: Path, record: Record) -> bool:
     try:
-        known = isinstance(record["distortion"], dict) and isinstance(record["sha256"], str)
-        return known and Path(folder, record["file"]).stat().st_size == int(record["bytes"])
-    except (OSError, KeyError, TypeError, ValueError):
+        name, size = record["file"], record["bytes"]
+        known = all(isinstance(error, list) and len(error) == 2 for error in record["distortion"].values())
+        known &= isinstance(record["sha256"], str) and isinstance(record["crc32"], list) and type(size) is int
+        return known and Path(name).name == name and Path(folder, name).lstat().st_size == size
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return False
 
 

@@ -103,7 +103,7 @@ def _parse(raw: bytes, n_rows: int, n_experts: int) -> Profile:
         header = json.loads(raw[8 : 8 + length]) if length <= _HEADER_BYTES else {}
         facts = header["__metadata__"]
         version, crc, tokens = facts["version"], int(facts["crc32"], 16), float(facts["tokens"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise BadProfile("has no header that this program knows") from None
     if facts.get("format") != FORMAT or version != VERSION:
         raise BadProfile(f"is of version {version!r}; this program reads {VERSION}")
