@@ -38,6 +38,7 @@ from localmimo.prompt import Prompt, Prompts
 from localmimo.sample import Sampling
 from localmimo.saved import Identity
 from localmimo.session import Progress, Session
+from localmimo.shapes import check_shapes
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
@@ -96,6 +97,7 @@ def load(
         raise BadModel(
             f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models."
         )
+    check_shapes(pack, config)
     return Engine(pack, config, opening)
 
 

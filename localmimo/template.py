@@ -18,6 +18,7 @@ from localmimo.child import Child, ChildLost
 from localmimo.errors import BadModel, BadRequest
 from localmimo.files import read_json
 from localmimo.messages import Message, check_messages, check_tools
+from quant.smallfile import CONFIG_BYTES, read_small
 
 TEMPLATES = Path(__file__).with_name("templates")
 LIMIT_S = 10.0  # for a prompt; the longest conversations take a tenth of a second
@@ -49,7 +50,7 @@ class ChatTemplate:
         settings = read_json(folder / "tokenizer_config.json")
         own = folder / "chat_template.jinja"
         if own.is_file():
-            return cls(own.read_text("utf-8"), name=own.name, tokens=_special_tokens(settings))
+            return cls(_text(own), name=own.name, tokens=_special_tokens(settings))
         if source := _embedded(settings.get("chat_template")):
             return cls(source, name="tokenizer_config.json", tokens=_special_tokens(settings))
         return cls.builtin(family(config or {}))
@@ -131,6 +132,15 @@ class ChatTemplate:
             return told[0] != told[1] and self._write(values) == told[0]
         except BadRequest:
             return False
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_small(path, CONFIG_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise BadModel(
+            f"The chat template {path} cannot be read ({error}); copy it again from the checkpoint."
+        ) from None
 
 
 def family(config: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import tokenizers
 
 from localmimo.errors import BadModel, BadRequest
 from localmimo.files import read_json
+from quant.smallfile import LIST_BYTES, read_small
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # rows of a padded vocabulary that no token stands for
 
@@ -47,7 +48,7 @@ class Tokenizer:
         if not path.is_file():
             raise BadModel(f"{folder} has no tokenizer.json; copy it there from the checkpoint.")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_buffer(read_small(path, LIST_BYTES))
         except Exception as error:  # the package raises nothing more precise
             raise BadModel(f"{path} cannot be read ({error}); copy it again from the checkpoint.") from None
         if not _is_byte_level(tokenizer):

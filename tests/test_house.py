@@ -35,7 +35,7 @@ toolfile
 config machine speeds attend sample text template
 grammar
 chat
-kv plan structure saved trail
+kv plan structure saved trail shapes
 estimate
 model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic
 experts.stats experts.recall experts.referee experts.trace

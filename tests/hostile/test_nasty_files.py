@@ -23,6 +23,8 @@ from localmimo.experts.profile import BadProfile, read_profile, write_profile
 from localmimo.experts.profile import Profile as Counted
 from localmimo.experts.trace import read_trace
 from localmimo.files import read_json
+from localmimo.template import ChatTemplate
+from localmimo.text import Tokenizer
 from quant import Recipe
 from quant.errors import BadCheckpoint, BadPack, BadRecipe
 from quant.hub import _read_listing
@@ -406,3 +408,39 @@ def test_statistics_with_any_facts(tmp_path: Path, key: str, value: object) -> N
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     with pytest.raises(BadProfile):
         read_profile(path, 2, 6)
+
+
+# ---- tokenizers and templates ----
+
+
+@pytest.mark.parametrize(
+    "key", ["eos_token", "eos_token_id", "bos_token", "chat_template", "added_tokens_decoder"]
+)
+@pytest.mark.parametrize(
+    "value", [*(odd for odd in ODD if not isinstance(odd, str)), [{"name": 3}], {"content": 3}]
+)
+def test_any_value_in_a_tokenizers_settings(made: Path, tmp_path: Path, key: str, value: object) -> None:
+    shutil.copy(made / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value}))
+    try:
+        Tokenizer.open(tmp_path)
+        ChatTemplate.open(tmp_path, {}).close()
+    except BadModel:
+        pass
+
+
+def test_tokenizers_and_templates_that_are_none(made: Path, tmp_path: Path) -> None:
+    for content in (
+        b"",
+        b"[]",
+        DEEP,
+        b'{"model": {"type": "BPE", "vocab": {"a": 4294967296}, "merges": []}}',
+    ):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        refused(lambda: Tokenizer.open(tmp_path), BadModel)
+    sparse(tmp_path / "tokenizer.json")
+    refused(lambda: Tokenizer.open(tmp_path), BadModel, "more than")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    refused(lambda: ChatTemplate.open(tmp_path, {}), BadModel, "cannot be read")
+    sparse(tmp_path / "chat_template.jinja")
+    refused(lambda: ChatTemplate.open(tmp_path, {}), BadModel, "more than")

@@ -1,0 +1,72 @@
+"""Packs whose parts contradict one another: the native code never sees sizes that are not those of its buffers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from localmimo import load
+from localmimo.errors import LocalMimoError
+from quant.errors import QuantError
+from quant.pack import Pack
+from tests.packs import make_pack
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("pack"), experts="nf4", dense="int8", vocab_size=128)
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "pack")
+
+
+def set_config(folder: Path, key: str, value: object) -> None:
+    """Another config.json, of the size that the manifest is made to say."""
+    path, manifest = folder / "config.json", folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    facts = json.loads(manifest.read_text())
+    facts["files"]["config.json"]["bytes"] = path.stat().st_size
+    manifest.write_text(json.dumps(facts))
+
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads", "head_dim",
+    "v_head_dim", "swa_head_dim", "swa_v_head_dim", "num_nextn_predict_layers",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+@pytest.mark.parametrize("key", SIZES)
+def test_a_config_that_is_not_the_packs(folder: Path, key: str, factor: float) -> None:
+    had = json.loads((folder / "config.json").read_text()).get(key, 2)
+    set_config(folder, key, max(1, int(had * factor)))
+    try:
+        with load(folder, context=256, ram="256MiB", profile=None) as engine:
+            for _ in engine.stream("abc def", max_tokens=4):
+                pass
+    except (LocalMimoError, QuantError) as error:
+        assert str(error).endswith(".")
+
+
+def test_a_layers_pages_that_are_too_few(folder: Path) -> None:
+    """Routers know eight experts, one layer's file holds seven."""
+    with Pack.open(folder) as pack:
+        page = pack.page.bytes if pack.page else 0
+    facts = json.loads((folder / "manifest.json").read_text())
+    layer = facts["layers"]["1"]
+    layer["crc32"].pop()
+    facts["files"][layer["file"]]["bytes"] -= page
+    path = folder / layer["file"]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - page)
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    with (
+        pytest.raises((LocalMimoError, QuantError)),
+        load(folder, context=256, ram="256MiB", profile=None) as engine,
+    ):
+        for _ in engine.stream("abc def " * 9, max_tokens=4):
+            pass
