@@ -1,0 +1,81 @@
+"""A disk that is full at any write of a save: the old file stays whole, and nothing is left beside it.
+
+The limit on file sizes stands for the disk: the system refuses the write that would go beyond it.
+"""
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localmimo import load
+from localmimo.conversation import Conversation
+from localmimo.conversation import _write as write_conversation
+from localmimo.engine import Engine
+from localmimo.errors import BadSession
+from localmimo.experts.profile import Profile, write_profile
+from tests.packs import make_pack
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    pack = make_pack(tmp_path_factory.mktemp("pack"), vocab_size=128)
+    with load(pack, context=256, ram="256MiB", profile=None) as engine:
+        yield engine
+
+
+@contextmanager
+def full_after(n_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def never_half(path: Path, save: Callable[[], object], error: type[Exception]) -> None:
+    """`save` at every sixteenth of the file it would write, and one byte before its end."""
+    save()
+    whole = path.read_bytes()
+    for n_bytes in [*range(0, len(whole), max(1, len(whole) // 16)), len(whole) - 1]:
+        with full_after(n_bytes), pytest.raises(error):
+            save()
+        assert path.read_bytes() == whole
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_session(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    with engine.session() as session:
+        session.sync(list(range(3, 43)))
+        never_half(path, lambda: session.save(path), BadSession)
+        session.load(path)
+        assert session.position == 40
+
+
+def test_a_conversation(tmp_path: Path) -> None:
+    path = tmp_path / "messages.json"
+    said = Conversation([{"role": "user", "content": "a" * 3000}])
+
+    def save() -> None:
+        write_conversation(path, said)
+
+    save()
+    whole = path.read_bytes()
+    for n_bytes in (0, 1, 1000, 3000):
+        with full_after(n_bytes), pytest.raises(BadSession):
+            save()
+        assert path.read_bytes() == whole
+        assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_profile(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    profile = Profile.empty(2, 6)
+    profile.recent[:] = np.float32(0.5)
+    never_half(path, lambda: write_profile(path, profile), OSError)
