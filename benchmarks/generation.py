@@ -8,7 +8,7 @@ attention  one token over the global cache: packed bytes per second over the rea
 kv         what keys and values in int8 change in the embedded model's predictions
 long       a narrow model with V2-Flash's 48 layers at up to 1,048,576 positions (made at DIR when it is not there)
 needle     how often the embedded model finds a word again that its windows do not reach
-mid        decode and prefill in turns with llama.cpp; PACK and FILE as benchmarks.make_checkpoint and gguf_random
+mid        decode and prefill in turns with llama.cpp; PACK and FILE as benchmarks.make_checkpoint and rival_model
            make them of the shape `mid`; PYTHON has llama-cpp-python
 """
 

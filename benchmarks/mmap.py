@@ -48,7 +48,13 @@ with load(pack, ram=ram, context=1024, profile=None) as engine, engine.session()
 
 THEIRS = """
 import json, os, sys, time
-from llama_cpp import Llama
+from llama_cpp import Llama, llama_cpp
+defaults = llama_cpp.llama_model_default_params
+def as_on_disk():  # repacked weights would be a copy of the model in memory
+    params = defaults()
+    params.use_extra_bufts = False
+    return params
+llama_cpp.llama_model_default_params = as_on_disk
 def read_bytes():
     return int(next(line for line in open("/proc/self/io") if line.startswith("read_bytes")).split()[1])
 model, tokens, warm, threads = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
@@ -99,7 +105,7 @@ def run(cap: int, command: list[str]) -> dict[str, Any]:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"An arm failed ({done.returncode}): {done.stderr[-600:]}")
+        raise SystemExit(f"An arm failed ({done.returncode}): {command[:2]} {done.stderr[-600:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -47,6 +47,8 @@ class Draw:
         )
         spread = 4.6 if block_bytes == 18 else 74.0  # of uniform codes of four bits, of eight
         packed[:, :2] = np.frombuffer(np.float16(planned.gain / spread).tobytes(), np.uint8)
+        # Codes of four bits have a mean; scales of either sign take it out, else every token routes alike.
+        packed[:, 1] ^= self._random.integers(0, 2, n_blocks, np.uint8) << 7
         return packed.reshape(*planned.shape[:-1], -1)
 
     def _floats(self, planned: Planned) -> Array:

@@ -156,7 +156,7 @@ def stretch_tokens(config: ModelConfig, context: int, spare_bytes: int) -> int:
 def workspace_bytes(config: ModelConfig, context: int, stretch: int) -> int:
     """Upper estimate of what a stretch and one chunk of it need at a time, in float32, over the weights and the KV.
 
-    A bf16 router is widened to float32 when it is loaded.
+    A bf16 router is widened to float32 when it is loaded. Router statistics are counted here too.
     """
     n = min(PREFILL_CHUNK, context)
     layer = max(_attention_floats(config, spec, n) for spec in config.layers)
@@ -164,7 +164,13 @@ def workspace_bytes(config: ModelConfig, context: int, stretch: int) -> int:
     chunk = 2 * n * config.hidden + max(layer, experts, 3 * n * config.dense_inner)
     floats = min(stretch, context) * _stretch_floats(config) + chunk + 4 * config.vocab_size
     widened = 2 * config.n_experts * config.hidden * len(config.moe_layers) if config.router_bf16 else 0
-    return 4 * floats + 3 * ATTENTION_WORKSPACE_BYTES + 2 * LINEAR_WORKSPACE_BYTES + widened
+    fixed = 3 * ATTENTION_WORKSPACE_BYTES + 2 * LINEAR_WORKSPACE_BYTES + statistics_bytes(config)
+    return 4 * floats + fixed + widened
+
+
+def statistics_bytes(config: ModelConfig) -> int:
+    """Router statistics and the policy's forecasts: two tables of what follows what, and 700 bytes a page."""
+    return config.n_experts * len(config.moe_layers) * (2 * 4 * config.n_experts + 700)
 
 
 def _stretch_floats(config: ModelConfig) -> int:

@@ -70,6 +70,8 @@ def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: 
         raise BadRequest("--json answers one prompt: give a PROMPT, or pipe it in.")
     system = _system_text(options.system)
     _check_early(options)
+    if opener is None and model is not None:
+        pack_folder(model)  # before anything heavy is imported
     manner, toolbox = _manner(options, ui), Toolbox(ui)
     try:
         for path in options.tools:
