@@ -57,7 +57,7 @@ text: mimo-mini's held-out conversations; the answer is the likeliest token each
  +64 +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +\d+\.\d s +\d+ kB +\S+ +(–|\d+%) +ram \d+% disk \d+%
 
  read/token, disk and experts: of the answers; --json has those of the prompts too
- peak memory \S+ MB, \S+ MB of it over Python and its libraries; the budget: 101 MB
+ peak memory \S+ [MG]B, \S+ MB of it over Python and its libraries; the budget: 101 MB
 ( experts read ahead: \d+ were then needed, \d+ were not
 )?"""
 
