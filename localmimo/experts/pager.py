@@ -33,9 +33,8 @@ class Pager:
     ) -> None:
         self.profile = None if profile is None else profile_path(pack.path, pack.id, profile)
         self._stats = _statistics(self.profile, config)
-        self.store = ExpertStore(
-            pack, plan.page_bytes, plan.n_slots, Adaptive(self._stats), prefetch=prefetch, trust=trust
-        )
+        policy = Adaptive(self._stats, room_for_all=plan.n_slots >= plan.n_pages)
+        self.store = ExpertStore(pack, plan.page_bytes, plan.n_slots, policy, prefetch=prefetch, trust=trust)
         self.store.warm(self._first_pages(pack, plan))
         low = low_bytes(Machine.probe().ram_bytes)
         self._pressure = Pressure(self.store, plan.page_bytes, low, _free_ram_bytes)

@@ -107,3 +107,13 @@ def test_the_tightest_group_around_the_process_counts(tmp_path: Path) -> None:
     own.write_text("4:memory:/\n")
     assert _cgroup(tmp_path, own) == (9_000_000, 1_000_000)
     assert _cgroup(tmp_path, tmp_path / "nothing") == (9_000_000, 1_000_000)
+
+
+def test_the_policy_forecasts_nothing_where_every_page_has_a_slot(tmp_path: Path) -> None:
+    """Forecasts cost more than such a step itself."""
+    pack = make_pack(tmp_path, seed=5)
+    with load(pack, context=256, profile=None) as roomy:
+        assert roomy.plan.n_slots == roomy.plan.n_pages and roomy._store._policy._only_count
+        tight = roomy.plan.used_bytes - roomy.plan.page_bytes
+    with load(pack, context=256, profile=None, ram=tight) as engine:
+        assert engine.plan.n_slots < engine.plan.n_pages and not engine._store._policy._only_count
