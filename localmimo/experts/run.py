@@ -14,13 +14,12 @@ from localmimo.experts.store import Arrival, ExpertStore
 from localmimo.model import Guess
 from quant.ffn import experts as run_pages
 
-STEP_TOKENS = (
-    16  # up to so many tokens are a decode step: pages as they come; more are a prompt: pages in file order
-)
-ROWS_AT_A_TIME = (
-    2048  # rows of a prompt that experts work on at a time; bounds the workspace (plan.py counts it)
-)
-TAIL = 16  # last tokens of a prompt that count in the statistics
+# Up to so many tokens are a decode step, its pages as they come; more are a prompt, its pages in file order.
+STEP_TOKENS = 16
+# Rows of a prompt that experts work on at a time: bounds the workspace, which plan.py counts.
+ROWS_AT_A_TIME = 2048
+# Last tokens of a prompt that count in the statistics.
+TAIL = 16
 
 Record = Callable[[int, Tensor], None]  # layer, chosen experts [n, k]
 

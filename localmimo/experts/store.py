@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from torch import Tensor
 
@@ -74,7 +74,7 @@ class ExpertStore:
         self._guesses = Guesses(self._disk, self._slots)
         self._gate = PrefetchGate() if prefetch and 4 <= n_slots < pack.n_pages else None
         self._pinned: set[Page] = set()
-        self._ring: deque[Page] = deque()  # pages that the last prompts streamed through, oldest first
+        self._ring: dict[Page, None] = {}  # pages that the last prompts streamed through, oldest first
         self._ahead: set[Page] = set()  # guesses for the layer that a prompt will stream through next
         self._tail: dict[int, list[list[int]]] = {}
         self._stall_s = stall_s
@@ -160,9 +160,8 @@ class ExpertStore:
 
     def _hit(self, held: Sequence[Page]) -> None:
         self._traffic.ram_pages += len(held)
-        if self._ring:
-            for page in self._pinned.intersection(self._ring):
-                self._ring.remove(page)  # decode uses it: now the policy decides
+        for page in held:
+            self._ring.pop(page, None)  # decode uses it: now the policy decides
 
     def _arrivals(self, pages: Sequence[Page]) -> list[Arrival]:
         return [Arrival(page[1], self._layout(page), self._tensor(page)) for page in pages]
@@ -174,6 +173,9 @@ class ExpertStore:
         if self.gpu is not None and page in self.gpu:
             return self.gpu.tensor(page)
         return self._slots.tensor(page)
+
+    def _on_gpu(self, page: Page) -> bool:
+        return self.gpu is not None and page in self.gpu
 
     def _at(self, page: Page) -> PageAt:
         return self._pack.page_at(*page)
@@ -241,13 +243,13 @@ class ExpertStore:
         while len(slots) < n and (guess := self._guesses.take_back()) is not None:
             self._ahead.discard(guess[0])
             slots.append(guess[1])
-        for page in [page for page in self._ring if page not in self._kept][: n - len(slots)]:
-            slots.append(self._evict(page))
         if len(slots) < n:
-            slots += map(self._evict, self._slots.victims(n - len(slots), self._kept))
+            kept = self._kept()
+            streamed = list(islice((page for page in self._ring if page not in kept), n - len(slots)))
+            slots += map(self._evict, streamed)
+            slots += map(self._evict, self._slots.victims(n - len(slots), kept) if len(slots) < n else ())
         return slots
 
-    @property
     def _kept(self) -> set[Page]:
         """Pages in RAM that must not give way now."""
         return self._pinned.union(self._guesses.routed, () if self.gpu is None else self.gpu.leaving)
@@ -274,8 +276,7 @@ class ExpertStore:
             self._slots.restore(n_slots - self.n_slots)
 
     def _evict(self, page: Page) -> int:
-        if page in self._ring:
-            self._ring.remove(page)
+        self._ring.pop(page, None)
         self._guesses.routed.discard(page)
         self._ahead.discard(page)
         return self._slots.evict(page)
@@ -309,11 +310,8 @@ class ExpertStore:
             self._disk.wait(self._guesses.tasks, timeout_s, every=True)
 
     def _absent(self, pages: Iterable[Page]) -> list[Page]:
-        on_gpu = self.gpu or ()
         return [
-            page
-            for page in pages
-            if page not in self._slots and page not in self._guesses and page not in on_gpu
+            page for page in pages if not (page in self._slots or page in self._guesses or self._on_gpu(page))
         ]
 
     def _settle(self, layer: int, wanted: Sequence[Page]) -> None:
@@ -384,7 +382,7 @@ class ExpertStore:
                 self._arrive(page, flying)
             elif page in self._slots:
                 self._use_in_stream(page)
-            elif self.gpu is not None and page in self.gpu:
+            elif self._on_gpu(page):
                 self._traffic.gpu_pages += 1
             else:
                 break
@@ -406,9 +404,9 @@ class ExpertStore:
         self._stream_through(page)
 
     def _stream_through(self, page: Page) -> None:
-        self._ring.append(page)
+        self._ring[page] = None
         if len(self._ring) > self._ring_size:
-            self._ring.popleft()
+            del self._ring[next(iter(self._ring))]
 
     def _read_ahead(self, waiting: deque[Page], flying: dict[Page, Read]) -> bool:
         """Start reading the next missing pages, as many as the ring has slots for; the first one in any case.
@@ -416,7 +414,7 @@ class ExpertStore:
         True where all are being read.
         """
         for page in waiting:
-            if page in flying or page in self._slots or (self.gpu is not None and page in self.gpu):
+            if page in flying or page in self._slots or self._on_gpu(page):
                 continue
             if page in self._guesses:
                 flying[page] = self._claim(page)
@@ -446,10 +444,11 @@ class ExpertStore:
         """A slot for a streamed page: a free one, the one of the page streamed longest ago, or one that decode had."""
         if slots := self._slots.take(1):
             return slots[0]
+        kept = self._kept()
         if len(self._ring) + len(self._ahead) + n_flying >= self._ring_size:
-            gone = next((page for page in self._ring if page not in self._kept), None)
+            gone = next((page for page in self._ring if page not in kept), None)
             return None if gone is None else self._evict(gone)
-        victims = self._slots.victims(1, self._kept | self._ahead)
+        victims = self._slots.victims(1, kept | self._ahead)
         return self._evict(victims[0]) if victims else None
 
     @property
