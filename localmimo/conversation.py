@@ -5,7 +5,6 @@ Knows engines by their prompts and their session; nothing of terminals.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from localmimo.errors import BadRequest, BadSession
 from localmimo.home import home
 from localmimo.messages import check_messages
+from quant.aside import written_aside
 from quant.smallfile import read_small
 
 if TYPE_CHECKING:
@@ -100,16 +100,12 @@ def load(engine: "Engine", name: str, tools: Schemas) -> tuple[Conversation, int
 def _write(path: Path, conversation: Conversation) -> int:
     value = {"version": VERSION, "saved": datetime.now().astimezone().isoformat(timespec="seconds")}
     value |= {name: getattr(conversation, name) for name in Conversation.__slots__}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     text = json.dumps(value, ensure_ascii=False)
     try:
-        aside.write_text(text, "utf-8", "surrogatepass")
-        aside.chmod(0o600)
-        aside.replace(path)
+        with written_aside(path, 0o600) as file:
+            file.write(text.encode("utf-8", "surrogatepass"))
     except OSError as error:
         raise BadSession(f"The session cannot be written to {path}: {error.strerror or error}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return path.stat().st_size
 
 

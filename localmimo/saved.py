@@ -3,18 +3,18 @@
 Knows files, bytes and whom a file belongs to. Must not know what the tensors mean, nor hold a model or a cache.
 """
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from localmimo.errors import BadSession
 from quant import kernels
+from quant.aside import written_aside
 from quant.codec import PartSpec
 from quant.shard import DTYPE_NAMES, Shard, ShardPlan, Stored, plan_shard
 
@@ -63,34 +63,24 @@ class Identity:
 
 def write(path: Path, identity: Identity, facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
     """Write the file whole or not at all; its bytes. Raises BadSession where the disk refuses."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        n_bytes = _write(aside, {"format": FORMAT, "version": VERSION} | asdict(identity) | facts, tensors)
-        aside.replace(path)
-        _sync_folder(path.parent)
+        with written_aside(path, 0o600) as file:  # private text
+            return _write(file, {"format": FORMAT, "version": VERSION} | asdict(identity) | facts, tensors)
     except OSError as error:
         raise BadSession(f"The session cannot be written to {path}: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            aside.unlink()
-    return n_bytes
 
 
-def _write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
+def _write(file: BinaryIO, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
     plan = _plan(metadata, tensors, _NO_CHECKSUM)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:  # noqa: PTH123 (an open descriptor: the mode matters, it is private text)
-        file.write(plan.header)
-        checksum = 0
-        for name in sorted(plan.offsets, key=plan.offsets.__getitem__):
-            for piece in _pieces(tensors[name]):
-                checksum = kernels.crc32(piece, checksum)
-                file.write(piece.numpy().data)
-        file.seek(0)
-        file.write(_plan(metadata, tensors, f"{checksum:08x}").header)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(plan.header)
+    checksum = 0
+    for name in sorted(plan.offsets, key=plan.offsets.__getitem__):
+        for piece in _pieces(tensors[name]):
+            checksum = kernels.crc32(piece, checksum)
+            file.write(piece.numpy().data)
+    file.seek(0)
+    file.write(_plan(metadata, tensors, f"{checksum:08x}").header)
     return plan.n_bytes
 
 
@@ -103,14 +93,6 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor's bytes in order, flat; without a copy of the whole where its first axis is strided."""
     for part in [tensor] if tensor.is_contiguous() else tensor.unbind(0):
         yield part.contiguous().view(-1).view(torch.uint8)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class SavedSession:

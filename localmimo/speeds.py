@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localmimo.home import home
+from quant.aside import written_aside
 
 N_READERS = 4  # reads in flight, as in `experts.tiers`
 ALIGN = 4096
@@ -176,9 +177,8 @@ def keep(key: str, figures: dict[str, Any]) -> None:
     """Remember a measurement; a home that can not be written is no reason to fail."""
     entries = _read() | {key: figures | {"at": time.time()}}
     try:
-        aside = home() / f"{CACHE}.{os.getpid()}.tmp"
-        aside.write_text(json.dumps(entries))
-        aside.replace(home() / CACHE)
+        with written_aside(home() / CACHE) as file:
+            file.write(json.dumps(entries).encode())
     except OSError:
         pass
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quant.aside import written_aside
 from quant.errors import BadCheckpoint, NoSpace, Unreachable
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # owner/name, perhaps @revision
@@ -76,7 +77,8 @@ class Hub:
         if begun:
             begun.parent.mkdir(parents=True, exist_ok=True)
             facts = {"repository": self.repository, "commit": commit, "files": [*map(asdict, files.values())]}
-            begun.write_text(json.dumps(facts))
+            with written_aside(begun) as file:
+                file.write(json.dumps(facts).encode())
         return commit, files
 
     def _ask(self, revision: str | None) -> tuple[str, dict[str, HubFile]]:

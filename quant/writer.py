@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from quant.aside import sync_folder
 from quant.errors import BadRecipe, NoSpace, NotWritable
 from quant.listing import size_text
 from quant.pack import MANIFEST
@@ -122,7 +123,7 @@ class PackWriter:
             digest = flush_and_hash(aside)
             record = {"file": name, "bytes": aside.stat().st_size, "sha256": digest, **record}
             aside.replace(self.folder / name)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             self._journal(record)
         self.done[name] = record
         return record
@@ -144,13 +145,13 @@ class PackWriter:
     def publish(self) -> None:
         """Give a complete folder its final name."""
         with self._disk_errors():
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             (self.folder / JOURNAL).unlink(missing_ok=True)
             for stray in self.folder.glob("*.tmp"):
                 stray.unlink()
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             self.folder.rename(self.out)
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
 
     @property
     def complete(self) -> bool:
@@ -169,7 +170,7 @@ class PackWriter:
         aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         flush_and_hash(aside)
         aside.replace(self.folder / JOURNAL)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _journal(self, record: Record) -> None:
         with (self.folder / JOURNAL).open("a") as journal:
@@ -265,11 +266,3 @@ def _take(fd: int, folder: Path) -> None:
         raise NotWritable(f"Another process is converting into {folder}. Wait for it or stop it.") from error
     if not folder.exists() or not os.path.samestat(os.fstat(fd), folder.stat()):
         raise NotWritable(f"{folder} was just finished or removed. Run the same command again.")
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from localmimo.errors import BadRequest
 from localmimo.home import home
+from quant.aside import written_aside
 
 SESSION_TOKENS = 512
 PROFILE_TOKENS = 2048
@@ -160,15 +161,8 @@ def write_profile(path: Path, profile: Profile) -> None:
     n_rows, n_experts = profile.uses.shape
     header = json.dumps(_header(float(profile.tokens), zlib.crc32(data), n_rows, n_experts)).encode()
     header += b" " * (-len(header) % 8)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header + data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header + data)
 
 
 @contextmanager
