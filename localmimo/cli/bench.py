@@ -9,20 +9,21 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 from localmimo.cli.benchplot import chart, check_plot, draw, has_matplotlib
 from localmimo.cli.card import card, card_lines
 from localmimo.cli.frame import INTERRUPTED
+from localmimo.cli.opener import OpenFlags, open_engine
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
 from localmimo.estimate import decode_range
 from localmimo.experts.trace import TraceWriter
-from localmimo.machine import format_bytes, parse_bytes
+from localmimo.machine import format_bytes
 from localmimo.plan import DEFAULT_CONTEXT
 from localmimo.speeds import Speeds, file_spots, measured_speeds
 from localmimo.structure import Structure, structure_of
@@ -51,13 +52,8 @@ class Request:
     prompt_tokens: int = 512
     max_tokens: int = 64
     repeat: int = 3
-    context: int | None = None
-    ram: str | None = None
-    kv: str = "auto"
     draft: str | None = None
-    profile: str | None = None
-    prefetch: bool = True
-    trust: bool = False
+    opening: OpenFlags = field(default_factory=lambda: OpenFlags(profile=None))  # its draft is `drafting`
     cold: bool = False
     check_plan: bool = False
     record: Path | None = None
@@ -72,13 +68,19 @@ class Request:
         return max(self.depths) + self.prompt_tokens + self.max_tokens
 
     @property
-    def drafting(self) -> int | Literal["auto"]:
+    def context(self) -> int | None:
+        """The context that was asked for."""
+        return None if self.opening.context is None else parse_count(self.opening.context, "--context")
+
+    @property
+    def drafting(self) -> str:
         """A trace and the plan's arithmetic know one token at a time; else drafts as they pay."""
-        asked = self.draft or ("0" if self.record or self.check_plan else "auto")
-        return "auto" if asked == "auto" else int(asked)
+        return self.draft or ("0" if self.record or self.check_plan else "auto")
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        asked = asdict(self)
+        opening: dict[str, Any] = asked.pop("opening")
+        return opening | asked | {"context": self.context}
 
 
 def parse_depths(text: str) -> tuple[int, ...]:
@@ -97,7 +99,7 @@ def run_bench(request: Request, ui: Ui) -> int:
         log = None if request.stats_json is None else files.enter_context(_log(request.stats_json))
         trace = None if request.record is None else files.enter_context(_trace(request.record))
         sheet = Sheet(request, ui, log, trace)
-        return sheet.fill(lambda: _open(request, folder, context, ui))
+        return sheet.fill(lambda: _open(request, context, ui))
 
 
 def _check_early(request: Request) -> Path | None:
@@ -111,9 +113,8 @@ def _check_early(request: Request) -> Path | None:
             f"--max-tokens is {request.max_tokens}; the first token comes with the prompt, so at least 2."
         )
     _check_draft(request)
-    if request.ram is not None:
-        parse_bytes(request.ram)
-    if request.cold and request.profile is not None:
+    request.opening.check()
+    if request.cold and request.opening.profile is not None:
         raise BadRequest("--cold starts from nothing: leave out --profile.")
     if request.plot is not None:
         check_plot(request.plot)
@@ -157,25 +158,9 @@ def _trace(path: Path) -> TraceWriter:
         raise BadRequest(f"--record: {path} cannot be written ({error.strerror}).") from None
 
 
-def _open(request: Request, folder: Path | None, context: int, ui: Ui) -> Engine:
-    from localmimo.embedded import embedded_pack
-    from localmimo.engine import load
-
-    folder = folder or embedded_pack()
-    ui.status.show(f"  opening {folder.name} ...", now=True)
-    try:
-        return load(
-            folder,
-            context=context,
-            ram=request.ram,
-            kv=request.kv,  # type: ignore[arg-type]
-            draft=request.drafting,
-            profile=request.profile,
-            prefetch=request.prefetch,
-            trust=request.trust,
-        )
-    finally:
-        ui.status.clear()
+def _open(request: Request, context: int, ui: Ui) -> Engine:
+    flags = replace(request.opening, context=str(context), draft=request.drafting)
+    return open_engine(None if request.model == EMBEDDED else request.model, flags, ui)
 
 
 class Sheet:

@@ -1,4 +1,4 @@
-"""`localmimo chat`: finds out what is asked, opens the engine, then answers once or hands over to the Repl.
+"""`localmimo chat`: finds out what is asked, has the engine opened, then answers once or hands over to the Repl.
 
 Knows flags, stdin and folders; nothing of keys or of how an answer looks.
 """
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from localmimo.cli.opener import OpenFlags, open_engine
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.toolbox import Ask, Toolbox
-from localmimo.cli.ui import Ui, parse_count
+from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
-from localmimo.machine import format_bytes, parse_bytes
+from localmimo.machine import format_bytes
 
 if TYPE_CHECKING:
     from localmimo.answer import Answer
@@ -35,14 +36,7 @@ class Options:
     """The command line of `localmimo chat`."""
 
     arguments: tuple[str, ...] = ()
-    context: str | None = None
-    ram: str | None = None
-    dtype: str = "auto"
-    kv: str = "auto"
-    profile: str = "default"  # "none": no statistics are kept
-    prefetch: bool = True
-    trust: bool = False
-    draft: str = "auto"
+    opening: OpenFlags = field(default_factory=OpenFlags)
     schema: Path | None = None
     grammar: str | None = None
     system: str | None = None
@@ -58,7 +52,7 @@ class Options:
     stats_json: str | None = None
 
 
-Opener = Callable[[str | None, Options, Ui], "Engine"]
+Opener = Callable[[str | None, OpenFlags, Ui], "Engine"]
 
 
 def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: Opener | None = None) -> int:
@@ -76,7 +70,7 @@ def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: 
     try:
         for path in options.tools:
             toolbox.open(path)
-        with (opener or open_engine)(model, options, ui) as engine:
+        with (opener or open_engine)(model, options.opening, ui) as engine:
             if prompt is None:
                 return _converse(engine, options, ui, system, manner, toolbox)
             toolbox.ask = _asker(stdin, ui)
@@ -111,10 +105,7 @@ def _looks_like_path(text: str) -> bool:
 
 def _check_early(options: Options) -> None:
     """What can be refused before the slow imports."""
-    if options.context is not None:
-        parse_count(options.context, "--context")
-    if options.ram is not None:
-        parse_bytes(options.ram)
+    options.opening.check()
     for path in options.tools:
         if not Path(path).expanduser().is_file():
             raise BadRequest(f"--tools: there is no file {path}.")
@@ -156,28 +147,6 @@ def _system_text(system: str | None, flag: str = "--system") -> str | None:
         return path.read_text("utf-8").strip()
     except UnicodeDecodeError:
         raise BadRequest(f"{flag}: {path} is no UTF-8 text.") from None
-
-
-def open_engine(model: str | None, options: Options, ui: Ui) -> Engine:
-    """Load the model, saying so while it lasts."""
-    context = None if options.context is None else parse_count(options.context, "--context")
-    folder = None if model is None else pack_folder(model)
-    ui.status.show(f"  opening {model or EMBEDDED} ...", now=True)
-    try:
-        from localmimo.embedded import embedded_pack
-        from localmimo.engine import load
-
-        if folder is None:
-            ui.status.clear()  # the first use says what it does
-        folder = folder or embedded_pack()
-        ui.status.show(f"  opening {folder.name} ...", now=True)
-        return load(
-            folder, context=context, ram=options.ram, dtype=options.dtype, kv=options.kv,  # type: ignore[arg-type]
-            profile=None if options.profile == "none" else options.profile,
-            prefetch=options.prefetch, trust=options.trust, draft=options.draft,  # type: ignore[arg-type]
-        )  # fmt: skip
-    finally:
-        ui.status.clear()
 
 
 def _manner(options: Options, ui: Ui) -> Manner:

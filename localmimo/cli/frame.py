@@ -50,6 +50,24 @@ Quiet = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
+# How a pack is opened: the same words wherever one is.
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A pack's folder, or mimo-mini.  [default: mimo-mini]", show_default=False
+    ),
+]
+Context = Annotated[
+    str | None, typer.Option("-c", "--context", metavar="N", help="Positions of the context, such as 32k.")
+]
+Ram = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
+]
+Dtype = Annotated[str, typer.Option(metavar="TYPE", help="Of activations: auto, float32, bfloat16.")]
+Kv = Annotated[
+    str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
+]
+
 Profile = Annotated[
     str,
     typer.Option(

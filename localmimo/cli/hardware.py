@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from localmimo.cli.frame import Json, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.frame import Context, Json, Quiet, Ram, Verbose, carry_out, ui_of
 
 
 def plan(
@@ -21,17 +21,12 @@ def plan(
             help="A pack, a checkpoint folder, a config.json, or a name such as mimo-v2-flash.",
         ),
     ],
-    context: Annotated[
-        str | None,
-        typer.Option("-c", "--context", metavar="N", help="Positions of the context, such as 32k."),
-    ] = None,
+    context: Context = None,
     max_context: Annotated[
         bool, typer.Option("--max-context", help="Find the longest context that fits.")
     ] = False,
     kv: Annotated[str, typer.Option(metavar="TYPE", help="Of the KV cache: bf16, int8, float32.")] = "bf16",
-    ram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
-    ] = None,
+    ram: Ram = None,
     vram: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of a GPU, such as 24GiB (arithmetic only).")
     ] = None,

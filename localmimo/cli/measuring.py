@@ -7,16 +7,11 @@ from typing import Annotated
 
 import typer
 
-from localmimo.cli.frame import Json, NoPrefetch, Quiet, Trust, Verbose, carry_out, ui_of
+from localmimo.cli.frame import Json, Kv, Model, NoPrefetch, Quiet, Ram, Trust, Verbose, carry_out, ui_of
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="A pack's folder, or mimo-mini.  [default: mimo-mini]", show_default=False
-        ),
-    ] = None,
+    model: Model = None,
     depths: Annotated[
         str, typer.Option(metavar="N[,N...]", help="Tokens of context before the prompt, such as 0,2k,8k.")
     ] = "0",
@@ -38,12 +33,8 @@ def bench(
             help="Positions of the context.  [default: as chat, or what is needed]",
         ),
     ] = None,
-    ram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
-    ] = None,
-    kv: Annotated[
-        str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
-    ] = "auto",
+    ram: Ram = None,
+    kv: Kv = "auto",
     draft: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +91,7 @@ def bench(
     other text. Ctrl-C shows what was measured so far.
     """
     from localmimo.cli.bench import Request, parse_depths, run_bench
+    from localmimo.cli.opener import OpenFlags
     from localmimo.cli.packs import EMBEDDED
     from localmimo.cli.ui import parse_count
 
@@ -109,13 +101,10 @@ def bench(
         prompt_tokens=parse_count(prompt_tokens, "--prompt-tokens"),
         max_tokens=max_tokens,
         repeat=repeat,
-        context=None if context is None else parse_count(context, "--context"),
-        ram=ram,
-        kv=kv,
         draft=draft,
-        profile=profile,
-        prefetch=not no_prefetch,
-        trust=trust,
+        opening=OpenFlags(
+            context=context, ram=ram, kv=kv, profile=profile, prefetch=not no_prefetch, trust=trust
+        ),
         cold=cold,
         check_plan=check_plan,
         record=record and record.expanduser(),

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmimo.cli.chat import Options, open_engine
-from localmimo.cli.ui import Ui, parse_count
+from localmimo.cli.opener import OpenFlags, open_engine
+from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
 from localmimo.machine import parse_bytes
 from localmimo.serve.address import is_loopback, listen
@@ -41,7 +41,7 @@ class Serving:
     queue: int = 8
     sessions_dir: Path | None = None
     sessions_disk: str = "50GiB"
-    opening: Options = field(default_factory=Options)
+    opening: OpenFlags = field(default_factory=OpenFlags)
 
 
 def run_serve(job: Serving, ui: Ui) -> int:
@@ -69,10 +69,7 @@ def _check_early(job: Serving, key: str | None) -> None:
             "or leave --host at 127.0.0.1."
         )
     parse_bytes(job.sessions_disk)
-    if job.opening.context is not None:
-        parse_count(job.opening.context, "--context")
-    if job.opening.ram is not None:
-        parse_bytes(job.opening.ram)
+    job.opening.check()
 
 
 async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from localmimo.cli import app, bench
 from localmimo.cli.bench import Request, parse_depths, run_bench
+from localmimo.cli.opener import OpenFlags
 from localmimo.corpus import Corpus
 from localmimo.draft import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
@@ -30,9 +31,14 @@ SMALL: dict[str, Any] = {
     "max_tokens": 5,
     "repeat": 2,
     "depths": (0, 64),
-    "context": 256,
-    "ram": "96MiB",
 }
+
+
+def small(**given: Any) -> Request:
+    """A small run, but for what is given."""
+    flags = {"context": "256", "ram": "96MiB", "profile": None}
+    opening = flags | {name: given.pop(name) for name in ("profile", "ram", "kv") if name in given}
+    return Request(**SMALL | given, opening=OpenFlags(**opening))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ text: mimo-mini's held-out conversations; the answer is the likeliest token each
 
 
 def test_the_table() -> None:
-    code, shown = run(Request(**SMALL))
+    code, shown = run(small())
     assert code == 0 and shown.err == ""
     assert re.fullmatch(TABLE, shown.out), shown.out
 
@@ -71,7 +77,7 @@ def test_the_table() -> None:
 def test_json_and_a_line_per_step(pack: Path, tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
     log.write_text("{}\n")  # lines are appended
-    request = Request(model=str(pack), stats_json=log, as_json=True, form="md", **SMALL)
+    request = small(model=str(pack), stats_json=log, as_json=True, form="md")
     code, shown = run(request)
     (line,) = shown.out.splitlines()
     facts = json.loads(line)
@@ -102,7 +108,7 @@ def test_json_and_a_line_per_step(pack: Path, tmp_path: Path) -> None:
 def test_a_profile_only_where_one_is_named(tmp_path: Path) -> None:
     folder = make_pack(tmp_path, experts="nf4", dense="int8")
     for profile in (None, "mine"):
-        request = Request(model=str(folder), profile=profile, as_json=True, **SMALL)
+        request = small(model=str(folder), profile=profile, as_json=True)
         assert json.loads(run(request)[1].out)["requested"]["profile"] == profile
         assert (folder / "stats").exists() == (profile is not None)
     assert (folder / "stats" / "mine.safetensors").is_file()
@@ -117,7 +123,7 @@ def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPa
         sheet._engine._store._disk.direct = False
 
     monkeypatch.setattr(bench.Sheet, "took", squeeze)
-    shown = run(Request(model=str(pack), as_json=True, **SMALL))[1]
+    shown = run(small(model=str(pack), as_json=True))[1]
     facts = json.loads(shown.out)
     assert facts["effective"]["slots_now"] == facts["results"][0]["n_slots"] == 12
     assert facts["effective"]["direct_reads"] is False and "pages came through the page cache" in shown.err
@@ -126,7 +132,7 @@ def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_trace_of_the_answers(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "trace.jsonl"
-    facts = json.loads(run(Request(model=str(pack), record=path, as_json=True, **SMALL))[1].out)
+    facts = json.loads(run(small(model=str(pack), record=path, as_json=True))[1].out)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     layers = [1, 2, 3, 4]
     assert [(it["step"], it["layer"]) for it in lines] == [(s, layer) for s in range(16) for layer in layers]
@@ -140,7 +146,7 @@ def test_a_trace_of_the_answers(pack: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_drafts_are_counted(tmp_path: Path) -> None:
     folder = make_pack(tmp_path, experts="nf4", dense="int8", mtp=3)
-    facts = json.loads(run(Request(model=str(folder), draft="2", as_json=True, **SMALL))[1].out)
+    facts = json.loads(run(small(model=str(folder), draft="2", as_json=True))[1].out)
     assert facts["effective"]["draft"] == {"setting": 2, "heads": 2}
     for found in facts["results"]:  # 4 tokens after the first one, the last pass without room for a draft
         assert found["drafts"]["drafted"] > 0 and found["decode"]["n_tokens"] == 8
@@ -148,7 +154,7 @@ def test_drafts_are_counted(tmp_path: Path) -> None:
 
 
 def test_cold_runs_start_from_nothing(pack: Path) -> None:
-    request = Request(model=str(pack), as_json=True, cold=True, **SMALL)
+    request = small(model=str(pack), as_json=True, cold=True)
     facts = json.loads(run(request)[1].out)
     for found in facts["results"]:
         assert found["prompt_tokens"] == found["depth"] + 24 and found["prefill"]["hits"]["disk"] == 1.0
@@ -158,7 +164,7 @@ def test_no_words_for_the_vocabulary(tmp_path: Path) -> None:
     """A pack without a tokenizer is measured with drawn tokens, and says so."""
     for _ in convert(make_checkpoint(tmp_path / "hf"), tmp_path / "pack"):
         pass
-    request = Request(model=str(tmp_path / "pack"), as_json=True, **(SMALL | {"repeat": 1}))
+    request = small(model=str(tmp_path / "pack"), as_json=True, repeat=1)
     facts = json.loads(run(request)[1].out)
     assert facts["text"] == {
         "from": "tokens drawn at random: the pack has no tokenizer of its own",
@@ -177,7 +183,7 @@ def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch)
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(bench.Sheet, "took", press)
-    code, shown = run(Request(model=str(pack), as_json=True, **SMALL))
+    code, shown = run(small(model=str(pack), as_json=True))
     facts = json.loads(shown.out)
     assert code == 130 and not facts["finished"] and " Interrupted after 2 whole runs of 4.\n" in shown.err
     assert [(it["depth"], it["n_runs"], it["decode"]["n_tokens"]) for it in facts["results"]] == [
@@ -236,7 +242,7 @@ def test_mistakes_need_no_torch() -> None:
 
 def test_a_budget_that_is_too_small(pack: Path) -> None:
     with pytest.raises(DoesNotFit, match=r"Give --ram \d+MiB"):
-        run(Request(model=str(pack), **(SMALL | {"ram": "1MiB"})))
+        run(small(model=str(pack), ram="1MiB"))
 
 
 def test_depths() -> None:
@@ -252,7 +258,7 @@ def test_the_plan_is_held_against_what_was_measured(
     pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
-    request = Request(model=str(pack), check_plan=True, as_json=True, kv="int8", **SMALL)
+    request = small(model=str(pack), check_plan=True, as_json=True, kv="int8")
     shown = run(request)[1]
     facts = json.loads(shown.out)
     assert facts["effective"]["kv_dtype"] == "int8"
@@ -273,7 +279,7 @@ def test_the_plan_is_held_against_what_was_measured(
 def test_a_picture(pack: Path, tmp_path: Path, ending: str, begins: bytes) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"speed.{ending}"
-    code, shown = run(Request(model=str(pack), plot=path, **SMALL))
+    code, shown = run(small(model=str(pack), plot=path))
     assert code == 0 and shown.err == f" The picture is in {path}.\n"
     assert path.read_bytes().startswith(begins)
 
@@ -283,7 +289,7 @@ def test_a_picture_in_text_where_matplotlib_is_missing(
 ) -> None:
     monkeypatch.setattr(bench, "has_matplotlib", lambda: False)
     path = tmp_path / "speed.png"
-    code, shown = run(Request(model=str(pack), plot=path, **SMALL))
+    code, shown = run(small(model=str(pack), plot=path))
     assert code == 0 and not path.exists()
     assert shown.err == (
         f" matplotlib is not installed (pip install 'localmimo[plot]'), so {path} is not written:\n"
@@ -295,10 +301,10 @@ def test_a_picture_in_text_where_matplotlib_is_missing(
 
 def test_a_line_that_lives_while_it_runs(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localmimo.cli.ui.REDRAW_S", 0.0)
-    shown = run(Request(model=str(pack), **SMALL), terminal=True)[1]
+    shown = run(small(model=str(pack)), terminal=True)[1]
     assert re.search(r"\r depth 0 · run 1/2 · token \d/5 · [\d.]+ tok/s · experts ram \d+%", shown.err)
     assert " depth 64 · reading 24 of 24 tokens ━" in shown.err
-    assert "reading" not in run(Request(model=str(pack), **SMALL), terminal=True, quiet=True)[1].err
+    assert "reading" not in run(small(model=str(pack)), terminal=True, quiet=True)[1].err
 
 
 # ---- corpus ----

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from localmimo.cli.chat import Options, model_and_prompt, run_chat
+from localmimo.cli.opener import OpenFlags
 from localmimo.errors import BadModel, BadRequest
 
 from .scripted import INTERRUPT, Capture, ScriptedEngine
@@ -119,7 +120,7 @@ def test_ctrl_c_keeps_what_was_said_and_exits_130() -> None:
         ((" \n",), {}, None, "The prompt is empty: say something."),
         ((), {}, Piped(""), "The prompt is empty: say something."),
         ((), {"as_json": True}, None, "--json answers one prompt: give a PROMPT, or pipe it in."),
-        (("q",), {"context": "many"}, None, '--context is "many"; write a number such as 4096 or 32k.'),
+        (("q",), {"opening": OpenFlags(context="many")}, None, '--context is "many"; write a number such as 4096 or 32k.'),
         (("q",), {"system": "@/no/such"}, None, "--system: there is no file /no/such."),
     ],
 )

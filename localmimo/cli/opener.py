@@ -1,0 +1,59 @@
+"""Opens the engine that a command line asks for: the flags that chat, serve and bench share.
+
+Knows flags and sentences; imports torch only when a pack is opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from localmimo.cli.packs import EMBEDDED, pack_folder
+from localmimo.cli.ui import Ui, parse_count
+from localmimo.machine import parse_bytes
+
+if TYPE_CHECKING:
+    from localmimo.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFlags:
+    """How a pack is to be opened, as it was typed; the meanings are those of `localmimo.load`."""
+
+    context: str | None = None
+    ram: str | None = None
+    dtype: str = "auto"
+    kv: str = "auto"
+    profile: str | None = "default"  # "none" and None: no statistics are kept
+    prefetch: bool = True
+    trust: bool = False
+    draft: str = "auto"
+
+    def check(self) -> None:
+        """What can be refused before the slow imports. Raises BadRequest."""
+        if self.context is not None:
+            parse_count(self.context, "--context")
+        if self.ram is not None:
+            parse_bytes(self.ram)
+
+
+def open_engine(model: str | None, flags: OpenFlags, ui: Ui) -> Engine:
+    """Load a pack, None for the embedded model, saying so while it lasts."""
+    context = None if flags.context is None else parse_count(flags.context, "--context")
+    folder = None if model is None else pack_folder(model)
+    ui.status.show(f"  opening {model or EMBEDDED} ...", now=True)
+    try:
+        from localmimo.embedded import embedded_pack
+        from localmimo.engine import load
+
+        if folder is None:
+            ui.status.clear()  # the first use says what it does
+        folder = folder or embedded_pack()
+        ui.status.show(f"  opening {folder.name} ...", now=True)
+        return load(
+            folder, context=context, ram=flags.ram, dtype=flags.dtype, kv=flags.kv,  # type: ignore[arg-type]
+            profile=None if flags.profile == "none" else flags.profile,
+            prefetch=flags.prefetch, trust=flags.trust, draft=flags.draft,  # type: ignore[arg-type]
+        )  # fmt: skip
+    finally:
+        ui.status.clear()
