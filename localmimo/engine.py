@@ -434,6 +434,7 @@ class Engine:
                 yield self._timelines[0]
             finally:
                 self._holder = None
+                self._pager.publish()
 
     def _new_session(self) -> Session:
         return Session(

@@ -39,6 +39,7 @@ kv plan structure saved trail shapes
 estimate
 model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic
 experts.stats experts.recall experts.referee experts.trace
+experts.placement
 experts.adaptive
 experts.policy
 experts.replay

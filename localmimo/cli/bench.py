@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from localmimo.cli.benchplot import chart, check_plot, draw, has_matplotlib
+from localmimo.cli.benchplot import chart, draw
 from localmimo.cli.card import card, card_lines
 from localmimo.cli.frame import INTERRUPTED
 from localmimo.cli.opener import OpenFlags, open_engine
 from localmimo.cli.packs import EMBEDDED, pack_folder
+from localmimo.cli.plot import check_plot, picture
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
@@ -116,8 +117,7 @@ def _check_early(request: Request) -> Path | None:
     request.opening.check()
     if request.cold and request.opening.profile is not None:
         raise BadRequest("--cold starts from nothing: leave out --profile.")
-    if request.plot is not None:
-        check_plot(request.plot)
+    check_plot(request.plot)
     return None if request.model == EMBEDDED else pack_folder(request.model)
 
 
@@ -261,16 +261,11 @@ class Sheet:
             self._draw(self.request.plot, results, bench.runs)
 
     def _draw(self, path: Path, results: list[dict[str, Any]], runs: Sequence[Run]) -> None:
-        if has_matplotlib():
-            effective = self._facts["effective"]
-            slots = f"{self._engine.plan.n_slots:,} of {self._engine.plan.n_pages:,} experts in memory"
-            draw(path, f"{effective['model']} · {effective['experts']} · {slots}", results, runs)
-            self.ui.note(f" The picture is in {path}.")
-            return
-        self.ui.note(
-            f" matplotlib is not installed (pip install 'localmimo[plot]'), so {path} is not written:"
-        )
-        self._show("\n".join(chart(results, runs)))
+        effective = self._facts["effective"]
+        slots = f"{self._engine.plan.n_slots:,} of {self._engine.plan.n_pages:,} experts in memory"
+        title = f"{effective['model']} · {effective['experts']} · {slots}"
+        if not picture(path, lambda: draw(path, title, results, runs), self.ui):
+            self._show("\n".join(chart(results, runs)))
 
     def _check_plan(self, results: list[dict[str, Any]]) -> None:
         """The plan's arithmetic, with this machine's speeds as they are now and the hit rates as they were."""

@@ -5,32 +5,17 @@ Knows figures and steps; measures nothing. matplotlib is loaded when a file is d
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.ui import bar
-from localmimo.errors import BadRequest
 
 if TYPE_CHECKING:
     from localmimo.measure import Run, Taken
 
-FORMATS = (".svg", ".png")
 SLICES = 12  # of the time, in text
 COLOURS = {"gpu": "#2f6f4f", "ram": "#4f7fbf", "disk": "#d98b3a"}
-
-
-def check_plot(path: Path) -> None:
-    """Raises BadRequest where no picture can be drawn there."""
-    if path.suffix.lower() not in FORMATS:
-        raise BadRequest(f'--plot is "{path}"; its name must end in {" or ".join(FORMATS)}.')
-    if not path.absolute().parent.is_dir():
-        raise BadRequest(f"--plot: there is no folder {path.absolute().parent}.")
-
-
-def has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(path: Path, title: str, results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> None:

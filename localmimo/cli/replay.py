@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmimo.cli.plot import check_plot, draw_lines
+from localmimo.cli.plot import check_plot, draw_lines, picture
 from localmimo.cli.ui import Ui, parse_count, table
 from localmimo.errors import BadRequest
 
@@ -26,8 +26,7 @@ def run_replay(trace: Path, slots: str, plot: Path | None, ui: Ui, *, as_json: b
         raise BadRequest(f"There is no file {path}.")
     results = _replays(path, sizes, ui)
     if plot is not None:
-        draw_lines(plot, sizes, _curves(results), ("slots", "hit rate, %"))
-        ui.note(f" drawn: {plot}")
+        picture(plot, lambda: draw_lines(plot, sizes, _curves(results), ("slots", "hit rate, %")), ui)
     if as_json:
         ui.json([asdict(result) for result in results])
     else:

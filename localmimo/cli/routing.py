@@ -14,7 +14,11 @@ from localmimo.cli.frame import Json, Quiet, Verbose, carry_out, ui_of
 
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Also draw it (.svg or .png; needs the extra: plot)."),
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        help="Also draw it, .svg or .png, where matplotlib is installed (the extra: plot).",
+    ),
 ]
 
 
@@ -54,7 +58,9 @@ def stats(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
-    """Show how often each expert of each layer was used, as earlier sessions counted it."""
+    """Show how often each expert of each layer was used, as earlier sessions counted it.
+
+    And where it lies now, for every process that has the pack open with this profile."""
     from localmimo.cli.stats import run_stats
 
     ui = ui_of(verbose, quiet)

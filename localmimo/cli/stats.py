@@ -1,4 +1,4 @@
-"""`localmimo stats`: how often each expert of each layer was used, from a profile beside the pack."""
+"""`localmimo stats`: how often each expert of each layer was used, by a profile beside the pack, and where it lies."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.packs import EMBEDDED, pack_folder
-from localmimo.cli.plot import check_plot, draw_map
+from localmimo.cli.plot import check_plot, draw_map, picture
 from localmimo.cli.ui import Ui, table
 from localmimo.errors import BadRequest, LocalMimoError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from localmimo.experts.placement import Placement
     from localmimo.experts.profile import Profile
 
 N_HOTTEST = 4  # experts named per layer
@@ -29,21 +32,29 @@ def run_stats(
     hot_share: float = 0.1,
 ) -> int:
     """Carry the command out; the exit code."""
+    from localmimo.experts.placement import running
+
     check_plot(plot)
     _check_recipe(recipe, hot_share)
     folder = _folder(name)
-    layers, found, path = _profile(folder, profile)
+    counts, path = _layers(folder, profile)
+    layers, found = list(counts), _profile(path, counts)
+    held = running(path, counts)
     chances = (found.uses / max(found.tokens, 1e-9)).clip(0, 1)
     if plot is not None:
-        draw_map(plot, 100 * chances, layers, ("expert", "layer", "tokens that use it, %"))
-        ui.note(f" drawn: {plot}")
+        names = ("expert", "layer", "tokens that use it, %")
+        tiers = [placement.tiers for placement in held[:1]]
+        picture(plot, lambda: draw_map(plot, 100 * chances, layers, names, *tiers), ui)
     if recipe is not None:
         rules = hot_rules(layers, chances.tolist(), hot_share)
         recipe.write_text(f"# the hottest experts of {path}, {found.tokens:,.0f} tokens\n[rules]\n" + rules)
         ui.note(
             f" {recipe}: {rules.count(HOT_CODEC)} experts get {HOT_CODEC}. localmimo quantize ... --recipe {recipe}"
         )
-    facts = [facts_of(layer, row.tolist()) for layer, row in zip(layers, chances, strict=True)]
+    facts = [
+        facts_of(layer, row.tolist()) | {"held": {str(it.pid): _held(it, layer) for it in held}}
+        for layer, row in zip(layers, chances, strict=True)
+    ]
     if as_json:
         ui.json(
             {
@@ -68,13 +79,19 @@ def _folder(name: str) -> Path:
     return embedded_pack()
 
 
-def _profile(folder: Path, name: str) -> tuple[list[int], Profile, Path]:
-    """The MoE layers of a pack, and what a profile says of them. Raises LocalMimoError where there is none."""
-    from localmimo.experts.profile import BadProfile, profile_path, read_profile
+def _layers(folder: Path, profile: str) -> tuple[dict[int, int], Path]:
+    """The MoE layers of a pack with their numbers of experts, and the file of a profile."""
+    from localmimo.experts.profile import profile_path
     from quant.pack import Pack, experts_of
 
     with Pack.open(folder) as pack:
-        counts, path = experts_of(pack), profile_path(folder, pack.id, name)
+        return experts_of(pack), profile_path(folder, pack.id, profile)
+
+
+def _profile(path: Path, counts: Mapping[int, int]) -> Profile:
+    """What a profile says. Raises LocalMimoError where there is none."""
+    from localmimo.experts.profile import BadProfile, read_profile
+
     try:
         found = read_profile(path, len(counts), max(counts.values(), default=0))
     except BadProfile as error:
@@ -83,9 +100,16 @@ def _profile(folder: Path, name: str) -> tuple[list[int], Profile, Path]:
         ) from None
     if found is None:
         raise LocalMimoError(
-            f"There are no statistics in {path} yet: they are counted while a model answers (localmimo chat)."
+            f"There are no statistics in {path} yet: they are counted while a model answers, and "
+            "saved when it closes (localmimo chat)."
         )
-    return list(counts), found, path
+    return found
+
+
+def _held(placement: Placement, layer: int) -> dict[str, int]:
+    """Tier -> experts of a layer that a process has there now."""
+    counts = {tier: placement.count(layer, tier) for tier in ("gpu", "ram")}
+    return {tier: n for tier, n in counts.items() if n}
 
 
 def _check_recipe(recipe: Path | None, hot_share: float) -> None:
@@ -127,10 +151,13 @@ def facts_of(layer: int, chances: list[float]) -> dict[str, Any]:
 
 
 def report(layers: list[dict[str, Any]]) -> str:
-    """A line per layer: experts used at all, those that have half of the uses, and the hottest."""
+    """A line per layer: experts used at all, those that have half of the uses, the hottest; who holds how many now."""
+    pids = list(layers[0]["held"]) if layers else []
     lines = []
     for facts in layers:
         named = "  ".join(f"{expert} ({facts['chances'][expert]:.0%})" for expert in facts["hottest"])
         n_used = f"{facts['n_used']} of {len(facts['chances'])}"
-        lines.append([str(facts["layer"]), n_used, str(facts["half_of_uses"]), named])
-    return table(("layer", "used", "half of the uses", "hottest (share of tokens)"), lines, left=0)
+        held = [", ".join(f"{n} {tier}" for tier, n in facts["held"][pid].items()) or "-" for pid in pids]
+        lines.append([str(facts["layer"]), n_used, str(facts["half_of_uses"]), *held, named])
+    heads = ("layer", "used", "half of the uses", *(f"held by {pid}" for pid in pids))
+    return table((*heads, "hottest (share of tokens)"), lines, left=0)

@@ -3,10 +3,14 @@
 Opened and closed with an engine; knows neither tokens nor weights.
 """
 
+import math
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from localmimo.config import ModelConfig
+from localmimo.experts import placement
 from localmimo.experts.policy import Adaptive, Page
 from localmimo.experts.pressure import Pressure, low_bytes
 from localmimo.experts.profile import profile_path
@@ -16,6 +20,8 @@ from localmimo.machine import Machine
 from localmimo.plan import Plan
 from quant import Pack
 from quant.pack import experts_of
+
+PUBLISH_S = 1.0  # between two looks at where the pages lie, at least
 
 
 class Pager:
@@ -37,6 +43,8 @@ class Pager:
         self.store = ExpertStore(pack, plan.page_bytes, plan.n_slots, policy, prefetch=prefetch, trust=trust)
         self.store.warm(self._first_pages(pack, plan))
         low = low_bytes(Machine.probe().ram_bytes)
+        self._n_experts = experts_of(pack)
+        self._published_s = -math.inf
         self._pressure = Pressure(self.store, plan.page_bytes, low, _free_ram_bytes)
 
     def _first_pages(self, pack: Pack, plan: Plan) -> list[Page]:
@@ -48,10 +56,20 @@ class Pager:
         every = ((layer, expert) for layer, n in experts_of(pack).items() for expert in range(n))
         return hottest + [page for page in every if page not in known]
 
+    def publish(self) -> None:
+        """Let `stats` see where the pages lie now, if it has been a while."""
+        if self.profile is None or time.monotonic() - self._published_s < PUBLISH_S:
+            return
+        with suppress(OSError):  # a full disk is no reason to fail: nobody may be looking
+            placement.publish(self.profile, self.store.where(), self._n_experts)
+        self._published_s = time.monotonic()
+
     def close(self) -> None:
         """Stop reading, and add what was seen to the profile; a warning says where that cannot be saved."""
         self._pressure.close()
         self.store.close()
+        if self.profile is not None:
+            placement.withdraw(self.profile)
         if self.profile is not None and not self._stats.save(self.profile):
             warnings.warn(str(self._stats.warning), stacklevel=3)
 

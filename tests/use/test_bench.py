@@ -287,7 +287,7 @@ def test_a_picture(pack: Path, tmp_path: Path, ending: str, begins: bytes) -> No
 def test_a_picture_in_text_where_matplotlib_is_missing(
     pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "has_matplotlib", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     path = tmp_path / "speed.png"
     code, shown = run(small(model=str(pack), plot=path))
     assert code == 0 and not path.exists()

@@ -120,7 +120,12 @@ def test_ctrl_c_keeps_what_was_said_and_exits_130() -> None:
         ((" \n",), {}, None, "The prompt is empty: say something."),
         ((), {}, Piped(""), "The prompt is empty: say something."),
         ((), {"as_json": True}, None, "--json answers one prompt: give a PROMPT, or pipe it in."),
-        (("q",), {"opening": OpenFlags(context="many")}, None, '--context is "many"; write a number such as 4096 or 32k.'),
+        (
+            ("q",),
+            {"opening": OpenFlags(context="many")},
+            None,
+            '--context is "many"; write a number such as 4096 or 32k.',
+        ),
         (("q",), {"system": "@/no/such"}, None, "--system: there is no file /no/such."),
     ],
 )

@@ -1,13 +1,16 @@
 """`localmimo replay` and `localmimo stats`: exact output, JSON, pictures, and what they refuse."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from localmimo import load
 from localmimo.cli.app import run
+from localmimo.experts.placement import running
 from localmimo.experts.profile import profile_path
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.trace import TraceWriter
@@ -52,7 +55,7 @@ def test_pictures(trace: Path, tmp_path: Path, suffix: str, capsys: pytest.Captu
     pytest.importorskip("matplotlib")
     plot = tmp_path / f"curve.{suffix}"
     assert run(["replay", str(trace), "--slots", "4,6,9", "--plot", str(plot)]) == 0
-    assert f"drawn: {plot}" in capsys.readouterr().err
+    assert f"The picture is in {plot}." in capsys.readouterr().err
     assert plot.read_bytes().startswith(b"<?xml" if suffix == "svg" else b"\x89PNG")
 
 
@@ -138,6 +141,48 @@ def test_a_recipe_for_the_hottest(pack: Path, tmp_path: Path, capsys: pytest.Cap
     assert (recipe.experts, recipe.dense) == ("nf4", "int8")
     for bad in (["--recipe", "hot.txt"], ["--hot-share", "0"], ["--hot-share", "1.5"]):
         assert run(["stats", str(pack), *bad]) == 2
+
+
+def test_where_the_experts_lie_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_pack(tmp_path, experts="nf4", dense="int8")
+
+    def held() -> list[dict[str, dict[str, int]]]:
+        assert run(["stats", str(folder), "--json"]) == 0
+        return [it["held"] for it in json.loads(capsys.readouterr().out.splitlines()[-1])["layers"]]
+
+    with load(folder, context=128) as engine:
+        engine.generate("first words", max_tokens=3)
+    assert held() == [{}] * 4  # nobody has it open
+    with load(folder, context=128) as engine:
+        engine._store.wait_until_warm(30)
+        engine.generate("more words", max_tokens=3)
+        mine = str(os.getpid())
+        assert [it[mine]["ram"] for it in held()] == [
+            sum(at == layer for at, _ in engine._store.where()) for layer in engine.config.moe_layers
+        ]
+        assert run(["stats", str(folder)]) == 0
+        assert f"held by {mine}" in capsys.readouterr().out
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert run(["stats", str(folder), "--plot", str(tmp_path / "map.png")]) == 0
+        out, err = capsys.readouterr()
+        assert (
+            "matplotlib is not installed" in err and "hottest" in out and not (tmp_path / "map.png").exists()
+        )
+    assert held() == [{}] * 4 and not list((folder / "stats").glob("*.placement"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"", b"[" * 5000, b'{"pid": 1}', b'{"pid": 1, "began": 0, "tiers": {"1": "rr"}}',
+        b'{"pid": -5, "began": 0, "tiers": {}}', b'{"pid": 1e999, "began": 0, "tiers": {}}', b"\xff\xfe",
+    ],
+)  # fmt: skip
+def test_leftovers_and_nonsense_hold_nothing(tmp_path: Path, said: bytes) -> None:
+    (tmp_path / "default.1.placement").write_bytes(said)
+    assert running(tmp_path / "default.safetensors", {1: 2}) == []
 
 
 def test_a_map_of_experts(pack: Path, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Placement: where the pages lie that a running engine holds, in a small file that other processes can look at.
+
+The file stands beside the profile while the engine is open: `stats` reads it. Knows pages and tiers; no bytes.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from localmimo.experts.stats import Page
+from quant.aside import written_aside
+from quant.smallfile import read_small
+
+LETTERS = {"ram": "r", "gpu": "g"}  # of a page's tier; any other letter: on disk alone
+MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one process holds: layer -> a letter per expert."""
+
+    pid: int
+    tiers: Mapping[int, str]
+
+    def count(self, layer: int, tier: str) -> int:
+        """Experts of a layer that lie in a tier, "ram" or "gpu"."""
+        return self.tiers.get(layer, "").count(LETTERS[tier])
+
+
+def publish(profile: Path, where: Mapping[Page, str], n_experts: Mapping[int, int]) -> None:
+    """Say where this process has its pages; n_experts: layer -> how many there are. Raises OSError."""
+    tiers = {
+        layer: "".join(LETTERS.get(where.get((layer, expert), ""), ".") for expert in range(n))
+        for layer, n in n_experts.items()
+    }
+    profile.parent.mkdir(parents=True, exist_ok=True)
+    said = {"pid": os.getpid(), "began": _began(os.getpid()), "tiers": tiers}
+    with written_aside(_path(profile, os.getpid())) as file:
+        file.write(json.dumps(said).encode())
+
+
+def withdraw(profile: Path) -> None:
+    """This process holds nothing any more."""
+    with suppress(OSError):
+        _path(profile, os.getpid()).unlink()
+
+
+def running(profile: Path, n_experts: Mapping[int, int]) -> list[Placement]:
+    """What the processes that have this profile open hold now; files of dead ones and unusable files do not count."""
+    found = [_read(path, n_experts) for path in sorted(profile.parent.glob(f"{profile.stem}.*.placement"))]
+    return [placement for placement in found if placement is not None]
+
+
+def _path(profile: Path, pid: int) -> Path:
+    return profile.with_name(f"{profile.stem}.{pid}.placement")
+
+
+def _read(path: Path, n_experts: Mapping[int, int]) -> Placement | None:
+    try:
+        said = json.loads(read_small(path, MOST_BYTES))
+        pid, tiers = int(said["pid"]), {int(layer): str(row) for layer, row in said["tiers"].items()}
+        lives = _began(pid) == said["began"]
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        psutil.Error,
+    ):
+        return None
+    fits = {layer: len(row) for layer, row in tiers.items()} == dict(n_experts)
+    return Placement(pid, tiers) if lives and fits else None
+
+
+def _began(pid: int) -> float:
+    """When a process began: its number may be another one's later. Raises psutil.Error where there is none."""
+    return float(psutil.Process(pid).create_time())
