@@ -10,6 +10,9 @@ at random, so that routing is as uniform as the router makes it: no policy can h
   token against the larger of bytes over probe speed and the compute time with every expert in RAM (`overlap_ratio`).
 * `prefetch`: the same with and without guesses.
 * `restart`: the speed of the first 64 tokens after the engine was closed and opened again, against the last 64 before.
+* `bookkeeping` (only where named; on a pack of many small pages, `make_checkpoint --shape pages`: 12,032): what store
+  and policy take per token where every page has a slot (benchmarks.policy: where not), and what a read costs the asking
+  thread through our readers and through concurrent.futures.
 * `same_tokens`: greedy tokens under both budgets, with and without guesses, and with slots revoked in mid-answer.
 """
 
@@ -20,7 +23,8 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,10 @@ from typing import Any
 import torch
 
 from localmimo import Engine, load
-from localmimo.experts.readers import Task
+from localmimo.experts.adaptive import Adaptive
+from localmimo.experts.readers import Readers, Task
+from localmimo.experts.stats import RouterStats
+from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import N_READERS, DiskTier, RamTier
 from localmimo.session import Session
 from quant import Pack
@@ -152,6 +159,60 @@ def greedy(path: Path, ram: int | None, prefetch: bool, revoke: bool) -> list[in
         return tokens
 
 
+def bookkeeping(path: Path, n: int) -> dict[str, float]:
+    """Milliseconds of the store and the policy per token, every page in RAM: the least and the median of n tokens."""
+    with Pack.open(path) as pack:
+        n_experts = experts_of(pack)
+        stats = RouterStats(list(n_experts), max(n_experts.values()))
+        store = ExpertStore(pack, pack.page.bytes, pack.n_pages, Adaptive(stats, room_for_all=True))
+        store.warm([(layer, expert) for layer, k in n_experts.items() for expert in range(k)])
+        store.wait_until_warm()
+        draw, times = random.Random(12), []
+        for _ in range(n):
+            chosen = {layer: sorted(draw.sample(range(k), 8)) for layer, k in n_experts.items()}
+            began = time.perf_counter()
+            for layer, experts in chosen.items():
+                for _arrivals in store.fetch(layer, experts):
+                    pass
+            times.append(1e3 * (time.perf_counter() - began))
+        store.close()
+    return {"n_pages": pack.n_pages, "least_ms": min(times), "median_ms": statistics.median(times)}
+
+
+def microseconds_a_read(n: int) -> dict[str, float]:
+    """What asking for eight reads and taking them as they come costs the asking thread, through either: medians."""
+    readers, pool = Readers(N_READERS), ThreadPoolExecutor(N_READERS)
+    times: dict[str, list[float]] = {"readers": [], "futures": []}
+    for _ in range(n):
+        times["readers"].append(_timed(lambda: _take_all([readers.demand(_job) for _ in range(8)], readers)))
+        times["futures"].append(_timed(lambda: _take_futures({pool.submit(_job) for _ in range(8)})))
+    readers.close()
+    pool.shutdown()
+    return {name: 1e6 / 8 * statistics.median(taken) for name, taken in times.items()}
+
+
+def _job() -> None:
+    """As long as a read of a page takes, and as little of the processor."""
+    time.sleep(0.002)
+
+
+def _timed(work: Callable[[], None]) -> float:
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began
+
+
+def _take_all(tasks: list[Task], readers: Readers) -> None:
+    while tasks:
+        readers.wait(tasks, None)
+        tasks = [task for task in tasks if not task.done()]
+
+
+def _take_futures(tasks: set[Future[None]]) -> None:
+    while tasks:
+        _, tasks = wait(tasks, return_when=FIRST_COMPLETED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -163,11 +224,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
     options = parser.parse_args()
     pack, parts = Pack.open(options.pack), options.only.split(",")
-    ram = budget_for(options.pack, options.share)
     found: dict[str, Any] = {
         "pack": pack.name, "page_bytes": pack.page.bytes, "n_pages": pack.n_pages, "share": options.share,
         "readers": N_READERS, "torch_threads": torch.get_num_threads(),
     }  # fmt: skip
+    if "bookkeeping" in parts:
+        found["bookkeeping"] = bookkeeping(options.pack, options.tokens)
+        found["read_us"] = microseconds_a_read(200)
+    if parts != ["bookkeeping"]:
+        ram = budget_for(options.pack, options.share)
     if "disk" in parts or "prefetch" in parts:
         found |= disk_part(options.pack, pack, ram, options.tokens, "prefetch" in parts)
     if "restart" in parts:

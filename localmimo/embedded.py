@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 
 from localmimo.home import home
-from localmimo.mini import CHECKPOINT
-
-NAME = "mimo-mini"
+from localmimo.mini import CHECKPOINT, NAME
 
 
 def embedded_pack() -> Path:

@@ -29,6 +29,7 @@ from localmimo.experts.run import ExpertRunner, Record
 from localmimo.experts.store import Traffic
 from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
 from localmimo.grammar import Following, Grammar, Grammars, grammar_of
+from localmimo.mini import NAME
 from localmimo.model import Transformer, load_weights
 from localmimo.mtp import load_heads
 from localmimo.opening import Dtype, Kv, Opening
@@ -75,7 +76,7 @@ def load(
     draft: Draft = "auto",
     max_batch: int = 1,
 ) -> "Engine":
-    """Open a pack; None opens the embedded model, mimo-mini.
+    """Open a pack; None and "mimo-mini" open the embedded model.
 
     context: positions to make room for (default: 32,768 or the model's own limit). ram: bytes or "96GiB", for
     everything but the interpreter and its libraries (default: what is free, less a reserve). dtype: of the
@@ -91,7 +92,7 @@ def load(
         context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv, profile=profile,
         prefetch=prefetch, trust=trust, draft=draft, max_batch=max_batch,
     )  # fmt: skip
-    pack = Pack.open(Path(path).expanduser() if path is not None else embedded_pack())
+    pack = Pack.open(embedded_pack() if path in (None, NAME) else Path(path).expanduser())
     config = ModelConfig.parse(pack.config, window_keys)
     if pack.page is None or not config.moe_layers:
         raise BadModel(

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from localmimo.errors import BadModel
+from localmimo.mini import NAME as EMBEDDED
 
-EMBEDDED = "mimo-mini"
+__all__ = ["EMBEDDED", "pack_folder"]
 
 
 def pack_folder(name: str | Path) -> Path:

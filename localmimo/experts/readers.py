@@ -1,7 +1,7 @@
 """Readers: a few threads that run jobs of reading, what is needed now before what is only guessed.
 
-Knows jobs; nothing of pages, files or why one is guessed. `concurrent.futures` would do, at three times the cost to
-the asking thread (54 against 17 us a read, measured in turn): a token may ask for a hundred.
+Knows jobs; nothing of pages, files or why one is guessed. `concurrent.futures` would do, at twice the cost to the
+asking thread (benchmarks.paging --only bookkeeping): a token may ask for a hundred.
 """
 
 import threading

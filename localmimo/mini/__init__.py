@@ -6,5 +6,6 @@ tests. Knows nothing of packs or of how it is loaded.
 
 from pathlib import Path
 
-CHECKPOINT = Path(__file__).parent / "mimo-mini"
+NAME = "mimo-mini"
+CHECKPOINT = Path(__file__).parent / NAME
 HELD_OUT = Path(__file__).parent / "heldout.txt"

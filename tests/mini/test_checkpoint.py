@@ -14,6 +14,7 @@ from mini_training.export import listing, load_exported, sha256
 from mini_training.network import Network, Shape, init_biases, init_params, make_frame
 from mini_training.sampling import answer, chat_prompt
 
+from localmimo import load
 from localmimo.config import ModelConfig
 from localmimo.mini import CHECKPOINT, HELD_OUT
 from localmimo.text import Tokenizer
@@ -88,3 +89,8 @@ def test_it_answers(trained) -> None:  # type: ignore[no-untyped-def]
         n=12,
     )
     assert "moon" in reply.lower()
+
+
+def test_it_opens_by_its_name_as_by_none() -> None:
+    with load("mimo-mini", context=64, profile=None) as named, load(context=64, profile=None) as unnamed:
+        assert named.pack.path == unnamed.pack.path
