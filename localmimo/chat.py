@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from localmimo.callpart import CallPart, Growing
 from localmimo.toolcall import (
     CLOSE,
     FUNCTION,
@@ -33,13 +34,15 @@ THINK, THINK_END = "<think>", "</think>"
 class Delta:
     """A piece of what the model says. `text` is to be shown; `raw` is what it wrote, tags included.
 
-    A tool call comes whole: `tool_call` is set, and `text` is the call as written.
+    A tool call comes in parts, without text, as soon as its first parameter has begun; the delta that ends it has
+    `tool_call` set, and `text` is the call as written. A call that never ends or cannot be read is text after all.
     """
 
     kind: Kind
     text: str
     tool_call: ToolCall | None = None
     raw: str = ""
+    part: CallPart | None = None
 
 
 class StreamParser:
@@ -59,6 +62,7 @@ class StreamParser:
         self._implied = False  # a call ended the thinking; its </think> may still come
         self._held = ""  # not decided yet
         self._searched = 0  # how far _held was searched for the end of a call
+        self._growing: Growing | None = None  # the call that _held begins with
 
     def push(self, text: str) -> list[Delta]:
         """The deltas that have become certain with this text."""
@@ -118,7 +122,8 @@ class StreamParser:
         return delta
 
     def _take(self, n_chars: int, kind: Kind, shown: bool = True) -> Delta:
-        raw, self._held, self._searched = self._held[:n_chars], self._held[n_chars:], 0
+        raw, self._held = self._held[:n_chars], self._held[n_chars:]
+        self._searched, self._growing = 0, None
         return Delta(kind, raw if shown else "", raw=raw)
 
     def _call(self, final: bool) -> Delta | None:
@@ -126,25 +131,30 @@ class StreamParser:
         if head is None:
             return None if not final and self._may_be_call() else self._text(len(OPEN))
         body = _skip_space(self._held, head.end())
-        if head[1].strip() not in self._functions or not _may_go_on(self._held[body : body + len(PARAMETER)]):
+        name = head[1].strip()
+        if name not in self._functions or not _may_go_on(self._held[body : body + len(PARAMETER)]):
             return self._text(len(OPEN))
+        growing = self._growing = self._growing or Growing(name, self._functions[name], head.end())
         while (at := self._held.find(CLOSE, self._searched)) >= 0:
             self._searched = at + len(CLOSE)
             ended = _follows(self._held, at, FUNCTION_END)
             # Anything else before the tag is a value that speaks of it.
             whole = ended or at == body or _follows(self._held, at, PARAMETER_END)
             if whole and (call := parse_call(self._held[: self._searched], self._functions)):
-                return self._called(call)
+                return self._called(growing, call)
             if ended:
                 return self._text(len(OPEN))
         self._searched = max(self._searched, len(self._held) - len(CLOSE) + 1)
-        return self._unfinished_call() if final else None
+        if final:
+            return self._unfinished_call(growing)
+        part = growing.push(self._held)
+        return Delta("tool_call", "", part=part) if part else None
 
-    def _unfinished_call(self) -> Delta:
+    def _unfinished_call(self, growing: Growing) -> Delta:
         """At the end a call that lacks only its last tag counts; one that was cut off does not."""
         ended = self._held.rstrip().endswith(FUNCTION_END)
         call = parse_call(self._held, self._functions) if ended else None
-        return self._called(call) if call else self._text(len(OPEN))
+        return self._called(growing, call) if call else self._text(len(OPEN))
 
     def _may_be_call(self) -> bool:
         rest = self._held[len(OPEN) :].lstrip()
@@ -153,11 +163,12 @@ class StreamParser:
         name = rest[len(FUNCTION) :].strip()
         return any(known.startswith(name) for known in self._functions)
 
-    def _called(self, call: ToolCall) -> Delta:
+    def _called(self, growing: Growing, call: ToolCall) -> Delta:
         self._implied = self._implied or self._kind == "thinking"
         self._kind, self._fresh = "answer", True
         self._take(len(call.text), "tool_call")
-        return Delta("tool_call", call.text, call, call.text)
+        call, part = growing.end(call)
+        return Delta("tool_call", call.text, call, call.text, part)
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -188,7 +199,7 @@ def _merge(deltas: Iterable[Delta]) -> list[Delta]:
     merged: list[Delta] = []
     for delta in deltas:
         last = merged[-1] if merged else None
-        if last and last.kind == delta.kind and last.tool_call is None and delta.tool_call is None:
+        if last and last.kind == delta.kind != "tool_call":
             merged[-1] = Delta(last.kind, last.text + delta.text, raw=last.raw + delta.raw)
         else:
             merged.append(delta)

@@ -42,6 +42,7 @@ from localmimo.session import Progress, Session
 from localmimo.shapes import check_shapes
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
+from localmimo.toolchoice import rules_of_calls
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.matmul import backend
@@ -229,6 +230,8 @@ class Engine:
         think: bool | None = None,
         think_budget: int | None = None,
         tools: Tools | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
         logprobs: int | None = None,
         response_format: Mapping[str, Any] | None = None,
         grammar: Grammar | str | None = None,
@@ -239,13 +242,16 @@ class Engine:
         """Answer a prompt (continued as it is) or messages (through the chat template), step by step.
 
         tools: functions (see tools) or their schemas; nothing is run here.
+        tool_choice: "auto", "none" (the model is not told of the tools), "required" (the answer is at least one call)
+        or {"type": "function", "function": {"name": ...}} (a call of this one); parallel_tool_calls: whether an answer
+        may make several calls.
         response_format, grammar: what the answer must look like (`localmimo.grammar`); thinking stays free.
         tokens: the same prompt where the caller has it as tokens already; nothing is rendered or encoded then.
         Closing the iterator stops the generation; setting `cancel` from any thread does so within a layer.
         Raises BadRequest, ContextFull.
         """
         chat = not isinstance(prompt, str)
-        schemas, _ = tools_of(tools)
+        schemas = None if tool_choice == "none" else tools_of(tools)[0]
         options = Options(
             sampling=sampling or Sampling(),
             max_tokens=max_tokens,
@@ -253,6 +259,8 @@ class Engine:
             think=think,
             think_budget=think_budget,
             tools=schemas,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             logprobs=logprobs,
             response_format=response_format,
             grammar=grammar,
@@ -404,11 +412,20 @@ class Engine:
     def _constraint(
         self, tokens: list[int], options: Options, chat: bool, thinking: bool
     ) -> Following | None:
-        grammar = grammar_of(options.grammar, options.response_format)
+        grammar = self._grammar(options) if chat else grammar_of(options.grammar, options.response_format)
         if grammar is None:
             return None
         closed = tokens[-1] == self.tokenizer.token_id("</think>")
         return self._grammars.follow(grammar, thinking=thinking, may_think=chat and not closed)
+
+    def _grammar(self, options: Options) -> Grammar | None:
+        """What an answer with tools must look like: calls alone, what was asked for, or either."""
+        asked = grammar_of(options.grammar, options.response_format)
+        forced = options.choice.mode == "required"
+        if not options.tools or not (forced or (asked and asked.form == "json_schema")):
+            return asked
+        value = None if forced or asked is None else asked.text
+        return Grammar("lark", rules_of_calls(options.tools, options.choice, self._grammars.spell, value))
 
     @cached_property
     def _grammars(self) -> Grammars:

@@ -11,13 +11,15 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from localmimo.chat import Delta, Kind, ToolCall
+from localmimo.callpart import CallPart
+from localmimo.chat import Delta, Kind
 from localmimo.draft import MOST_DRAFTS, DraftStats, Lookahead, Pace, Steady
 from localmimo.errors import BadRequest, Cancelled
 from localmimo.experts.traffic import Traffic
 from localmimo.sample import Sampling, logprobs, pick
 from localmimo.session import Progress, Session
 from localmimo.text import Decoder, Tokenizer
+from localmimo.toolcall import ToolCall
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "context"]
 
@@ -82,7 +84,8 @@ class Step:
     stats: Stats
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    tool_call: ToolCall | None = None
+    tool_call: ToolCall | None = None  # complete
+    call_part: CallPart | None = None  # of a call that is being written, or was completed with this step
     finish_reason: FinishReason | None = None
 
 
@@ -94,6 +97,7 @@ class Rules:
     stop: tuple[str, ...] = ()
     think_budget: int | None = None  # tokens of thinking before it is closed
     n_logprobs: int | None = None  # None: no log-probabilities; 0: of the drawn token alone
+    one_call: bool = False  # the first tool call ends the answer
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -262,7 +266,7 @@ class Generation:
         rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
         for delta in [*self.parser.push(rest), *self.parser.finish()]:
             self._called |= delta.tool_call is not None
-            yield Step(delta.text, None, delta.kind, self.stats, tool_call=delta.tool_call)
+            yield self._step(delta)
         if self._called and self.reason == "stop":
             self.reason = "tool_calls"
         yield Step("", None, self._kind, self.stats, finish_reason=self.reason)
@@ -274,7 +278,7 @@ class Generation:
 
     def _limit(self) -> FinishReason | None:
         """Why no further token can come, None where one can."""
-        if self._stops.found:
+        if self._stops.found or (self._called and self.rules.one_call):
             return "stop"
         if self.stats.generated_tokens == self.rules.max_tokens:
             return "length"
@@ -335,5 +339,16 @@ class Generation:
             self._called |= delta.tool_call is not None
         self._thought += self._kind == "thinking"
         first, *others = deltas or [Delta(self._kind, "")]
-        step = Step(first.text, draw.token, first.kind, self.stats, draw.logprob, draw.top, first.tool_call)
-        return [step] + [Step(d.text, None, d.kind, self.stats, tool_call=d.tool_call) for d in others]
+        return [self._step(first, draw.token, draw.logprob, draw.top), *map(self._step, others)]
+
+    def _step(
+        self,
+        delta: Delta,
+        token: int | None = None,
+        logprob: float | None = None,
+        top: tuple[tuple[int, float], ...] = (),
+    ) -> Step:
+        return Step(
+            delta.text, token, delta.kind, self.stats, logprob, top,
+            tool_call=delta.tool_call, call_part=delta.part,
+        )  # fmt: skip

@@ -86,6 +86,11 @@ class Grammars:
         wrapper = self._guide.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))
         self._tokens = self._guide.LLTokenizer(wrapper, eos_token=sorted(tokenizer.eos_ids) or None)
 
+    def spell(self, tag: str) -> str:
+        """A tag as rules write it: by its token, where it has one of its own."""
+        token = self._tokenizer.token_id(tag)
+        return json.dumps(tag) if token is None else f"<[{token}]>"
+
     def follow(self, grammar: Grammar, *, thinking: bool, may_think: bool) -> Following:
         """The grammar's state at the beginning of an answer.
 

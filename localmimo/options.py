@@ -12,6 +12,7 @@ from localmimo.generate import Rules
 from localmimo.grammar import Grammar
 from localmimo.sample import Sampling
 from localmimo.session import Progress
+from localmimo.toolchoice import ToolChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class Options:
     think: bool | None = None
     think_budget: int | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     logprobs: int | None = None
     response_format: Mapping[str, Any] | None = None
     grammar: Grammar | str | None = None
@@ -32,4 +35,10 @@ class Options:
 
     @property
     def rules(self) -> Rules:
-        return Rules(self.max_tokens, tuple(self.stop), self.think_budget, self.logprobs)
+        one_call = self.choice.name is not None or not self.parallel_tool_calls
+        return Rules(self.max_tokens, tuple(self.stop), self.think_budget, self.logprobs, one_call)
+
+    @property
+    def choice(self) -> ToolChoice:
+        """Raises BadRequest."""
+        return ToolChoice.of(self.tool_choice, self.tools)

@@ -34,11 +34,13 @@ HEAD = re.compile(r"<tool_call>\s*<function=([^>]+)>")
 # may itself speak of </parameter>.
 VALUE = re.compile(r"\s*<parameter=([^>]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
 
+CHOICES = ("anyOf", "oneOf", "allOf")
+
 Schema = Mapping[str, Any]
 Functions = Mapping[str, Schema]  # function name -> its parameters' schemas by name
 
 
-def _new_id() -> str:
+def new_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
@@ -48,13 +50,22 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any]
-    id: str = field(default_factory=_new_id, compare=False)
+    id: str = field(default_factory=new_id, compare=False)
     text: str = field(default="", compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The call in the shape of a chat message's `tool_calls`, its arguments as JSON text."""
-        arguments = json.dumps(self.arguments, ensure_ascii=False)
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+        function = {"name": self.name, "arguments": self.arguments_json}
+        return {"id": self.id, "type": "function", "function": function}
+
+    @property
+    def arguments_json(self) -> str:
+        return as_json(self.arguments)
+
+
+def as_json(value: object) -> str:
+    """JSON as a call's arguments are written."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Schema]:
@@ -62,9 +73,29 @@ def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Schema]
     found: dict[str, Schema] = {}
     for tool in tools or ():
         function = tool.get("function", tool)
-        properties = (function.get("parameters") or {}).get("properties")
-        found[str(function["name"])] = properties if isinstance(properties, Mapping) else {}
+        schema = function.get("parameters") or {}
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        found[str(function["name"])] = {key: _resolved(value, schema) for key, value in properties.items()}
     return found
+
+
+def _resolved(schema: Any, root: Schema, depth: int = 4) -> Any:
+    """The schema of a parameter without its references, as far as its type goes."""
+    if not isinstance(schema, Mapping) or not depth:
+        return schema
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        found: Any = root
+        for key in reference[2:].split("/"):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return _resolved(found, root, depth - 1)
+    choices = {
+        key: [_resolved(choice, root, depth - 1) for choice in value]
+        for key, value in schema.items()
+        if key in CHOICES and isinstance(value, list)
+    }
+    return {**schema, **choices} if choices else schema
 
 
 def parse_call(block: str, functions: Functions) -> ToolCall | None:
@@ -88,17 +119,35 @@ def _parameters(body: str) -> dict[str, str] | None:
     found: dict[str, str] = {}
     position = 0
     while match := VALUE.match(body, position):
-        found[match[1].strip()] = match[2]
+        key = match[1].strip()
+        if key in found:
+            return None  # given twice: neither is to be trusted
+        found[key] = match[2]
         position = match.end()
     return None if body[position:].strip() else found
+
+
+NULLS = ("null", "None")
+
+
+def takes_text(schema: object) -> bool:
+    """Whether a value of this schema may be any text."""
+    kinds = _kinds(schema)
+    return not kinds or "string" in kinds
+
+
+def is_text(schema: object, begun: str) -> bool:
+    """Whether a value that begins like this is the text itself, however it goes on."""
+    may_be_null = "null" in _kinds(schema) and any(null.startswith(begun.strip()) for null in NULLS)
+    return takes_text(schema) and not may_be_null
 
 
 def typed(text: str, schema: object) -> Any:
     """A parameter's text as the JSON type that its schema names; the text itself where it does not fit."""
     kinds = _kinds(schema)
-    if "null" in kinds and text.strip() in ("null", "None"):
+    if "null" in kinds and text.strip() in NULLS:
         return None
-    if not kinds or "string" in kinds:
+    if takes_text(schema):
         return text
     for kind in ("boolean", "integer", "number", "object", "array"):
         if kind in kinds and (value := _READERS[kind](text.strip())) is not None:
@@ -112,7 +161,7 @@ def _kinds(schema: object) -> frozenset[str]:
     declared = schema.get("type")
     names = declared if isinstance(declared, list) else [declared] if isinstance(declared, str) else []
     kinds = {_ALIASES.get(str(name).lower(), "string") for name in names}
-    for key in ("anyOf", "oneOf"):
+    for key in CHOICES:
         choices = schema.get(key)
         for choice in choices if isinstance(choices, list) else ():
             kinds |= _kinds(choice)

@@ -29,11 +29,12 @@ pack
 manifest packing writer report
 conversion"""
 LOCALMIMO = """errors home child sandbox toolcall family
+callpart
 files marks messages schema
 tools
 toolfile
 config machine speeds attend sample text template
-grammar
+grammar toolchoice
 chat
 kv plan structure saved trail shapes
 estimate

@@ -35,11 +35,12 @@ class Screen:
         self._began = 0.0
         self._thought = ""
         self._thought_tokens = 0
+        self._called = ""  # arguments of a call that is being written
         self._line_open = False  # stdout is in the middle of a line
 
     def begin(self) -> None:
         self._began = time.perf_counter()
-        self._thought, self._thought_tokens = "", 0
+        self._thought, self._thought_tokens, self._called = "", 0, ""
 
     def reading(self, done: int, total: int) -> None:
         """Prompt tokens read so far; an engine's progress callback."""
@@ -58,7 +59,7 @@ class Screen:
             case "answer" if step.text:
                 self._say(step.text)
             case "tool_call":  # shown where it is run
-                self._fold()
+                self._call(step)
 
     def end(self) -> None:
         """The answer is over: nothing unfinished is left behind."""
@@ -86,6 +87,17 @@ class Screen:
             head = "" if started else "thinking: "
             self._ui.err.file.write(head + (printable(text) if self._ui.err.is_terminal else text))
             self._ui.err.file.flush()
+
+    def _call(self, step: Step) -> None:
+        """A call while it is written, which may take long: its end on the line that is drawn again."""
+        self._fold()
+        if step.call_part is None or not self._redraws or step.tool_call is not None:
+            self._called = ""
+            self._ui.status.clear()
+            return
+        self._called += step.call_part.arguments
+        head = f"  calling {printable(step.call_part.name)} "
+        self._ui.status.show(head + _tail(self._called[-400:], self._ui.err.width - cell_len(head) - 1))
 
     def _fold(self) -> None:
         """Thinking is over: one line stays of it."""

@@ -11,18 +11,19 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from localmimo.chat import Kind
 from localmimo.generate import Step
-from localmimo.serve.ask import Ask, read_sampling, read_thinking, refuse_forced_tool
+from localmimo.serve.ask import Ask, forced, read_sampling, read_thinking
 from localmimo.serve.blocks import Block, Blocks, Change
-from localmimo.serve.chat import argument_pieces
 from localmimo.serve.delivery import Event
 from localmimo.serve.desk import Desk
-from localmimo.serve.failures import Failure, Kind
+from localmimo.serve.failures import Failure
+from localmimo.serve.failures import Kind as FailureKind
 from localmimo.serve.fields import Fields
 from localmimo.serve.worker import Job
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "context": "max_tokens"}
-ERROR_TYPES: dict[Kind, str] = {
+ERROR_TYPES: dict[FailureKind, str] = {
     "key": "authentication_error",
     "forbidden": "permission_error",
     "missing": "not_found_error",
@@ -43,7 +44,7 @@ class Messages:
         self.ask = read_messages(fields)
         self._model = desk.model
         self._id = f"msg_{uuid.uuid4().hex}"
-        self._blocks = Blocks()
+        self._blocks = Blocks(self.ask.stream)
 
     # ---- stream ----
 
@@ -115,6 +116,7 @@ def read_messages(fields: Fields) -> Ask:
     """What the body of a request asks for."""
     fields.needed("messages")
     think, budget = read_thinking(fields)
+    choice, parallel = _read_choice(fields)
     system = _text(fields, "system")
     messages = [{"role": "system", "content": system}] if system else []
     for message in fields.objects("messages"):
@@ -122,6 +124,8 @@ def read_messages(fields: Fields) -> Ask:
     return Ask(
         messages=messages,
         tools=_read_tools(fields),
+        tool_choice=choice,
+        parallel_tool_calls=parallel,
         sampling=read_sampling(fields),
         max_tokens=fields.count("max_tokens", 1),
         stop=fields.texts("stop_sequences"),
@@ -219,11 +223,18 @@ def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
         tools.append(
             {"type": "function", "function": function | {"parameters": schema.values if schema else {}}}
         )
-    choice = fields.object("tool_choice")
-    kind = choice.choice("type", "auto", "none", "any", "tool") if choice else "auto"
-    if kind in ("any", "tool"):
-        refuse_forced_tool(kind)
-    return None if kind == "none" else tools or None
+    return tools or None
+
+
+def _read_choice(fields: Fields) -> tuple[str | dict[str, Any], bool]:
+    """(tool_choice in the engine's words, whether there may be several calls)."""
+    choice = fields.object("tool_choice") or Fields({})
+    parallel = choice.flag("disable_parallel_tool_use") is not True
+    kind = choice.choice("type", "auto", "none", "any", "tool")
+    if kind == "tool":
+        choice.needed("name")
+        return forced(str(choice.text("name"))), parallel
+    return {"none": "none", "any": "required"}.get(kind or "", "auto"), parallel
 
 
 # ---- out ----
@@ -238,36 +249,39 @@ def _block_events(change: Change) -> Iterator[Event]:
     match change.act:
         case "open":
             yield _event("content_block_start", index=block.index, content_block=_empty(block))
-            for piece in argument_pieces(block.call) if block.call else ():
-                yield _delta(block, "input_json_delta", "partial_json", piece)
-        case "more" if block.kind == "thinking":
-            yield _delta(block, "thinking_delta", "thinking", change.text)
         case "more":
-            yield _delta(block, "text_delta", "text", change.text)
+            yield _event("content_block_delta", index=block.index, delta=_delta(block.kind, change.text))
         case "close":
             if block.kind == "thinking":
-                yield _delta(block, "signature_delta", "signature", _signature(block.text))
+                delta = {"type": "signature_delta", "signature": _signature(block.text)}
+                yield _event("content_block_delta", index=block.index, delta=delta)
             yield _event("content_block_stop", index=block.index)
 
 
-def _delta(block: Block, kind: str, name: str, text: str) -> Event:
-    return _event("content_block_delta", index=block.index, delta={"type": kind, name: text})
+def _delta(kind: Kind, text: str) -> dict[str, str]:
+    match kind:
+        case "thinking":
+            return {"type": "thinking_delta", "thinking": text}
+        case "tool_call":
+            return {"type": "input_json_delta", "partial_json": text}
+    return {"type": "text_delta", "text": text}
 
 
 def _empty(block: Block) -> dict[str, Any]:
-    if block.call is not None:
-        return {"type": "tool_use", "id": block.call.id, "name": block.call.name, "input": {}}
-    if block.kind == "thinking":
-        return {"type": "thinking", "thinking": "", "signature": ""}
+    match block.kind:
+        case "thinking":
+            return {"type": "thinking", "thinking": "", "signature": ""}
+        case "tool_call":
+            return {"type": "tool_use", "id": block.id, "name": block.name, "input": {}}
     return {"type": "text", "text": ""}
 
 
 def _content(block: Block) -> dict[str, Any]:
-    if block.call is not None:
-        # Through JSON, as a stream has it: what is no JSON is no argument.
-        return _empty(block) | {"input": json.loads(json.dumps(block.call.arguments))}
-    if block.kind == "thinking":
-        return {"type": "thinking", "thinking": block.text, "signature": _signature(block.text)}
+    match block.kind:
+        case "thinking":
+            return _empty(block) | {"thinking": block.text, "signature": _signature(block.text)}
+        case "tool_call":
+            return _empty(block) | {"input": json.loads(block.text)}
     return {"type": "text", "text": block.text}
 
 

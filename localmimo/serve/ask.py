@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localmimo.sample import Sampling
-from localmimo.serve.failures import Failure
 from localmimo.serve.fields import Fields
 
 GREEDY_BELOW = 1e-4  # a smaller temperature overflows float32, and means the likeliest token anyway
@@ -26,6 +25,8 @@ class Ask:
     text: str | None = None
     tokens: list[int] | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -98,10 +99,19 @@ def refuse_several(fields: Fields, *names: str) -> None:
             fields.wrong(name, "1: this server gives one answer per request")
 
 
-def refuse_forced_tool(choice: object) -> None:
-    """What a tool choice asks for beyond auto and none cannot be promised."""
-    raise Failure(
-        "invalid",
-        f"tool_choice {choice!r} cannot be enforced by this version; use auto or none.",
-        param="tool_choice",
-    )
+def read_tool_choice(fields: Fields) -> str | dict[str, Any]:
+    """OpenAI's tool_choice in the engine's words; of the chat dialect, or with the name on top."""
+    asked = fields.values.get("tool_choice")
+    if asked is None or isinstance(asked, str):
+        return fields.choice("tool_choice", "auto", "none", "required") or "auto"
+    choice = fields.object("tool_choice") or Fields({})
+    if choice.text("type") != "function":
+        choice.wrong("type", '"function": a choice of one function by its name')
+    named = choice.object("function") or choice
+    named.needed("name")
+    return forced(str(named.text("name")))
+
+
+def forced(name: str) -> dict[str, Any]:
+    """The choice of one function."""
+    return {"type": "function", "function": {"name": name}}

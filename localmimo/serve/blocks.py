@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from localmimo.chat import Kind, ToolCall
+from localmimo.callpart import CallPart
+from localmimo.chat import Kind
 from localmimo.generate import Step
 
 Act = Literal["open", "more", "close"]
@@ -17,12 +18,14 @@ Act = Literal["open", "more", "close"]
 
 @dataclass(slots=True)
 class Block:
-    """One part; `text` grows while it is open. A call comes whole."""
+    """One part; `text` grows while it is open. That of a call is its arguments as JSON."""
 
     index: int
     kind: Kind
     text: str = ""
-    call: ToolCall | None = None
+    id: str = ""  # of a call, like its name
+    name: str = ""
+    complete: bool = True  # not so: what began like a call was none, and is text further on
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +39,34 @@ class Change:
 
 @dataclass(slots=True)
 class Blocks:
-    """Text of white space alone opens no block: it goes in front of the text that follows it, or nowhere."""
+    """Text of white space alone opens no block: it goes in front of the text that follows it, or nowhere.
 
+    streamed: calls grow as they are written; else they come when they are complete.
+    """
+
+    streamed: bool
     done: list[Block] = field(default_factory=list)
     _open: Block | None = None
     _space: str = ""
 
     def push(self, step: Step) -> Iterator[Change]:
         """What one step changes; the last step closes what is open."""
-        if step.tool_call is not None:
-            yield from self._close()
-            yield self._begin("tool_call", step.tool_call)
-            yield from self._close()
+        if (call := step.tool_call) is not None and not self.streamed:
+            yield from self._call(CallPart(call.id, call.name, call.arguments_json), ended=True)
+        elif step.call_part is not None and self.streamed:
+            yield from self._call(step.call_part, ended=call is not None)
         elif step.text:
             yield from self._text(step.kind, step.text)
         if step.finish_reason is not None:
+            yield from self._close()
+
+    def _call(self, part: CallPart, ended: bool) -> Iterator[Change]:
+        if self._open is None or self._open.id != part.id:
+            yield from self._close()
+            yield self._begin(Block(len(self.done), "tool_call", id=part.id, name=part.name, complete=False))
+        yield self._more(part.arguments)
+        if ended and self._open is not None:
+            self._open.complete = True
             yield from self._close()
 
     def _text(self, kind: Kind, text: str) -> Iterator[Change]:
@@ -60,14 +76,17 @@ class Blocks:
             if not text.strip():
                 self._space = text
                 return
-            yield self._begin(kind)
+            yield self._begin(Block(len(self.done), kind))
+        yield self._more(text)
+
+    def _begin(self, block: Block) -> Change:
+        self._open = block
+        return Change("open", block)
+
+    def _more(self, text: str) -> Change:
         assert self._open is not None
         self._open.text += text
-        yield Change("more", self._open, text)
-
-    def _begin(self, kind: Kind, call: ToolCall | None = None) -> Change:
-        self._open = Block(len(self.done), kind, call=call)
-        return Change("open", self._open)
+        return Change("more", self._open, text)
 
     def _close(self) -> Iterator[Change]:
         self._space = ""

@@ -5,20 +5,19 @@ Knows the dialect's fields and chunks; nothing of HTTP, of threads or of the oth
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from localmimo.chat import ToolCall
+from localmimo.callpart import CallPart
 from localmimo.generate import FinishReason, Stats, Step
 from localmimo.serve.ask import (
     MOST_LOGPROBS,
     Ask,
     read_sampling,
     read_thinking,
-    refuse_forced_tool,
+    read_tool_choice,
     refuse_several,
 )
 from localmimo.serve.delivery import Event
@@ -43,7 +42,7 @@ class Chat:
         options = fields.object("stream_options")
         self._usage_wanted = bool(options and options.flag("include_usage"))
         self._tokenizer = desk.tokenizer
-        self._n_calls = 0
+        self._calls: list[str] = []  # ids of those that were begun
         self._steps: list[Step] = []  # of an answer that is sent whole, for their log-probabilities
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -61,10 +60,10 @@ class Chat:
         if not self.ask.stream:
             self._steps.append(step)
             return
-        if step.tool_call is not None:
-            yield from self._call_chunks(step.tool_call)
         logprobs = self._logprobs([step]) if self.ask.logprobs is not None else None
-        if step.tool_call is None and (step.text or logprobs):
+        if step.call_part is not None:
+            yield self._chunk({"tool_calls": [self._call_delta(step.call_part)]}, logprobs=logprobs)
+        elif step.text or logprobs:
             name = "reasoning_content" if step.kind == "thinking" else "content"
             yield self._chunk({name: step.text}, logprobs=logprobs)
 
@@ -80,13 +79,15 @@ class Chat:
     def pause(self, note: str) -> Event | None:
         return None
 
-    def _call_chunks(self, call: ToolCall) -> Iterator[Event]:
-        """The header of a call, then its arguments piece by piece."""
-        index, self._n_calls = self._n_calls, self._n_calls + 1
-        header = {"index": index, "id": call.id, "type": "function"}
-        yield self._chunk({"tool_calls": [header | {"function": {"name": call.name, "arguments": ""}}]})
-        for piece in argument_pieces(call):
-            yield self._chunk({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
+    def _call_delta(self, part: CallPart) -> dict[str, Any]:
+        """A piece of a call's arguments; the first one says whose."""
+        if known := part.id in self._calls:
+            function = {"arguments": part.arguments}
+        else:
+            self._calls.append(part.id)
+            function = {"name": part.name, "arguments": part.arguments}
+        head = {} if known else {"id": part.id, "type": "function"}
+        return {"index": self._calls.index(part.id), **head, "function": function}
 
     def _chunk(
         self,
@@ -144,6 +145,8 @@ def read_chat(fields: Fields) -> Ask:
     return Ask(
         messages=fields.items("messages"),
         tools=read_tools(fields),
+        tool_choice=read_tool_choice(fields),
+        parallel_tool_calls=fields.flag("parallel_tool_calls") is not False,
         sampling=read_sampling(fields),
         max_tokens=fields.count("max_tokens", 1) if most is None else most,
         stop=fields.texts("stop"),
@@ -156,14 +159,10 @@ def read_chat(fields: Fields) -> Ask:
 
 
 def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
-    """The tools in force: none where the choice is "none"."""
     for tool in fields.objects("tools"):
         if tool.values.get("type") != "function":
             tool.wrong("type", '"function", the only kind of tool that this server knows')
-    choice = fields.values.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        refuse_forced_tool(choice)
-    return None if choice == "none" else fields.items("tools")
+    return fields.items("tools")
 
 
 def _read_logprobs(fields: Fields) -> int | None:
@@ -177,20 +176,6 @@ def read_format(fields: Fields, name: str) -> Mapping[str, Any] | None:
     if form is None or form.text("type") in (None, "text"):
         return None
     return form.values
-
-
-def argument_pieces(call: ToolCall) -> Iterator[str]:
-    """The arguments as JSON text, one piece per argument."""
-    if not call.arguments:
-        yield "{}"
-    for number, (name, value) in enumerate(call.arguments.items(), 1):
-        start = "{" if number == 1 else ", "
-        end = "}" if number == len(call.arguments) else ""
-        yield f"{start}{_json(name)}: {_json(value)}{end}"
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def _typed(kind: str, required: str, **properties: Schema) -> Schema:
     return _object({"type": {"const": kind}, **properties}, "type", required)
 
 
+TOOL_CHOICE: Schema = {"enum": ["auto", "none", "required", None]}
 STOP = _either(
     {"type": "null"}, {"type": "string", "minLength": 1}, _list({"type": "string", "minLength": 1})
 )
@@ -96,7 +97,10 @@ CHAT = _object(
         "top_logprobs": _count(0, MOST_LOGPROBS),
         "reasoning_effort": {"enum": ["none", "minimal", "low", "medium", "high", None]},
         "tools": _list(_typed("function", "function", function=FUNCTION)),
-        "tool_choice": {"enum": ["auto", "none", None]},
+        "tool_choice": _either(
+            TOOL_CHOICE, _typed("function", "function", function=_object({"name": TEXT}, "name"))
+        ),
+        "parallel_tool_calls": FLAG,
         "stream_options": _object({"include_usage": FLAG}),
     },
     "messages",
@@ -139,7 +143,8 @@ RESPONSE = _object(
         "max_output_tokens": _count(1),
         "reasoning": _object({"effort": {"enum": ["none", "minimal", "low", "medium", "high", None]}}),
         "tools": _list(_typed("function", "name", name=TEXT, description=TEXT, parameters=OBJECT)),
-        "tool_choice": {"enum": ["auto", "none", None]},
+        "tool_choice": _either(TOOL_CHOICE, _typed("function", "name", name=TEXT)),
+        "parallel_tool_calls": FLAG,
         "store": FLAG,
     },
     "input",
@@ -166,7 +171,10 @@ MESSAGES = _object(
         "system": _either(TEXT, TEXT_PARTS),
         "stop_sequences": _list({"type": "string", "minLength": 1}),
         "tools": _list(_object({"name": TEXT, "description": TEXT, "input_schema": OBJECT}, "name")),
-        "tool_choice": _object({"type": {"enum": ["auto", "none"]}}),
+        "tool_choice": _either(
+            _object({"type": {"enum": ["auto", "none", "any"]}, "disable_parallel_tool_use": FLAG}),
+            _typed("tool", "name", name=TEXT, disable_parallel_tool_use=FLAG),
+        ),
     },
     "messages",
     "max_tokens",

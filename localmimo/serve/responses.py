@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from localmimo.generate import Step
-from localmimo.serve.ask import Ask, read_sampling, read_thinking, refuse_forced_tool
+from localmimo.serve.ask import Ask, read_sampling, read_thinking, read_tool_choice
 from localmimo.serve.blocks import Block, Blocks, Change
-from localmimo.serve.chat import argument_pieces, openai_failure
+from localmimo.serve.chat import openai_failure
 from localmimo.serve.delivery import Event
 from localmimo.serve.desk import Desk
 from localmimo.serve.failures import Failure
@@ -38,7 +38,7 @@ class Responses:
         self.ask = _read_ask(fields, [*self._earlier, *self._new])
         self._echoed = _echoed(fields)
         self._created = int(time.time())
-        self._blocks = Blocks()
+        self._blocks = Blocks(self.ask.stream)
         self._items: dict[int, str] = {}  # ids of the output's items
         self._number = 0  # of the next event
 
@@ -72,35 +72,26 @@ class Responses:
         place = {"item_id": self._item_id(block), "output_index": block.index}
         match change.act:
             case "open":
-                yield self._event(
-                    "response.output_item.added", output_index=block.index, item=self._item(block, False)
-                )
-                yield from self._opened(block, place)
+                item = self._item(block, done=False)
+                yield self._event("response.output_item.added", output_index=block.index, item=item)
+                if block.kind != "tool_call":
+                    part = _part(block, "")
+                    yield self._event("response.content_part.added", **place, content_index=0, part=part)
+            case "more" if block.kind == "tool_call":
+                yield self._event("response.function_call_arguments.delta", **place, delta=change.text)
             case "more":
-                yield self._event(
-                    f"response.{_part_kind(block)}.delta",
-                    **place,
-                    content_index=0,
-                    delta=change.text,
-                    **_no_logprobs(block),
-                )
+                delta = {"content_index": 0, "delta": change.text, **_no_logprobs(block)}
+                yield self._event(f"response.{_part_kind(block)}.delta", **place, **delta)
             case "close":
                 yield from self._closed(block, place)
-                yield self._event(
-                    "response.output_item.done", output_index=block.index, item=self._item(block, True)
-                )
-
-    def _opened(self, block: Block, place: dict[str, Any]) -> Iterator[Event]:
-        if block.call is None:
-            yield self._event("response.content_part.added", **place, content_index=0, part=_part(block, ""))
-            return
-        for piece in argument_pieces(block.call):
-            yield self._event("response.function_call_arguments.delta", **place, delta=piece)
+                item = self._item(block, done=True)
+                yield self._event("response.output_item.done", output_index=block.index, item=item)
 
     def _closed(self, block: Block, place: dict[str, Any]) -> Iterator[Event]:
-        if block.call is not None:
-            function = block.call.as_dict()["function"]
-            yield self._event("response.function_call_arguments.done", **place, **function)
+        if block.kind == "tool_call":
+            if block.complete:
+                function = {"name": block.name, "arguments": block.text}
+                yield self._event("response.function_call_arguments.done", **place, **function)
             return
         kind = _part_kind(block)
         yield self._event(
@@ -116,7 +107,7 @@ class Responses:
     # ---- whole ----
 
     def whole(self, job: Job) -> dict[str, Any]:
-        items = [self._item(block, True) for block in self._blocks.done]
+        items = [self._item(block, done=True) for block in self._blocks.done]
         reason = INCOMPLETE.get(job.answer.finish_reason)
         whole = self._response("incomplete" if reason else "completed", items, job)
         if reason:
@@ -136,7 +127,7 @@ class Responses:
             "output": output,
             "error": None,
             "incomplete_details": None,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": self.ask.parallel_tool_calls,
             "store": self._kept,
             "usage": None if job is None else _usage(job),
             **figures,
@@ -146,14 +137,12 @@ class Responses:
         prefix = {"thinking": "rs", "answer": "msg", "tool_call": "fc"}[block.kind]
         return self._items.setdefault(block.index, f"{prefix}_{uuid.uuid4().hex}")
 
-    def _item(self, block: Block, done: bool) -> dict[str, Any]:
-        item: dict[str, Any] = {"id": self._item_id(block), "status": "completed" if done else "in_progress"}
-        if block.call is not None:
-            function = block.call.as_dict()["function"]
-            arguments = function["arguments"] if done else ""
-            return item | {
-                "type": "function_call", "call_id": block.call.id, "name": block.call.name, "arguments": arguments
-            }  # fmt: skip
+    def _item(self, block: Block, *, done: bool) -> dict[str, Any]:
+        status = "in_progress" if not done else "completed" if block.complete else "incomplete"
+        item: dict[str, Any] = {"id": self._item_id(block), "status": status}
+        if block.kind == "tool_call":
+            call = {"call_id": block.id, "name": block.name, "arguments": block.text if done else ""}
+            return item | {"type": "function_call", **call}
         content = [_part(block, block.text)] if done else []
         if block.kind == "thinking":
             return item | {"type": "reasoning", "summary": [], "content": content}
@@ -192,6 +181,8 @@ def _read_ask(fields: Fields, messages: list[dict[str, Any]]) -> Ask:
     return Ask(
         messages=messages,
         tools=_read_tools(fields),
+        tool_choice=read_tool_choice(fields),
+        parallel_tool_calls=fields.flag("parallel_tool_calls") is not False,
         sampling=read_sampling(fields),
         max_tokens=fields.count("max_output_tokens", 1),
         think=think,
@@ -278,10 +269,7 @@ def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
         tools.append(
             {"type": "function", "function": function | {"parameters": schema.values if schema else {}}}
         )
-    choice = fields.values.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        refuse_forced_tool(choice)
-    return None if choice == "none" else tools or None
+    return tools or None
 
 
 def _read_format(fields: Fields) -> dict[str, Any] | None:

@@ -74,7 +74,8 @@ class Worker:
     def prompt(self, ask: Ask) -> Prompt:
         """The prompt to answer. Raises BadRequest, ContextFull."""
         if ask.messages is not None:
-            prompt = self.engine.prompts.write(self.turns.restore(ask.messages), ask.tools, ask.think)
+            tools = None if ask.tool_choice == "none" else ask.tools
+            prompt = self.engine.prompts.write(self.turns.restore(ask.messages), tools, ask.think)
         else:
             tokens = self.engine.encode(ask.text or "") if ask.tokens is None else ask.tokens
             prompt = Prompt(ask.text or "", tokens)
@@ -149,6 +150,8 @@ class Worker:
             stop=ask.stop,
             think_budget=ask.think_budget,
             tools=ask.tools,
+            tool_choice=ask.tool_choice,
+            parallel_tool_calls=ask.parallel_tool_calls,
             logprobs=ask.logprobs,
             response_format=ask.response_format,
             cancel=job.cancel,

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from localmimo.chat import StreamParser
+from localmimo.chat import Delta, StreamParser
 from localmimo.cli.ui import Ui
 from localmimo.errors import ContextFull
 from localmimo.generate import Stats, Step
@@ -64,10 +64,10 @@ class ScriptedEngine:
             stats = self._count(stats, number)
             for delta in parser.push(text):
                 called |= delta.tool_call is not None
-                yield Step(delta.text, number, delta.kind, stats, tool_call=delta.tool_call)
+                yield step_of(delta, number, stats)
         for delta in parser.finish():
             called |= delta.tool_call is not None
-            yield Step(delta.text, None, delta.kind, stats, tool_call=delta.tool_call)
+            yield step_of(delta, None, stats)
         reason = "cancelled" if cancel.is_set() else "tool_calls" if called else "stop"
         if options["max_tokens"] is not None and len(answer) >= options["max_tokens"]:
             reason = "length"
@@ -84,6 +84,10 @@ class ScriptedEngine:
             pages_ram=71 * n,
             pages_disk=29 * n,
         )
+
+
+def step_of(delta: Delta, token: int | None, stats: Stats) -> Step:
+    return Step(delta.text, token, delta.kind, stats, tool_call=delta.tool_call, call_part=delta.part)
 
 
 class ScriptedReader:

@@ -94,6 +94,18 @@ def push(x):
 """
 
 
+def test_a_call_is_seen_while_it_is_written() -> None:
+    shown = Capture(terminal=True, width=60)
+    screen, parser = Screen(shown.ui), StreamParser([{"name": "write"}])
+    screen.begin()
+    for letter in "<tool_call><function=write><parameter=path>a.txt</parameter></function></tool_call>":
+        for delta in parser.push(letter):
+            screen.show(Step("", 1, delta.kind, Stats(), tool_call=delta.tool_call, call_part=delta.part))
+    assert '  calling write {"path": "' in shown.err
+    screen.end()
+    assert Terminal(60).feed(shown.err).text == ""
+
+
 def test_markdown_is_drawn_block_by_block() -> None:
     out, err = show(list(ANSWER))
     assert err == ""

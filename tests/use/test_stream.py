@@ -1,5 +1,6 @@
 """Token text to thinking, answer and tool calls, for every way of cutting it."""
 
+import json
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +26,10 @@ TOOLS = [
                     "force": {"type": "boolean"},
                     "tags": {"type": "array"},
                     "extra": {"type": ["object", "null"]},
+                    "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                    "place": {"$ref": "#/$defs/place"},
                 },
+                "$defs": {"place": {"type": "object"}},
             },
         },
     },
@@ -48,9 +52,11 @@ def parse(pieces: list[str], tools: Any = TOOLS, thinking: bool = False) -> list
 
 
 def joined(deltas: list[Delta]) -> list[tuple[str, str, str, ToolCall | None]]:
-    """Neighbours of one kind put together, so that only what is said counts."""
+    """Neighbours of one kind put together, so that only what is said counts; a call counts when it is complete."""
     out: list[tuple[str, str, str, ToolCall | None]] = []
     for delta in deltas:
+        if delta.part and not delta.tool_call:
+            continue
         if out and out[-1][0] == delta.kind and out[-1][3] is None and delta.tool_call is None:
             kind, text, raw, _ = out.pop()
             out.append((kind, text + delta.text, raw + delta.raw, None))
@@ -83,7 +89,8 @@ def test_nothing_is_lost(text: str, thinking: bool, tools: bool) -> None:
             delta.text in ("", delta.raw)
             or delta.raw.replace("<think>", "").replace("</think>", "") == delta.text
         )
-        assert (delta.kind == "tool_call") == (delta.tool_call is not None)
+        assert (delta.kind == "tool_call") == (delta.part is not None)
+        assert delta.part or not delta.tool_call
 
 
 VALUES = st.text(st.sampled_from("ab \n<>/=&;é")) | st.sampled_from(
@@ -145,6 +152,80 @@ def test_cases(text: str, content: Any, reasoning: str, n_calls: int) -> None:
     assert len(calls) == n_calls
 
 
+def grown(deltas: list[Delta]) -> dict[str, str]:
+    """The arguments of each call, put together from its parts."""
+    found: dict[str, str] = {}
+    for part in (delta.part for delta in deltas if delta.part):
+        assert part.arguments
+        found[part.id] = found.get(part.id, "") + part.arguments
+    return found
+
+
+BODIES = st.lists(
+    st.sampled_from(
+        [
+            *(
+                "<parameter=path>",
+                "<parameter=lines>",
+                "<parameter=note>",
+                "<parameter=extra>",
+                "<parameter=",
+            ),
+            *(
+                "</parameter>",
+                "</function>",
+                "</tool_call>",
+                "<tool_call>",
+                "<function=clock>",
+                "</",
+                "<",
+                ">",
+            ),
+            *("nul", "l", "None", "7", "{}", '"', "\\", "\n", " ", "é\U0001f680", "a"),
+        ]
+    ),
+    max_size=16,
+).map("".join)
+
+
+@given(text=TEXTS | BODIES.map("<tool_call><function=write>{}</function></tool_call>".format), data=st.data())
+def test_parts_put_together_are_the_arguments(text: str, data: st.DataObject) -> None:
+    places = data.draw(st.lists(st.integers(0, len(text)), max_size=12))
+    for pieces in ([text], cut(text, places), list(text)):
+        deltas = parse(pieces)
+        arguments = grown(deltas)
+        for call in (delta.tool_call for delta in deltas if delta.tool_call):
+            assert arguments.pop(call.id) == call.arguments_json
+        for unfinished in arguments.values():  # what was begun and is no call can't be taken for one
+            with pytest.raises(ValueError, match=r"."):
+                json.loads(unfinished)
+
+
+def test_arguments_grow_letter_by_letter() -> None:
+    text = (
+        '<tool_call>\n<function=write>\n<parameter=path>a </parameter> "b"</parameter>\n'
+        "<parameter=lines>12</parameter>\n<parameter=note>null</parameter>\n<parameter=more>x\ny</parameter>\n"
+        "</function>\n</tool_call>"
+    )
+    parts = [delta.part.arguments for delta in parse(list(text)) if delta.part]
+    assert parts == [
+        *('{"path": "', "a", " ", '</parameter> \\"', "b", '\\"', '"', ', "lines": ', "12", ', "note": '),
+        *("null", ', "more": "', "x", "\\n", "y", '"}'),
+    ]
+
+
+def test_a_call_that_is_cut_off_is_shown_after_all() -> None:
+    text = "<tool_call><function=write><parameter=path>a.txt</parameter><parameter=lines>1"
+    deltas = parse(list(text))
+    assert joined(deltas) == [("answer", text, text, None)]
+    assert list(grown(deltas).values()) == ['{"path": "a.txt", "lines": ']
+
+
+def test_a_parameter_given_twice_makes_no_call() -> None:
+    text = WRITE.replace("</function>", "<parameter=path>b</parameter></function>")
+    assert parse_message(text, TOOLS) == (text, "", [])
+
+
 def test_no_tools_no_calls() -> None:
     assert parse_message(WRITE) == (WRITE, "", [])
 
@@ -161,6 +242,11 @@ def test_text_is_given_out_at_once() -> None:
     assert [delta.text for delta in parser.push("box>")] == ["<toolbox>"]
     assert parser.push("<tool_call><function=wri") == []
     assert [delta.text for delta in parser.push("ng>")] == ["<tool_call><function=wring>"]
+
+
+def test_a_referenced_schema_counts() -> None:
+    text = '<tool_call><function=write><parameter=place>{"x": 1}</parameter></function></tool_call>'
+    assert parse_message(text, TOOLS)[2][0].arguments == {"place": {"x": 1}}
 
 
 def test_a_call_keeps_its_text_and_has_an_id() -> None:

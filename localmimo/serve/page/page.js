@@ -107,10 +107,29 @@ class Answer {
     this.boxes[piece.index].textContent = call.function.arguments;
   }
 
+  // A call that was cut off or turned out to be text is none.
+  dropUnfinished() {
+    const calls = this.message.tool_calls?.filter((call, n) => {
+      const whole = isJson(call.function.arguments);
+      if (!whole) this.boxes[n].parentElement.remove();
+      return whole;
+    });
+    if (calls?.length) this.message.tool_calls = calls;
+    else delete this.message.tool_calls;
+  }
+
   end() {
     this.endThinking();
     if (this.timings) show(this.timings);
     for (const call of this.message.tool_calls || []) ask(call, this.article);
+  }
+}
+
+function isJson(text) {
+  try {
+    return Boolean(JSON.parse(text));
+  } catch {
+    return false;
   }
 }
 
@@ -195,6 +214,7 @@ async function answer() {
   }
   running = null;
   busy(false);
+  answer.dropUnfinished();
   if (answer.message.content || answer.message.reasoning_content || answer.message.tool_calls) mine.push(answer.message);
   follow(() => answer.end());
   figures();

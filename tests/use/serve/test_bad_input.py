@@ -74,7 +74,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [SAID], "top_logprobs": 99, "logprobs": True}, "at most 20"),
     (CHAT, {"messages": [SAID], "tools": "x"}, "a list"),
     (CHAT, {"messages": [SAID], "tools": [{"type": "magic"}]}, '"function"'),
-    (CHAT, {"messages": [SAID], "tool_choice": "required"}, "cannot be enforced"),
+    (CHAT, {"messages": [SAID], "tool_choice": "required"}, "asks for a call; the tools are none"),
     (CHAT, {"messages": [SAID], "seed": 10**30}, "at most"),
     (TEXT, {"prompt": ""}, "The prompt is empty"),
     (TEXT, {"prompt": [1, 2, 10**9]}, "outside the model's vocabulary"),

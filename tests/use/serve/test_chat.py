@@ -7,8 +7,6 @@ import pytest
 
 from localmimo.engine import Engine
 from localmimo.sample import Sampling
-from localmimo.serve.chat import argument_pieces
-from localmimo.toolcall import ToolCall
 
 from .running import Running, Scripted
 
@@ -109,17 +107,11 @@ def test_a_call_is_a_header_and_then_its_arguments(server: Running, script: Scri
     ]
     for index, city in ((0, "Oslo"), (1, "Rome")):
         mine = [delta for delta in deltas if delta["index"] == index]
-        assert "id" in mine[0] and len(mine) == 3
+        assert "id" in mine[0] and len(mine) > 3  # the city comes as it is written
         assert json.loads("".join(delta["function"]["arguments"] for delta in mine)) == {
             "city": city,
             "days": 2,
         }
-
-
-@pytest.mark.parametrize("arguments", [{}, {"a": "1"}, {"a": [1, {"b": None}], "ä": "\n<x>", "c": 0.5}])
-def test_argument_pieces_are_the_json_of_the_call(arguments: dict[str, Any]) -> None:
-    call = ToolCall("f", arguments)
-    assert "".join(argument_pieces(call)) == call.as_dict()["function"]["arguments"]
 
 
 def test_tool_choice_none_leaves_the_call_as_text(server: Running, script: Scripted) -> None:

@@ -110,6 +110,42 @@ def test_anthropic_stream(claude: "anthropic.Anthropic", script: Scripted) -> No
     assert said.stop_reason == "tool_use" and said.usage.output_tokens > 5
 
 
+CUT_OFF = "One moment.<tool_call><function=get_weather><parameter=city>Os"
+
+
+def test_a_call_that_is_cut_off_can_be_told_from_a_real_one(
+    gpt: "openai.OpenAI", claude: "anthropic.Anthropic", script: Scripted
+) -> None:
+    """A stream has begun it: its JSON has no end, and what was written follows as text, as without a stream."""
+    script.say(*[CUT_OFF] * 6)
+    chunks = [*gpt.chat.completions.create(model="m", messages=HELLO, tools=[WEATHER], stream=True)]
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    begun = "".join(delta.tool_calls[0].function.arguments for delta in deltas if delta.tool_calls)
+    assert begun.startswith('{"city": "') and not begun.endswith("}")
+    assert "".join(delta.content or "" for delta in deltas) == CUT_OFF
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    whole = gpt.chat.completions.create(model="m", messages=HELLO, tools=[WEATHER]).choices[0].message
+    assert whole.content == CUT_OFF and not whole.tool_calls
+
+    tool = {"type": "function", "strict": False, **WEATHER["function"]}
+    with gpt.responses.stream(model="m", input="Weather?", tools=[tool]) as stream:
+        items = stream.get_final_response().output
+    assert [(item.type, item.status) for item in items] == [
+        ("message", "completed"), ("function_call", "incomplete"), ("message", "completed")
+    ]  # fmt: skip
+    assert [item.type for item in gpt.responses.create(model="m", input="?", tools=[tool]).output] == [
+        "message"
+    ]
+
+    messages = [{"role": "user", "content": "Weather?"}]
+    with claude.messages.stream(model="m", max_tokens=100, messages=messages, tools=[TOOL]) as stream:
+        said = stream.get_final_message()
+    assert [block.type for block in said.content] == ["text", "tool_use", "text"]
+    assert said.stop_reason == "end_turn" and said.content[0].text + said.content[2].text == CUT_OFF
+    said = claude.messages.create(model="m", max_tokens=100, messages=messages, tools=[TOOL])
+    assert [block.type for block in said.content] == ["text"]
+
+
 def test_the_example(server: Running, script: Scripted) -> None:
     script.say(THOUGHT)
     example = Path(__file__).parents[3] / "examples/client.py"
