@@ -44,6 +44,7 @@ from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 from localmimo.toolchoice import rules_of_calls
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
+from localmimo.watched import Hear, Watched
 from quant import Pack
 from quant.matmul import backend
 
@@ -76,6 +77,7 @@ def load(
     trust: bool = False,
     draft: Draft = "auto",
     max_batch: int = 1,
+    hear: Hear = lambda done, total: None,
 ) -> "Engine":
     """Open a pack; None and "mimo-mini" open the embedded model.
 
@@ -86,7 +88,7 @@ def load(
     the router statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of
     the router while that pays. trust: skip the pages' checksums. draft: tokens that the model's draft heads propose at
     a time, 0 to 3; "auto" measures what pays; 0 does not load them. max_batch: timelines that `generate` advances
-    together, each with room for the whole context.
+    together, each with room for the whole context. hear: told of the dense tensors' bytes read, and of how many.
     Raises BadPack, BadModel, or DoesNotFit with the numbers.
     """
     opening = Opening(
@@ -100,13 +102,13 @@ def load(
             f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models."
         )
     check_shapes(pack, config)
-    return Engine(pack, config, opening)
+    return Engine(pack, config, opening, hear)
 
 
 class Engine:
     """One opened pack. Thread-safe: one generation at a time, the others wait."""
 
-    def __init__(self, pack: Pack, config: ModelConfig, opening: Opening) -> None:
+    def __init__(self, pack: Pack, config: ModelConfig, opening: Opening, hear: Hear) -> None:
         self.pack = pack
         self.config = config
         self.plan = opening.plan(pack, config)
@@ -116,9 +118,10 @@ class Engine:
             profile=opening.profile, prefetch=opening.prefetch, trust=opening.trust,
         )  # fmt: skip
         self._store = self._pager.store
-        self._model = Transformer(config, load_weights(pack, config), opening.activation_dtype)
+        dense = Watched(pack, self.plan.n_drafts, hear)
+        self._model = Transformer(config, load_weights(dense, config), opening.activation_dtype)
         self._experts = ExpertRunner(self._store)
-        self._heads = load_heads(pack, self._model, self.plan.n_drafts)
+        self._heads = load_heads(dense, self._model, self.plan.n_drafts)
         self._pace = pace_of(opening.draft, self.plan.n_drafts)
         self._timelines: list[Session] = []
         self._holder: int | None = None  # the thread that is using the timeline

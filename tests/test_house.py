@@ -55,7 +55,7 @@ mtp
 session
 draft
 generate
-opening options batch answer
+opening options batch answer watched
 agent prompt conversation
 mini
 corpus embedded

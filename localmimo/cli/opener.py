@@ -5,11 +5,12 @@ Knows flags and sentences; imports torch only when a pack is opened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from localmimo.cli.packs import EMBEDDED, pack_folder
-from localmimo.cli.ui import Ui, parse_count
+from localmimo.cli.ui import Ui, bar, parse_count
 from localmimo.machine import parse_bytes
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class OpenFlags:
             parse_bytes(self.ram)
 
 
-def open_engine(model: str | None, flags: OpenFlags, ui: Ui) -> Engine:
-    """Load a pack, None for the embedded model, saying so while it lasts."""
+def open_engine(
+    model: str | None, flags: OpenFlags, ui: Ui, hear: Callable[[int, int], object] = lambda done, total: None
+) -> Engine:
+    """Load a pack, None for the embedded model, saying so while it lasts; `hear` as for `localmimo.load`."""
     context = None if flags.context is None else parse_count(flags.context, "--context")
     folder = None if model is None else pack_folder(model)
     ui.status.show(f"  opening {model or EMBEDDED} ...", now=True)
@@ -49,11 +52,18 @@ def open_engine(model: str | None, flags: OpenFlags, ui: Ui) -> Engine:
         if folder is None:
             ui.status.clear()  # the first use says what it does
         folder = folder or embedded_pack()
-        ui.status.show(f"  opening {folder.name} ...", now=True)
+        name = folder.name
+        ui.status.show(f"  opening {name} ...", now=True)
+
+        def heard(done: int, total: int) -> None:
+            ui.status.show(f"  opening {name} {bar(done / total)} {done / total:4.0%}")
+            hear(done, total)
+
         return load(
             folder, context=context, ram=flags.ram, dtype=flags.dtype, kv=flags.kv,  # type: ignore[arg-type]
             profile=None if flags.profile == "none" else flags.profile,
             prefetch=flags.prefetch, trust=flags.trust, draft=flags.draft,  # type: ignore[arg-type]
+            hear=heard,
         )  # fmt: skip
     finally:
         ui.status.clear()

@@ -116,7 +116,9 @@ def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S)
 
     async def health(request: Request) -> Response:
         state = service.state
-        return _json({"status": state}, 200 if state in ("ok", "busy") else 503)
+        known = state == "loading" and service.loaded is not None
+        far = {"progress": service.loaded} if known else {}
+        return _json({"status": state, **far}, 200 if state in ("ok", "busy") else 503)
 
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(service.exposition(), media_type="text/plain; version=0.0.4")

@@ -190,7 +190,7 @@ POSTS = {
     "/v1/messages/count_tokens": ("Tokens of a conversation.", COUNTED, "AnthropicError"),
 }
 GETS = {
-    "/health": ("loading, ok, busy or stopping.", "application/json"),
+    "/health": ("loading with its progress from 0 to 1, ok, busy or stopping.", "application/json"),
     "/metrics": ("Counters in Prometheus' text format.", "text/plain"),
     "/v1/models": ("The one model.", "application/json"),
     "/openapi.json": ("This description.", "application/json"),

@@ -42,8 +42,13 @@ class Service:
         self.metrics = Metrics()
         self.began = int(time.time())
         self.stopping = False
+        self.loaded: float | None = None  # share of the dense tensors read, where it is known
         self._worker: Worker | None = None
         self._desk: Desk | None = None
+
+    def load(self, done: int, total: int) -> None:
+        """Bytes read so far, and in all; from any thread."""
+        self.loaded = done / total if total else None
 
     def ready(self, engine: Engine) -> None:
         """The engine is loaded; its tokenizer and template are opened here, so that they fail now or never."""
@@ -63,9 +68,9 @@ class Service:
     def worker(self) -> Worker:
         """Raises Failure while the model is loading."""
         if self._worker is None:
-            raise Failure(
-                "loading", "The model is still loading; ask again in a moment.", retry_s=LOADING_RETRY_S
-            )
+            far = "" if self.loaded is None else f" ({self.loaded:.0%})"
+            sentence = f"The model is still loading{far}; ask again in a moment."
+            raise Failure("loading", sentence, retry_s=LOADING_RETRY_S)
         return self._worker
 
     @property

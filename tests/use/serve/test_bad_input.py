@@ -280,10 +280,13 @@ def test_an_engine_that_fails_is_a_500_and_the_next_request_is_served(
 def test_while_loading_only_health_answers() -> None:
     with Running(None) as server:
         assert server.http.get("/health").json() == {"status": "loading"}
+        server.service.load(17, 50)
+        said = server.http.get("/health")
+        assert said.status_code == 503 and said.json() == {"status": "loading", "progress": 0.34}
         for path, body in ((CHAT, MESSAGES), (BLOCKS, MESSAGES)):
             answer = server.post(path, body)
             assert answer.status_code == 503 and "retry-after" in answer.headers
-            check_shape(path, 503, answer.json())
+            assert "loading (34%)" in check_shape(path, 503, answer.json())["message"]
         assert server.http.get("/v1/models").status_code == 503
         assert "localmimo_ready 0" in server.http.get("/metrics").text
 

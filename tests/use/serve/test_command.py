@@ -13,7 +13,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from localmimo import load
 from localmimo.cli.app import run
+from tests.packs import make_pack
 
 from .running import wait_for
 from .test_chat import HELLO, PATH
@@ -100,3 +102,12 @@ def test_a_port_in_use_is_a_sentence() -> None:
         taken.listen()
         with pytest.raises(BadRequest, match="in use.*give another --host or --port"):
             listen("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("draft", [0, 2])
+def test_loading_tells_how_far_it_is(draft: int, tmp_path: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    with load(make_pack(tmp_path, seed=3), context=64, draft=draft, hear=lambda *far: heard.append(far)):
+        pass
+    assert heard == sorted(heard) and len({total for _, total in heard}) == 1
+    assert heard[0][0] > 0 and heard[-1][0] == heard[-1][1]
