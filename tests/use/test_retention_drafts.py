@@ -1,0 +1,142 @@
+"""The same ten turns of tools and thinking through every face, with drafts: the same tokens, and nothing read twice.
+
+The embedded model with three draft heads that often err, so that sessions are rewound all the time.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmimo import load
+from localmimo.cli.repl import Manner, Repl
+from localmimo.cli.screen import Screen
+from localmimo.engine import Engine
+from localmimo.generate import Generation
+from localmimo.kv import SLACK
+from localmimo.prompt import Recall
+from localmimo.tools import tools_of
+
+from .scripted import Capture, ScriptedReader
+from .test_retention import Script
+
+pytest.importorskip("starlette", reason="the extra serve is not installed")
+pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+
+from .serve import conversations as talks
+from .serve.running import Running
+
+TOOLS = 'def get_weather(city: str, days: int) -> str:\n    return "rain"\n'
+
+
+def get_weather(city: str, days: int) -> str:
+    return "rain"
+
+
+@dataclass
+class Turns:
+    """What was read and kept for each answer of a conversation."""
+
+    prompts: list[list[int]] = field(default_factory=list)
+    reused: list[int] = field(default_factory=list)
+    accepted: int = 0
+    drafted: int = 0
+
+    def check(self) -> None:
+        """Each turn begins with all that was held after the one before."""
+        assert len(self.prompts) == talks.N_TURNS and 0 < self.accepted < self.drafted
+        for turn in range(1, talks.N_TURNS):
+            before, now, kept = self.prompts[turn - 1], self.prompts[turn], self.reused[turn]
+            assert now[: len(before)] == before and kept > len(before) - SLACK
+            assert len(now) - kept < 60, f"turn {turn}: {len(now) - kept} tokens were read"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with load(context=4096, draft=3, profile=None) as engine:
+        yield engine
+
+
+@pytest.fixture
+def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Turns:
+    """Filled as answers are made; one draft in four is wrong."""
+    turns, rng = Turns(), random.Random(4)
+    begin, guess, end = Generation.begin, Generation._guess, Generation.end
+
+    def begun(self: Generation, prompt: list[int]) -> Any:
+        logits = begin(self, prompt)
+        turns.prompts.append(list(prompt))
+        turns.reused.append(self.session.n_reused)
+        return logits
+
+    def guessed(self: Generation, logits: Any, drafts: Any) -> int:
+        token = guess(self, logits, drafts)
+        return token if rng.random() < 0.75 else 7
+
+    def ended(self: Generation) -> Any:
+        turns.accepted += sum(self.stats.drafts.accepted)
+        turns.drafted += sum(self.stats.drafts.drafted)
+        return end(self)
+
+    monkeypatch.setattr(Generation, "begin", begun)
+    monkeypatch.setattr(Generation, "_guess", guessed)
+    monkeypatch.setattr(Generation, "end", ended)
+    engine.prompts._recall = Recall()
+    return turns
+
+
+def by_python(engine: Engine, script: Script, folder: Path) -> None:
+    messages: list[Any] = [{"role": "user", "content": talks.QUESTION}]
+    for text in talks.turns():
+        script.says(text)
+        reply = engine.chat(messages, tools=[get_weather])
+        messages += [reply.as_dict(), *reply.run_tools()]
+
+
+def by_repl(engine: Engine, script: Script, folder: Path) -> None:
+    (folder / "tools.py").write_text(TOOLS)
+    shown = Capture()
+    reader = ScriptedReader(f"/tools {folder / 'tools.py'}", talks.QUESTION, "always")
+    repl = Repl(reader, shown.ui, engine, manner=Manner(stats=False), screen=Screen(shown.ui))
+    script.says(*talks.turns())
+    repl.run()
+    repl.toolbox.clear()
+
+
+def by(client: Callable[[], talks.Client]) -> Callable[[Engine, Script, Path], None]:
+    def talk(engine: Engine, script: Script, folder: Path) -> None:
+        with Running(engine) as server:
+            asking = client()
+            for text in talks.turns():
+                script.says(text)
+                asking.ask(server)
+
+    return talk
+
+
+FACES: dict[str, Callable[[Engine, Script, Path], None]] = {
+    "python": by_python,
+    "repl": by_repl,
+    "chat": by(talks.ChatClient),
+    "chat that drops the thinking": by(lambda: talks.ChatClient(keep_thinking=False)),
+    "messages": by(talks.MessagesClient),
+    "responses": by(lambda: talks.ResponsesClient(by_id=False)),
+    "responses by id": by(lambda: talks.ResponsesClient(by_id=True)),
+    "completions": by(talks.CompletionsClient),
+}
+SEEN: list[list[list[int]]] = []  # the prompts of the faces that were tried before
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_every_face_holds_the_same_tokens(
+    engine: Engine, turns: Turns, face: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(talks, "SCHEMA", tools_of([get_weather])[0][0]["function"]["parameters"])
+    FACES[face](engine, Script(engine, monkeypatch), tmp_path)
+    turns.check()
+    if face != "completions":  # which sends text of its own
+        SEEN.append(turns.prompts)
+        assert SEEN[0] == turns.prompts
