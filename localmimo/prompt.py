@@ -1,16 +1,10 @@
 """Prompts: messages become tokens, and what the model said becomes the same tokens again in the next prompt.
 
-A conversation is rendered as text each turn. Encoding that text again would often give other tokens than those
-that were sampled (another cut of a word, a call written with other white space), and the KV cache would be lost
-from there on. So Recall keeps, for the rendered text of a conversation up to the end of an answer, the tokens that
-the session held there. Knows no model and no session.
+Knows templates and tokenizers, and the turns that were answered; no model and no session.
 """
 
-import threading
-from array import array
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -20,8 +14,7 @@ from localmimo.marks import Marker
 from localmimo.messages import check_messages, check_tools
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
-
-MAX_TOKENS = 4 << 20  # that Recall holds, at 4 bytes each
+from localmimo.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,48 +27,8 @@ class Prompt:
     tools: Sequence[Mapping[str, Any]] | None = None
 
 
-@dataclass(slots=True)
-class Recall:
-    """Rendered text -> tokens, for beginnings of conversations; the least recently used one gives way.
-
-    Thread-safe: a prompt is written while another one is being answered.
-    """
-
-    max_tokens: int = MAX_TOKENS
-    n_tokens: int = 0
-    _kept: "OrderedDict[tuple[int, bytes], array[int]]" = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def keep(self, text: str, tokens: Sequence[int]) -> None:
-        key = _key(text)
-        with self._lock:
-            self._forget(key)
-            self._kept[key] = array("I", tokens)
-            self.n_tokens += len(tokens)
-            while self.n_tokens > self.max_tokens:
-                self._forget(next(iter(self._kept)))
-
-    def longest(self, text: str) -> tuple[int, list[int]]:
-        """(characters, their tokens) of the longest known beginning of the text."""
-        with self._lock:
-            lengths = {n_chars for n_chars, _ in self._kept if n_chars <= len(text)}
-            keys = (_key(text[:n_chars]) for n_chars in sorted(lengths, reverse=True))
-            found = next((key for key in keys if key in self._kept), None)
-            if found is None:
-                return 0, []
-            self._kept.move_to_end(found)
-            return found[0], list(self._kept[found])
-
-    def _forget(self, key: tuple[int, bytes]) -> None:
-        self.n_tokens -= len(self._kept.pop(key, ()))
-
-
-def _key(text: str) -> tuple[int, bytes]:
-    return len(text), blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
 def _digest(text: str) -> str:
-    return _key(text)[1].hex()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class Prompts:
@@ -85,7 +38,7 @@ class Prompts:
         self._template = template
         self._tokenizer = tokenizer
         self.marker = Marker(tokenizer.added, tokenizer.control)
-        self._recall = Recall()
+        self.turns = Turns()
 
     def render(
         self,
@@ -104,33 +57,35 @@ class Prompts:
     ) -> Prompt:
         """The prompt as tokens; answers that were kept come back as they were sampled. Raises BadRequest."""
         mark, text = self._marked(messages, tools, think=think)
-        known, tokens = self._recall.longest(text)
+        known, tokens = self.turns.longest(text)
         return Prompt(text, tokens + self._tokenizer.encode(text[known:], mark), messages, tools)
 
     def keep(self, prompt: Prompt, answer: Answer, *, whole: bool) -> None:
         """Remember the tokens of an answer; whole: it ended with an end-of-text token, not by other rules."""
         if not answer.tokens:
             return
-        messages = [*prompt.messages, answer.message().as_dict()]
+        said = answer.message().as_dict()
         try:
-            mark, text = self._marked(messages, prompt.tools, add_generation_prompt=False)
+            mark, text = self._marked([*prompt.messages, said], prompt.tools, add_generation_prompt=False)
         except LocalMimoError:
             return  # a template that can't write it will say so when it is asked to
         end = len(text.rstrip())
         tail = self._tail(prompt, text[:end], mark, answer.tokens, whole)
-        if tail is not None:
-            self._recall.keep(text[:end], [*prompt.tokens, *answer.tokens, *tail])
+        if tail is None:
+            self.turns.keep(prompt.messages, said)
+        else:
+            self.turns.keep(prompt.messages, said, text[:end], [*prompt.tokens, *answer.tokens, *tail])
 
     def held(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> tuple[str, list[int], list[int]]:
         """(digest of the conversation's text, its tokens, how many there are at the end of each answer, 0: unknown)."""
         mark, text = self._marked(messages, tools, add_generation_prompt=False)
-        known, tokens = self._recall.longest(text)
+        known, tokens = self.turns.longest(text)
         tokens += self._tokenizer.encode(text[known:], mark)
         ends = []
-        for part in self._beginnings(messages, tools):
-            n_chars, kept = self._recall.longest(part)
+        for _, part in self._beginnings(messages, tools):
+            n_chars, kept = self.turns.longest(part)
             ends.append(len(kept) if n_chars == len(part) and tokens[: len(kept)] == kept else 0)
         return _digest(text), tokens, ends
 
@@ -147,17 +102,17 @@ class Prompts:
         beginnings = self._beginnings(messages, tools)
         if _digest(text) != digest or len(ends) != len(beginnings):
             return False
-        for part, end in zip(beginnings, ends, strict=True):
+        for (number, part), end in zip(beginnings, ends, strict=True):
             if end:
-                self._recall.keep(part, tokens[:end])
+                self.turns.keep(messages[:number], messages[number], part, tokens[:end])
         return True
 
     def _beginnings(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-    ) -> list[str]:
-        """The conversation's text up to the end of each answer."""
+    ) -> list[tuple[int, str]]:
+        """Each answer's place, and the conversation's text up to its end."""
         return [
-            self._marked(messages[: number + 1], tools, add_generation_prompt=False)[1].rstrip()
+            (number, self._marked(messages[: number + 1], tools, add_generation_prompt=False)[1].rstrip())
             for number, message in enumerate(messages)
             if message["role"] == "assistant"
         ]

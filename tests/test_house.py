@@ -56,7 +56,7 @@ session
 draft
 generate
 opening options batch answer watched
-agent prompt conversation
+agent turns prompt conversation
 mini
 corpus embedded
 engine

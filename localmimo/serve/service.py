@@ -121,7 +121,7 @@ class Service:
             gauges["localmimo_context_tokens"] = ("Positions of the context.", float(worker.engine.context))
             gauges["localmimo_turns_kept"] = (
                 "Turns whose exact tokens are remembered.",
-                float(len(worker.turns)),
+                float(len(worker.engine.prompts.turns)),
             )
             if (shelf := worker.shelf) is not None:
                 gauges["localmimo_sessions"] = ("Conversations on disk.", float(len(shelf)))

@@ -18,7 +18,6 @@ from localmimo.prompt import Prompt
 from localmimo.serve.ask import Ask
 from localmimo.serve.line import Place
 from localmimo.serve.shelf import Shelf
-from localmimo.serve.turns import Turns
 
 if TYPE_CHECKING:
     from localmimo.engine import Engine
@@ -65,7 +64,6 @@ class Worker:
     ) -> None:
         self.engine = engine
         self.shelf = shelf
-        self.turns = Turns()
         self.current: Job | None = None
         self._finished = finished
         self._thread = ThreadPoolExecutor(1, "localmimo-engine")
@@ -75,7 +73,8 @@ class Worker:
         """The prompt to answer. Raises BadRequest, ContextFull."""
         if ask.messages is not None:
             tools = None if ask.tool_choice == "none" else ask.tools
-            prompt = self.engine.prompts.write(self.turns.restore(ask.messages), tools, ask.think)
+            prompts = self.engine.prompts
+            prompt = prompts.write(prompts.turns.recognise(ask.messages), tools, ask.think)
         else:
             tokens = self.engine.encode(ask.text or "") if ask.tokens is None else ask.tokens
             prompt = Prompt(ask.text or "", tokens)
@@ -168,7 +167,6 @@ class Worker:
         if ask.messages is not None and answer.finish_reason != "cancelled":
             whole = answer.finish_reason in ("stop", "tool_calls") and not ask.stop
             self.engine.prompts.keep(job.prompt, answer, whole=whole)
-            self.turns.remember(ask.messages, answer.message().as_dict())
 
     async def close(self) -> None:
         """Stop what is being answered and what waits, and wait for the thread."""

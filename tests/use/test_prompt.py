@@ -11,7 +11,7 @@ from localmimo.answer import Answer
 from localmimo.chat import parse_message
 from localmimo.errors import BadRequest
 from localmimo.marks import MARKS
-from localmimo.prompt import Prompts, Recall
+from localmimo.prompt import Prompts
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 
@@ -91,7 +91,7 @@ def test_values_that_are_no_json_are_refused(tokenizer: Tokenizer) -> None:
         prompts(tokenizer).write([{"role": "user", "content": "x"}], [CLOCK | {"default": object()}])
 
 
-# ---- recall ----
+# ---- what was sampled ----
 
 
 def answer(tokens: list[int], text: str, tools: Any = None) -> Answer:
@@ -144,18 +144,6 @@ def test_what_was_sampled_comes_back(
     assert special(tokenizer, again.tokens[len(held) :])[0] == (
         "</think>" if cut_in_thinking else "<|im_end|>"
     )
-
-
-def test_recall_forgets_the_oldest() -> None:
-    recall = Recall(max_tokens=10)
-    for text in ("ab", "abcd", "abcdef"):
-        recall.keep(text, [1] * 4)
-    assert recall.n_tokens == 8
-    assert recall.longest("abcdefgh") == (6, [1] * 4)
-    assert recall.longest("abcdx") == (4, [1] * 4)
-    assert recall.longest("abx") == (0, [])
-    recall.keep("abcd", [2])
-    assert (recall.longest("abcd"), recall.n_tokens) == ((4, [2]), 5)
 
 
 @pytest.mark.skipif(bpe.real_ranks() is None, reason="the package dashscope (2.0.2) is not installed")

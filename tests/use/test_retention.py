@@ -12,8 +12,8 @@ from localmimo import load
 from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
 from localmimo.engine import Engine
-from localmimo.prompt import Recall
 from localmimo.template import TEMPLATES
+from localmimo.turns import Turns
 from quant import convert
 from tests.tiny import make_checkpoint
 
@@ -196,7 +196,7 @@ def test_a_saved_conversation_is_not_read_again(talk: Talk, engine: Engine, tmp_
     assert "  saved, " in talk.shown.err and (folder / "messages.json").stat().st_mode & 0o077 == 0
     with engine.session() as session:
         held = list(session.tokens)
-    engine.prompts._recall = Recall()  # another process knows nothing
+    engine.prompts.turns = Turns()  # another process knows nothing
     talk.script.says("no")
     engine.chat([{"role": "user", "content": "something else"}])
     other = Talk(engine, talk.script, tmp_path)

@@ -17,8 +17,8 @@ from localmimo.cli.screen import Screen
 from localmimo.engine import Engine
 from localmimo.generate import Generation
 from localmimo.kv import SLACK
-from localmimo.prompt import Recall
 from localmimo.tools import tools_of
+from localmimo.turns import Turns as Kept
 
 from .scripted import Capture, ScriptedReader
 from .test_retention import Script
@@ -84,7 +84,7 @@ def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Turns:
     monkeypatch.setattr(Generation, "begin", begun)
     monkeypatch.setattr(Generation, "_guess", guessed)
     monkeypatch.setattr(Generation, "end", ended)
-    engine.prompts._recall = Recall()
+    engine.prompts.turns = Kept()
     return turns
 
 
