@@ -1,14 +1,19 @@
-"""Byte-level tokenizers for the tests: a small one trained on the spot, and the real Qwen2-type one, rebuilt
-from the ranks that the PyPI package dashscope ships (a development aid, not installed by default)."""
+"""Byte-level tokenizers for the tests: a small one trained on the spot, and the real Qwen2-type one, rebuilt from the
+ranks that the PyPI package dashscope ships, or from those among them that occur in one prompt."""
 
 from __future__ import annotations
 
 import base64
 import importlib.util
+import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+Ranks = dict[bytes, int]
+
+GOLDEN = Path(__file__).with_name("golden")
+N_RANKS = 151_643
 SPLIT = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -60,21 +65,27 @@ def small(*texts: str) -> Tokenizer:
     return _with_added(tokenizer)
 
 
-def real_ranks() -> Path | None:
-    """Where dashscope's qwen.tiktoken lies, if the package is installed."""
+def all_ranks() -> Ranks | None:
+    """The real vocabulary, if the package dashscope is installed, which ships it."""
     found = importlib.util.find_spec("dashscope")
     path = Path(found.origin).parent / "resources" / "qwen.tiktoken" if found and found.origin else None
-    return path if path and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    lines = (line.split() for line in path.read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
-def real(ranks_file: Path) -> Tokenizer:
-    """The 151,643-entry byte BPE with the added tokens 151643 to 151668."""
-    ranks = {}
-    for line in ranks_file.read_bytes().splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+def ranks_of_the_prompt() -> Ranks:
+    """Of the real vocabulary all that occurs in the published prompt: for that prompt it is as good as the whole."""
+    listed = json.loads((GOLDEN / "qwen-ranks-of-a-prompt.json").read_text())
+    return {token.encode(): rank for token, rank in listed.items()}
+
+
+def real(ranks: Ranks) -> Tokenizer:
+    """The 151,643-entry byte BPE, as far as it is given, with the added tokens 151643 to 151668."""
     written = {byte: character for character, byte in _alphabet().items()}
     vocab = {"".join(written[byte] for byte in token): rank for token, rank in ranks.items()}
+    vocab |= {f"no token {rank}": rank for rank in set(range(N_RANKS)) - set(ranks.values())}
     pairs = [_parts(token, rank, ranks) for token, rank in sorted(ranks.items(), key=lambda entry: entry[1])]
     merges = [tuple("".join(written[byte] for byte in half) for half in pair) for pair in pairs if pair]
     return _with_added(_with_pipeline(Tokenizer(models.BPE(vocab=vocab, merges=merges))))
@@ -86,7 +97,7 @@ def _alphabet() -> dict[str, int]:
     return _byte_alphabet()
 
 
-def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+def _parts(token: bytes, rank: int, ranks: Ranks) -> tuple[bytes, bytes] | None:
     """The two parts that this token was merged from: its bytes merged by every lower rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:

@@ -146,9 +146,8 @@ def test_what_was_sampled_comes_back(
     )
 
 
-@pytest.mark.skipif(bpe.real_ranks() is None, reason="the package dashscope (2.0.2) is not installed")
 def test_the_published_prompt_gives_the_published_ids() -> None:
-    real = prompts(Tokenizer(bpe.real(bpe.real_ranks())))  # type: ignore[arg-type]
+    real = prompts(Tokenizer(bpe.real(bpe.ranks_of_the_prompt())))
     assert real.write([{"role": "user", "content": "Hello"}], think=False).tokens == [
         int(token) for token in PROMPT_IDS.split()
     ]
