@@ -6,6 +6,7 @@ Knows steps and terminals; nothing of engines, files or conversations.
 from __future__ import annotations
 
 import re
+import termios
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,7 @@ from localmimo.cli.ui import Ui, bar, printable, seconds
 if TYPE_CHECKING:
     from localmimo.generate import Stats, Step
 
+STDIN = 0
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
 FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 
@@ -37,8 +39,11 @@ class Screen:
         self._thought_tokens = 0
         self._called = ""  # arguments of a call that is being written
         self._line_open = False  # stdout is in the middle of a line
+        self._echoes: list[Any] | None = None  # how the terminal was before the answer
 
     def begin(self) -> None:
+        """An answer comes; what is typed ahead waits for the next prompt, and is not shown in the middle of it."""
+        self._echoes = _hush() if self._terminal else None
         self._began = time.perf_counter()
         self._thought, self._thought_tokens, self._called = "", 0, ""
 
@@ -70,6 +75,9 @@ class Screen:
             self._ui.data("")
         self._line_open = False
         self._ui.status.clear()
+        if self._echoes is not None:
+            termios.tcsetattr(STDIN, termios.TCSANOW, self._echoes)
+            self._echoes = None
 
     def _think(self, text: str, is_token: bool) -> None:
         if not self._thought:
@@ -122,6 +130,16 @@ class Screen:
         else:
             self._ui.data(text, end="")
             self._line_open = not text.endswith("\n") if text else self._line_open
+
+
+def _hush() -> list[Any] | None:
+    """Turn the echo of keys off; the settings before, None where stdin is no terminal."""
+    try:
+        before = termios.tcgetattr(STDIN)
+    except (termios.error, OSError):
+        return None
+    termios.tcsetattr(STDIN, termios.TCSANOW, [*before[:3], before[3] & ~termios.ECHO, *before[4:]])
+    return before
 
 
 class Blocks:

@@ -95,8 +95,11 @@ def test_a_conversation(terminal: Terminal) -> None:
     terminal.wait_for("max-tokens off")
     terminal.press("go on\r")
     time.sleep(1)  # thousands of tokens are to come
+    terminal.press("typed ahead")
+    time.sleep(0.2)
     terminal.press("\x03")
-    assert "Traceback" not in terminal.wait_for("stopped")
+    shown = terminal.wait_for("stopped")
+    assert "Traceback" not in shown and "typed" not in shown
     terminal.press("/exit\r")
     assert terminal.close() == 0
 
