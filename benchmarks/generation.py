@@ -1,6 +1,6 @@
-"""How fast tokens come: fixed cost, attention, long contexts, and a model beside llama.cpp.
+"""How fast tokens come: fixed cost, attention, long contexts, drafts, sessions, and a model beside llama.cpp.
 
-    python -m benchmarks.generation [--only fixed,attention,kv,long,needle,mid] [--json]
+    python -m benchmarks.generation [--only fixed,attention,kv,long,needle,drafts,sessions,timelines,mid] [--json]
         [--long-pack DIR] [--mid PACK --gguf FILE --rival-python PYTHON]
 
 fixed      a decode step of the embedded model, whose arithmetic is next to nothing, per layer
@@ -8,6 +8,10 @@ attention  one token over the global cache: packed bytes per second over the rea
 kv         what keys and values in int8 change in the embedded model's predictions
 long       a narrow model with V2-Flash's 48 layers at up to 1,048,576 positions (made at DIR when it is not there)
 needle     how often the embedded model finds a word again that its windows do not reach
+drafts     the embedded model's draft heads against none (benchmarks.drafts)
+sessions   a saved session of 8,192 tokens against reading them again (benchmarks.sessions)
+timelines  four timelines in step against one after the other, on the pack --mid with a third of its experts in RAM
+           (benchmarks.timelines)
 mid        decode and prefill in turns with llama.cpp; PACK and FILE as benchmarks.make_checkpoint and rival_model
            make them of the shape `mid`; PYTHON has llama-cpp-python
 """
@@ -27,7 +31,8 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.make_checkpoint import Shape, make_checkpoint
+from benchmarks import drafts, sessions, timelines
+from benchmarks.make_checkpoint import SHAPES, Shape, make_checkpoint
 from localmimo import load
 from localmimo.engine import Engine
 from localmimo.kv import GlobalKV, WindowKV, row_width
@@ -141,7 +146,7 @@ def kv() -> Figures:
 
 def long(folder: Path) -> Figures:
     """Decode at depths up to 1,048,576, a chunk of prompt at depth, and the memory that both take."""
-    pack = _long_pack(folder)
+    pack = _pack(folder, LONG)
     out: Figures = {"depths": {}}
     with load(pack, context=MILLION, ram=psutil.virtual_memory().available, profile=None) as engine:
         with engine.session() as session:
@@ -164,9 +169,10 @@ def long(folder: Path) -> Figures:
     return out | {"read_gb_per_s": _read_speed()}
 
 
-def _long_pack(folder: Path) -> Path:
+def _pack(folder: Path, shape: Shape) -> Path:
+    """A random model of a shape, with a million positions, made where it is not there yet."""
     if not (folder / "pack" / "manifest.json").exists():
-        source = make_checkpoint(folder / "hf", LONG)
+        source = make_checkpoint(folder / "hf", shape)
         config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": MILLION}
         (source / "config.json").write_text(json.dumps(config))
         for _ in convert(source, folder / "pack", experts="nf4", dense="int8"):
@@ -234,6 +240,16 @@ def _try(engine: Engine, filler: list[int], firsts: list[int], i: int, distance:
     prompt = [*before, *filler[start : start + distance], *engine.encode("\nThe secret word is")]
     logits = engine.logits(prompt)[-1]
     return int(logits[firsts].argmax()) == word, int(logits.argmax()) == firsts[word]
+
+
+# ---- several timelines ----
+
+
+def _third(pack: Path) -> str:
+    """A budget that holds a third of a pack's experts beside four timelines."""
+    with load(pack, context=512, draft=0, max_batch=4, profile=None) as engine:
+        plan = engine.plan
+        return str(plan.used_bytes - plan.slots_bytes + plan.n_pages // 3 * plan.page_bytes)
 
 
 # ---- beside llama.cpp ----
@@ -321,6 +337,11 @@ def main() -> None:
             "kv": kv,
             "long": lambda: long(options.long_pack or Path(folder)),
             "needle": needle,
+            "drafts": lambda: drafts.measure(None, None, 256, 3),
+            "sessions": lambda: sessions.measure(
+                str(_pack(Path(folder) / "small", SHAPES["small"])), 8192, None
+            ),
+            "timelines": lambda: timelines.measure(str(options.mid), _third(options.mid), 4, 24),
             "mid": lambda: mid(
                 options.mid, options.gguf, options.rival_python, options.tasks.split(","), options.rounds
             ),
