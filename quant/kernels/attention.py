@@ -63,11 +63,10 @@ def attend(
         and cos.shape == sin.shape == (n, cos.shape[-1])
         and 2 * cos.shape[1] <= d_k <= LARGEST_HEAD
         and d_v <= LARGEST_HEAD
-        and 0 < n <= rows
+        and in_rows(n, position, window or EVERYTHING, first, rows)
         and (sink is None or sink.numel() == heads)
-        and position >= first
     )
-    if not (fits and _plain(joined, cos, sin, keys, values) and (sink is None or _plain(sink))):
+    if not (fits and _plain(keys, values) and floats(joined, cos, sin, joined if sink is None else sink)):
         raise ValueError(
             f"{n} rows of {width} for {heads} heads of {d_k} and {d_v} do not go with keys {list(keys.shape)} and "
             f"values {list(values.shape)} in {keys.dtype}, cos and sin {list(cos.shape)} at position {position}."
@@ -82,12 +81,19 @@ def attend(
     return out
 
 
+def in_rows(n: int, position: int, window: int, first: int, rows: int) -> bool:
+    """Whether every position that n tokens at `position` see has a row of its own among `rows`, from `first` on."""
+    lowest = max(0, position - window + 1)
+    return n > 0 and first <= lowest <= position <= lowest + rows - n
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, add: Tensor | None = None) -> Tensor:
     """x [..., hidden] / rms(x) * weight [hidden], all float32; with `add`, of the same shape, x += add comes first."""
     hidden = x.shape[-1]
-    if weight.numel() != hidden or not _plain(x, weight) or (add is not None and add.shape != x.shape):
-        raise ValueError(f"x is {x.dtype} {list(x.shape)}, its norm's weight {list(weight.shape)}.")
     add = add if add is None else add.contiguous()
+    fits = weight.numel() == hidden and (add is None or (add.shape == x.shape and floats(add)))
+    if not (fits and floats(x, weight)):
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, its norm's weight {list(weight.shape)}.")
     out = torch.empty_like(x)
     kernels._native.rms_norm(
         x.data_ptr(), 0 if add is None else add.data_ptr(), weight.data_ptr(), eps, x.numel() // hidden, hidden,
@@ -108,7 +114,7 @@ def route(
         raise ValueError(
             f"x {list(x.shape)} and {top_k} experts of a router {list(weight.shape)} do not fit."
         )
-    if not _plain(x, weight, bias):
+    if not floats(x, weight, bias):
         raise ValueError("The router wants contiguous float32 in main memory.")
     chosen = torch.empty(len(x), top_k, dtype=torch.int64)
     weights = torch.empty(len(x), top_k)
@@ -117,6 +123,11 @@ def route(
         chosen.data_ptr(), weights.data_ptr(),
     )  # fmt: skip
     return chosen, weights
+
+
+def floats(*tensors: Tensor) -> bool:
+    """Whether all are plain float32."""
+    return _plain(*tensors) and all(t.dtype is torch.float32 for t in tensors)
 
 
 def _plain(*tensors: Tensor) -> bool:

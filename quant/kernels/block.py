@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quant import kernels
-from quant.kernels.attention import EVERYTHING, LARGEST_HEAD, SCALE_BYTES, STORES
+from quant.kernels.attention import EVERYTHING, LARGEST_HEAD, SCALE_BYTES, STORES, floats, in_rows
 
 if TYPE_CHECKING:
     from quant.qtensor import QTensor
@@ -138,10 +138,10 @@ class Block:
             and keys.dtype in STORES
             and span.cos.shape == span.sin.shape == (span.n, half)
             and 2 * half <= heads.d_k
-            and 0 < span.n <= rows
-            and span.position >= span.first
+            and in_rows(span.n, span.position, heads.window or EVERYTHING, span.first, rows)
             and keys.is_contiguous()
             and values.is_contiguous()
+            and floats(span.cos, span.sin)
         )
         if not fits:
             raise ValueError(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "dispatch.h"
@@ -47,12 +48,16 @@ void put(Store store, const float* from, int64_t n, uint8_t* to) {
     }
   } else {
     float most = 0.0f;
-    for (int64_t i = 0; i < n; ++i) most = std::max(most, std::fabs(from[i]));
+    bool finite = true;
+    for (int64_t i = 0; i < n; ++i) {
+      most = std::max(most, std::fabs(from[i]));
+      finite = finite && std::isfinite(from[i]);
+    }
     const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-    const float scale = most / 127.0f;
+    const float scale = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();  // shows in what it is read for
     std::memcpy(to + n, &scale, sizeof scale);
     for (int64_t i = 0; i < n; ++i)
-      to[i] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(from[i] * inverse)));
+      to[i] = finite ? static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(from[i] * inverse))) : 0;
   }
 }
 
