@@ -202,6 +202,7 @@ async function answer() {
     for await (const chunk of events(response)) {
       follow(() => answer.take(chunk));
       if (chunk.choices?.[0]?.delta.content) say("writing");
+      if (chunk.choices?.[0]?.delta.tool_calls) say("writing a call");
       if (chunk.choices?.[0]?.delta.reasoning_content) say("thinking");
     }
     say({ length: "Stopped at the limit of tokens.", tool_calls: "The model waits for results." }[answer.reason] || "Answer complete.");
