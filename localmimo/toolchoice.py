@@ -81,11 +81,12 @@ def _function(
     """The rules of one function: its parameters in their order, those that are not required may be missing."""
     name = str(function["name"])
     schema = function.get("parameters") or {}
-    required = schema.get("required") or ()
+    required = schema.get("required")
+    needed = required if isinstance(required, list) else []
     parts, values = [], []
     for n, (key, value) in enumerate(schemas[name].items()):
         part = f"{json.dumps(f'<parameter={key}>')} {rule}_{n} LINE"
-        parts.append(part if key in required else f"({part})?")
+        parts.append(part if key in needed else f"({part})?")
         values.append(f"{rule}_{n}: {_value(value, schema)}")
     head, end = json.dumps(f"<function={name}>"), json.dumps("</function>")
     return [f"{rule}: {' '.join([head, 'LINE', *parts, end])}", *values]

@@ -160,6 +160,29 @@ def test_an_answer_in_a_form_or_calls(grammars: Grammars, engine: Engine) -> Non
     assert not follows(grammars, engine, f'"yes"{call}', **form)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"name": 'a"b\\\n%json{}<é\u0007', "parameters": {"required": 7}},
+        {
+            "name": "f",
+            "parameters": {"properties": {'k"\n': {"enum": ["", '"', "\\", "\u2028", "é", None, 3]}}},
+        },
+        {"name": "f", "parameters": {"properties": {"k": {"type": "array", "items": {"$ref": "#/nowhere"}}}}},
+        {
+            "name": "f",
+            "parameters": {"properties": {"k": {"type": "object", "not": {}, "x": [1]}, "l": True}},
+        },
+        {"name": "f", "parameters": {"properties": {"k": {"type": "integer", "minimum": 5, "maximum": 1}}}},
+        {"name": "f", "parameters": {"properties": {"k": {"anyOf": [{"$ref": "#"}] * 50}}}},
+    ],
+)
+def test_odd_functions_are_called_or_refused(server: Running, function: dict[str, Any]) -> None:
+    body = {"messages": ASKED, "tools": [{"type": "function", "function": function}], "max_tokens": 60}
+    answer = server.post("/v1/chat/completions", body | {"tool_choice": "required", "temperature": 0})
+    assert answer.status_code in (200, 400), answer.text
+
+
 def test_one_call_at_a_time(server: Running, engine: Engine, script: Scripted) -> None:
     call = "<tool_call>\n<function=clock>\n</function>\n</tool_call>"
     script.say(f"Now.{call}\n{call}")
