@@ -90,7 +90,7 @@ class Rows:
 
     def at(self, begin: int, end: int) -> Tensor:
         """The rows of positions begin to end - 1."""
-        return (torch.arange(begin, end) - self.first) % self.keys.shape[1]
+        return (torch.arange(begin, end, device=self.keys.device) - self.first) % self.keys.shape[1]
 
 
 def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +152,8 @@ def extend_reference(
         last = min(first + step, end)
         lowest = 0 if spec.window is None else max(0, first - spec.window + 1)
         at = rows.at(lowest, last)
-        seen = window_mask(torch.arange(first, last), torch.arange(lowest, last), spec.window)
+        positions = torch.arange(lowest, last, device=q.device)
+        seen = window_mask(positions[first - lowest :], positions, spec.window)
         k, v = loaded(rows.keys[:, at]), loaded(rows.values[:, at])
         blocks.append(attend(q[:, first - position : last - position], k, v, seen, sink, spec.head_dim**-0.5))
     return torch.cat(blocks)

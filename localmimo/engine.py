@@ -21,16 +21,18 @@ from localmimo.answer import Answer, Message
 from localmimo.batch import Batch
 from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
+from localmimo.device import out_of_memory
 from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull
 from localmimo.experts.pager import Pager
-from localmimo.experts.run import ExpertRunner, Record
+from localmimo.experts.run import Record
+from localmimo.experts.share import runner_of
 from localmimo.experts.store import Traffic
 from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
 from localmimo.grammar import Following, Grammar, Grammars, grammar_of
 from localmimo.mini import NAME
-from localmimo.model import Transformer, load_weights
+from localmimo.model import Placed, Transformer, load_weights
 from localmimo.mtp import load_heads
 from localmimo.opening import Dtype, Kv, Opening
 from localmimo.options import Options
@@ -82,14 +84,16 @@ def load(
     """Open a pack; None and "mimo-mini" open the embedded model.
 
     context: positions to make room for (default: 32,768 or the model's own limit). ram: bytes or "96GiB", for
-    everything but the interpreter and its libraries (default: what is free, less a reserve). dtype: of the
-    activations. kv: of the KV cache, "bf16" unless dtype is "float32"; "int8" takes half of bf16, with a little
-    loss. window_keys: keys that a window layer sees, with the token itself (default: the config's). profile: name of
-    the router statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of
-    the router while that pays. trust: skip the pages' checksums. draft: tokens that the model's draft heads propose at
+    everything but the interpreter and its libraries (default: what is free, less a reserve). device: "cpu", "cuda"
+    or "cuda:1"; "auto" is a GPU that can be used and is large enough, else the CPU. vram: of it, for dense weights,
+    KV and the hottest experts (default: what is free). dtype: of the activations ("auto": bfloat16 on a GPU). kv:
+    of the KV cache, "bf16" unless dtype is "float32"; "int8" takes half of bf16, with a little loss. window_keys:
+    keys that a window layer sees, with the token itself (default: the config's). profile: name of the router
+    statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of the
+    router while that pays. trust: skip the pages' checksums. draft: tokens that the model's draft heads propose at
     a time, 0 to 3; "auto" measures what pays; 0 does not load them. max_batch: timelines that `generate` advances
     together, each with room for the whole context. hear: told of the dense tensors' bytes read, and of how many.
-    Raises BadPack, BadModel, or DoesNotFit with the numbers.
+    Raises BadPack, BadModel, NoDevice, or DoesNotFit with the numbers.
     """
     opening = Opening(
         context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv, profile=profile,
@@ -102,7 +106,10 @@ def load(
             f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models."
         )
     check_shapes(pack, config)
-    return Engine(pack, config, opening, hear)
+    try:
+        return Engine(pack, config, opening, hear)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error) from error
 
 
 class Engine:
@@ -111,17 +118,20 @@ class Engine:
     def __init__(self, pack: Pack, config: ModelConfig, opening: Opening, hear: Hear) -> None:
         self.pack = pack
         self.config = config
-        self.plan = opening.plan(pack, config)
+        opening, self.device, self.plan = opening.place(pack, config)
         self._opening = opening
+        gpu = self.device.torch() if self.device.is_gpu else None
         self._pager = Pager(
             pack, config, self.plan,
             profile=opening.profile, prefetch=opening.prefetch, trust=opening.trust,
+            device=gpu, dtype=opening.activation_dtype,
         )  # fmt: skip
         self._store = self._pager.store
         dense = Watched(pack, self.plan.n_drafts, hear)
-        self._model = Transformer(config, load_weights(dense, config), opening.activation_dtype)
-        self._experts = ExpertRunner(self._store)
-        self._heads = load_heads(dense, self._model, self.plan.n_drafts)
+        source = dense if gpu is None else Placed(dense, gpu)
+        self._model = Transformer(config, load_weights(source, config), opening.activation_dtype)
+        self._experts = runner_of(self._store, self.plan.page_bytes, gpu)
+        self._heads = load_heads(source, self._model, self.plan.n_drafts)
         self._pace = pace_of(opening.draft, self.plan.n_drafts)
         self._timelines: list[Session] = []
         self._holder: int | None = None  # the thread that is using the timeline
@@ -165,16 +175,20 @@ class Engine:
             "pack": str(self.pack.path),
             "pack_id": self.pack.id,
             "experts": "+".join(self.pack.layouts),
-            "device": "cpu",
+            "device": str(self.device),
+            "gpu": self.device.title or None,
+            "note": self.device.note or None,
             "dtype": str(self._opening.activation_dtype).removeprefix("torch."),
             "kv_dtype": str(self._opening.kv_dtype).removeprefix("torch."),
-            "kernels": backend(),
+            "kernels": f"triton+{backend()}" if self.device.is_gpu else backend(),
             "threads": torch.get_num_threads(),
             "window_keys": self.config.mtp_layer.window,
             "context": self.context,
             "draft": {"setting": self._opening.draft, "heads": self.plan.n_drafts},
             "max_batch": self.plan.max_batch,
             "direct_reads": self._store.direct,
+            "gpu_slots_now": 0 if self._store.gpu is None else self._store.gpu.n_slots,
+            "pinned": self._pager.pinned,
             "slots_now": self.n_slots,
             "prefetch": self._opening.prefetch,
             "trust": self._opening.trust,
@@ -466,6 +480,7 @@ class Engine:
             stretch=self.plan.stretch_tokens,
             identity=self.identity,
             heads=self._heads,
+            give_way=self._experts.give_way,
         )
 
     def close(self) -> None:

@@ -12,6 +12,10 @@ class DoesNotFit(LocalMimoError):
     """The model, context and budgets do not fit together."""
 
 
+class NoDevice(LocalMimoError):
+    """The GPU that was asked for is not there, or cannot be used."""
+
+
 class BadModel(LocalMimoError):
     """A model's configuration, tokenizer or weights cannot be used."""
 

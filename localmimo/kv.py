@@ -4,9 +4,11 @@ Knows positions and bytes, nothing of tokens, weights or attention. How a ring i
 whoever writes and reads gets `Rows`, which say where a position lies, and a snapshot lists rows in position order.
 """
 
+import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from localmimo.attend import Rows
 from localmimo.config import LayerSpec
 from quant.kernels.attention import SCALE_BYTES
 
+CPU = torch.device("cpu")
 SLACK = 16  # tokens that a window layer can be taken back without a snapshot
 
 
@@ -37,12 +40,16 @@ def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
 class GlobalKV:
     """Keys and values of a global layer: room for the whole context in address space, memory only where written.
 
-    Anonymous memory costs nothing until it is touched, so growing never copies and nothing is reserved.
+    Anonymous memory costs nothing until it is touched, so growing never copies and nothing is reserved. A GPU has no
+    such memory: there the whole context is reserved, as it is counted.
     """
 
-    def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype) -> None:
-        self._keys = _untouched(spec.n_kv_heads, capacity, row_width(spec.head_dim, dtype), dtype)
-        self._values = _untouched(spec.n_kv_heads, capacity, row_width(spec.v_head_dim, dtype), dtype)
+    def __init__(
+        self, spec: LayerSpec, capacity: int, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
+        make = partial(_untouched if device.type == "cpu" else torch.empty, dtype=dtype, device=device)
+        self._keys = make((spec.n_kv_heads, capacity, row_width(spec.head_dim, dtype)))
+        self._values = make((spec.n_kv_heads, capacity, row_width(spec.v_head_dim, dtype)))
         self.length = 0
 
     @staticmethod
@@ -75,12 +82,15 @@ class GlobalKV:
 class WindowKV:
     """Keys and values of a window layer: a ring of window + slack rows; position p lies in row p mod rows."""
 
-    def __init__(self, spec: LayerSpec, dtype: torch.dtype, slack: int = SLACK) -> None:
+    def __init__(
+        self, spec: LayerSpec, dtype: torch.dtype, slack: int = SLACK, device: torch.device = CPU
+    ) -> None:
         assert spec.window is not None
         self.window = spec.window
         self.rows = spec.window + slack
-        self._keys = torch.zeros(spec.n_kv_heads, self.rows, row_width(spec.head_dim, dtype), dtype=dtype)
-        self._values = torch.zeros(spec.n_kv_heads, self.rows, row_width(spec.v_head_dim, dtype), dtype=dtype)
+        make = partial(torch.zeros, dtype=dtype, device=device)
+        self._keys = make((spec.n_kv_heads, self.rows, row_width(spec.head_dim, dtype)))
+        self._values = make((spec.n_kv_heads, self.rows, row_width(spec.v_head_dim, dtype)))
         self.length = 0
         self._written = 0  # one past the highest position written: rows hold the `rows` positions below it,
         self._oldest = 0  # but none below this one (after a restore)
@@ -111,7 +121,7 @@ class WindowKV:
     def _write(self, keys: Tensor, values: Tensor) -> None:
         end = self.length + keys.shape[1]
         last = min(keys.shape[1], self.rows)
-        rows = torch.arange(end - last, end) % self.rows
+        rows = torch.arange(end - last, end, device=keys.device) % self.rows
         self._keys[:, rows] = keys[:, -last:]
         self._values[:, rows] = values[:, -last:]
         self._advance(keys.shape[1])
@@ -148,7 +158,7 @@ class WindowKV:
         )
 
     def _rows_from(self, position: int) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(position, self.length) % self.rows
+        rows = torch.arange(position, self.length, device=self._keys.device) % self.rows
         return self._keys[:, rows], self._values[:, rows]
 
     def restore(self, length: int, keys: Tensor, values: Tensor) -> None:
@@ -159,13 +169,14 @@ class WindowKV:
         self._write(keys, values)
 
 
-def _untouched(heads: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Memory [heads, rows, width] that costs nothing until it is written."""
-    size = heads * rows * width * dtype.itemsize
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Main memory that costs nothing until it is written."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
     block = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=dtype, count=heads * rows * width).view(heads, rows, width)
+    return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +195,18 @@ class KVCache:
     """The KV of one sequence: one GlobalKV or WindowKV per layer, all of the same length."""
 
     def __init__(
-        self, specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, slack: int = SLACK
+        self,
+        specs: Sequence[LayerSpec],
+        capacity: int,
+        dtype: torch.dtype,
+        slack: int = SLACK,
+        device: torch.device = CPU,
     ) -> None:
         self.capacity = capacity
         self.layers: list[GlobalKV | WindowKV] = [
-            GlobalKV(spec, capacity, dtype) if spec.window is None else WindowKV(spec, dtype, slack)
+            GlobalKV(spec, capacity, dtype, device)
+            if spec.window is None
+            else WindowKV(spec, dtype, slack, device)
             for spec in specs
         ]
         self.length = 0

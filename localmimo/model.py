@@ -31,6 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if native.serves(x, weight) and x.is_contiguous():
         return native.rms_norm(x, weight, eps)
     wide = x.float()
+    if x.is_cuda:  # one kernel in place of six
+        return F.rms_norm(wide, weight.shape, weight.float(), eps).to(x.dtype)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
@@ -99,6 +101,19 @@ class DenseSource(Protocol):
     """Where dense tensors come from: a pack."""
 
     def tensor(self, name: str) -> QTensor | Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A source whose tensors are brought to a device as they are read; a token reads one row of the embeddings, which
+    stay in main memory."""
+
+    source: DenseSource
+    device: torch.device
+
+    def tensor(self, name: str) -> QTensor | Tensor:
+        tensor = self.source.tensor(name)
+        return tensor if name == "embed" else tensor.to(self.device)
 
 
 def load_weights(source: DenseSource, config: ModelConfig) -> Weights:
@@ -208,7 +223,9 @@ class Piece:
     ropes: dict[tuple[int, float], Rope]  # by LayerSpec.rope
 
 
-def pieces_of(timelines: Sequence[tuple[int, Cache]], ropes: set[tuple[int, float]]) -> list[list[Piece]]:
+def pieces_of(
+    timelines: Sequence[tuple[int, Cache]], ropes: set[tuple[int, float]], device: torch.device | None = None
+) -> list[list[Piece]]:
     """Cut timelines of n tokens into pieces of at most PREFILL_CHUNK; groups of pieces of at most as many rows."""
     groups: list[list[Piece]] = []
     first = room = 0
@@ -218,7 +235,7 @@ def pieces_of(timelines: Sequence[tuple[int, Cache]], ropes: set[tuple[int, floa
             if n > room:
                 groups.append([])
                 room = PREFILL_CHUNK
-            positions = torch.arange(cache.length + at, cache.length + at + n)
+            positions = torch.arange(cache.length + at, cache.length + at + n, device=device)
             tables = {rope: rope_table(positions, *rope) for rope in ropes}
             groups[-1].append(Piece(cache, first, n, cache.length + at, tables))
             first, room = first + n, room - n
@@ -232,6 +249,7 @@ class Transformer:
         self.config = config
         self.weights = weights
         self.dtype = dtype
+        self.device = weights.norm.device
         moe = config.moe_layers
         self._next_moe = dict(pairwise(moe))
         self._fused = [self._fuse(*both) for both in zip(config.layers, weights.blocks, strict=True)]
@@ -287,8 +305,8 @@ class Transformer:
         return self.through(x, [(len(tokens), cache) for tokens, cache in timelines], experts, check, report)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings float32 [n, hidden] of tokens [n]."""
-        return F.embedding(tokens, self.weights.embed).float()
+        """Embeddings float32 [n, hidden] of tokens [n] in main memory."""
+        return F.embedding(tokens, self.weights.embed).to(self.device).float()
 
     @torch.inference_mode()
     def through(
@@ -300,7 +318,7 @@ class Transformer:
         report: Callable[[float], None] = nothing_to_report,
     ) -> list[Tensor]:
         """Take rows x [n, hidden] of timelines through the layers, so many rows of each; x is overwritten."""
-        groups = pieces_of(timelines, {spec.rope for spec in self.config.layers})
+        groups = pieces_of(timelines, {spec.rope for spec in self.config.layers}, self.device)
         for layer in range(len(self.config.layers)):
             self._layer(layer, x, groups, experts, check)
             report((layer + 1) / len(self.config.layers))
@@ -363,8 +381,8 @@ class Transformer:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [n, vocab] of hidden states [n, hidden] taken before the final norm."""
-        return linear(self._norm(hidden, self.weights.norm), self.weights.head).float()
+        """Logits float32 [n, vocab], in main memory, of hidden states [n, hidden] taken before the final norm."""
+        return linear(self._norm(hidden, self.weights.norm), self.weights.head).float().cpu()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.eps).to(self.dtype)

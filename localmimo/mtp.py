@@ -110,7 +110,9 @@ class Drafter:
 
     def __init__(self, heads: Sequence[DraftHead], kv_dtype: torch.dtype) -> None:
         self.heads = heads
-        self._rings = [_Ring(KVCache(head.block.config.layers, 0, kv_dtype)) for head in heads]
+        self._rings = [
+            _Ring(KVCache(head.block.config.layers, 0, kv_dtype, device=head.block.device)) for head in heads
+        ]
         self._next: tuple[int, int] | None = None  # position and token that the last round took for certain
 
     def truncate(self, length: int) -> None:

@@ -3,14 +3,15 @@
 Facts and arithmetic; opens nothing and holds nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from localmimo.config import ModelConfig
+from localmimo.device import CPU, Device, check_device, find_device
 from localmimo.draft import MOST_DRAFTS, Draft, check_draft
-from localmimo.errors import BadRequest, DoesNotFit
+from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 from localmimo.kv import SLACK
 from localmimo.machine import Machine, format_bytes, parse_bytes
 from localmimo.plan import DEFAULT_CONTEXT, Plan, make_plan
@@ -40,9 +41,10 @@ class Opening:
     max_batch: int = 1
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu") or self.vram is not None:
+        check_device(self.device)
+        if self.vram is not None and (parse_bytes(self.vram) <= 0 or self.device == "cpu"):
             raise BadRequest(
-                "This version runs on the CPU alone: leave out vram, and device or give device='cpu'."
+                f"vram is {self.vram} and the device {self.device}: vram is the memory of a GPU that may be used."
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise BadRequest(f'dtype is "{self.dtype}"; it is one of auto, float32, bfloat16.')
@@ -51,6 +53,11 @@ class Opening:
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise BadRequest(f"max_batch is {self.max_batch}; it is from 1 to {MAX_BATCH} timelines.")
         object.__setattr__(self, "draft", check_draft(self.draft))  # "2" is 2
+
+    def on(self, device: Device) -> "Opening":
+        """The same, on the device that was found: activations are bfloat16 on a GPU unless something else is asked."""
+        dtype: Dtype = "bfloat16" if self.dtype == "auto" and device.is_gpu else self.dtype
+        return replace(self, device=str(device), dtype=dtype, vram=self.vram if device.is_gpu else None)
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -62,7 +69,23 @@ class Opening:
         named = "float32" if self.dtype == "float32" else "bf16"
         return KV_DTYPES[named if self.kv == "auto" else self.kv]
 
-    def plan(self, pack: Pack, config: ModelConfig) -> Plan:
+    def place(self, pack: Pack, config: ModelConfig) -> tuple["Opening", Device, Plan]:
+        """Find the device and plan for it; where "auto" found a GPU that is too small, the CPU, saying so.
+
+        Raises BadRequest, NoDevice, or DoesNotFit with the numbers.
+        """
+        device = find_device(self.device)
+        if self.vram is not None and not device.is_gpu:
+            raise NoDevice(device.note or "vram was given, and this machine has no GPU that CUDA can see.")
+        try:
+            return self.on(device), device, self.on(device).plan(pack, config, device)
+        except DoesNotFit as error:
+            if not device.is_gpu or self.device != "auto" or self.vram is not None:
+                raise
+            device = Device(note=str(error))
+            return self.on(device), device, self.on(device).plan(pack, config, device)
+
+    def plan(self, pack: Pack, config: ModelConfig, device: Device = CPU) -> Plan:
         """What lies where. Raises BadRequest, or DoesNotFit with the numbers.
 
         Draft heads are left out where they are not asked for by number and do not fit.
@@ -70,14 +93,14 @@ class Opening:
         n_heads = sum(pack.has(f"mtp.{k}.proj") for k in range(MOST_DRAFTS))
         try:
             return self._plan_with(
-                pack, config, n_heads if self.draft == "auto" else min(self.draft, n_heads)
+                pack, config, device, n_heads if self.draft == "auto" else min(self.draft, n_heads)
             )
         except DoesNotFit:
             if self.draft != "auto":
                 raise
-            return self._plan_with(pack, config, 0)
+            return self._plan_with(pack, config, device, 0)
 
-    def _plan_with(self, pack: Pack, config: ModelConfig, n_drafts: int) -> Plan:
+    def _plan_with(self, pack: Pack, config: ModelConfig, device: Device, n_drafts: int) -> Plan:
         assert pack.page is not None
         return make_plan(
             config,
@@ -89,7 +112,20 @@ class Opening:
             slack=SLACK,
             n_drafts=n_drafts,
             max_batch=self.max_batch,
+            vram_bytes=self._vram(device) if device.is_gpu else None,
+            lookup_bytes=pack.tensors["embed"].nbytes,
         )
+
+    def _vram(self, device: Device) -> int:
+        budget = device.automatic_bytes if self.vram is None else parse_bytes(self.vram)
+        if budget > device.free_bytes:
+            what = "has" if budget > device.total_bytes else "has free"
+            there = device.total_bytes if budget > device.total_bytes else device.free_bytes
+            raise DoesNotFit(
+                f"The VRAM budget is {format_bytes(budget)} and {device} ({device.title}) {what} "
+                f"{format_bytes(there)}: give a smaller --vram."
+            )
+        return budget
 
     def _context(self, config: ModelConfig) -> int:
         context = min(DEFAULT_CONTEXT, config.max_context) if self.context is None else self.context

@@ -1,4 +1,7 @@
-"""Plan: dense weights + KV + workspace + expert slots against a budget, or the reason it does not fit.
+"""Plan: dense weights + KV + workspace + expert slots against one budget or two, or the reason they do not fit.
+
+Without a GPU all of it is RAM's. With one, VRAM has the dense weights, the KV, the workspace of a prompt and expert
+slots with the rest; RAM has the embeddings, a small workspace and slots for the other experts.
 
 Arithmetic only: knows shapes and bytes, loads no torch and opens no file.
 """
@@ -19,6 +22,12 @@ LONGEST_STRETCH = (
 STRETCH_SHARE = 1 / 16  # of what is left of the budget: for the activations of longer stretches
 N_SNAPSHOTS = 4  # points of a conversation that can be come back to
 ATTENTION_WORKSPACE_BYTES = 8 << 20  # attention logits at a time
+SHARED_TOKENS = (
+    256  # of a prompt, up to which experts are shared between GPU and CPU; beyond, all pages go to the GPU
+)
+STAGES = 4  # pages on their way through the GPU (experts/conveyor.py)
+DRIVER_BYTES = 1 << 30  # of a GPU's memory, for its libraries and for what the allocator cannot use
+UNPACKED_BYTES = 2 << 26  # of one matrix at a time, in bfloat16, and its product (quant/gpu)
 EXPERT_ROWS = 2048  # rows of a prompt that experts work on at a time (experts/run.py)
 SCALE_BYTES = 4  # behind each int8 row of keys or values
 LINEAR_WORKSPACE_BYTES = 8 << 20  # packed weights unpacked at a time
@@ -26,20 +35,47 @@ DEFAULT_CONTEXT = 32_768
 
 
 @dataclass(frozen=True, slots=True)
+class Vram:
+    """How a GPU's budget is spent."""
+
+    budget_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    slots_bytes: int
+    n_slots: int
+
+    @property
+    def used_bytes(self) -> int:
+        return self.dense_bytes + self.kv_bytes + self.workspace_bytes + self.slots_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """How a RAM budget is spent."""
+    """How a RAM budget is spent, and a GPU's, where there is one."""
 
     context: int
     ram_bytes: int  # the budget
-    dense_bytes: int
-    kv_bytes: int  # of the whole context, its snapshots included
+    dense_bytes: int  # in RAM
+    kv_bytes: int  # in RAM: of the whole context, its snapshots included
     workspace_bytes: int
     page_bytes: int
     n_pages: int  # experts of the model
-    n_slots: int  # experts that fit
+    n_slots: int  # experts that fit in RAM
     stretch_tokens: int  # tokens of a prompt that go through each layer before the next layer begins
     n_drafts: int = 0  # draft heads in memory, among the dense bytes
     max_batch: int = 1  # timelines that may go on at the same time, each with a KV of its own
+    vram: Vram | None = None
+
+    @property
+    def gpu_slots(self) -> int:
+        """Experts that fit on the GPU."""
+        return 0 if self.vram is None else self.vram.n_slots
+
+    @property
+    def held_slots(self) -> int:
+        """Experts that fit in memory of either kind."""
+        return min(self.n_pages, self.n_slots + self.gpu_slots)
 
     @property
     def slots_bytes(self) -> int:
@@ -53,15 +89,24 @@ class Plan:
         return asdict(self) | {"slots_bytes": self.slots_bytes, "used_bytes": self.used_bytes}
 
     def __str__(self) -> str:
-        share = 100 * self.n_slots / self.n_pages
-        parts = [
-            f"RAM {format_bytes(self.used_bytes)} of {format_bytes(self.ram_bytes)}: "
-            f"dense {format_bytes(self.dense_bytes)}",
-            f"kv {format_bytes(self.kv_bytes)}",
-            f"workspace {format_bytes(self.workspace_bytes)}",
-            f"experts {format_bytes(self.slots_bytes)} ({self.n_slots:,} of {self.n_pages:,}, {share:.0f}%)",
-        ]
-        return " · ".join(parts)
+        ram = _spent("RAM", self.used_bytes, self.ram_bytes, self, self.n_pages)
+        if self.vram is None:
+            return ram
+        return (
+            f"{_spent('VRAM', self.vram.used_bytes, self.vram.budget_bytes, self.vram, self.n_pages)} · {ram}"
+        )
+
+
+def _spent(name: str, used: int, budget: int, part: Plan | Vram, n_pages: int) -> str:
+    """One budget for people."""
+    parts = [
+        f"{name} {format_bytes(used)} of {format_bytes(budget)}: dense {format_bytes(part.dense_bytes)}",
+        *([f"kv {format_bytes(part.kv_bytes)}"] if part.kv_bytes else []),
+        f"workspace {format_bytes(part.workspace_bytes)}",
+        f"experts {format_bytes(part.slots_bytes)} ({part.n_slots:,} of {n_pages:,}, "
+        f"{100 * part.n_slots / n_pages:.0f}%)",
+    ]
+    return " · ".join(parts)
 
 
 def make_plan(
@@ -75,17 +120,46 @@ def make_plan(
     slack: int,
     n_drafts: int = 0,
     max_batch: int = 1,
+    vram_bytes: int | None = None,
+    lookup_bytes: int = 0,
 ) -> Plan:
-    """Spend `ram_bytes`: what every token needs first, expert slots with the rest.
+    """Spend `ram_bytes`, and `vram_bytes` where there is a GPU: what every token needs first, slots with the rest.
 
-    dense_bytes: the draft heads that are used are counted in.
+    dense_bytes: the draft heads that are used are counted in. lookup_bytes: of them, embeddings.
 
     Raises DoesNotFit where less than one token's experts would fit.
     """
-    n_pages = config.n_experts * len(config.moe_layers)
     kv = max_batch * (
         kv_bytes(config, context, kv_item_bytes, slack) + draft_bytes(config, kv_item_bytes, slack, n_drafts)
     )
+    if vram_bytes is None:
+        return _in_ram(config, dense_bytes, kv, page_bytes, context, ram_bytes, n_drafts, max_batch)
+    vram, stretch = _on_gpu(config, dense_bytes - lookup_bytes, kv, page_bytes, context, vram_bytes)
+    n_pages = config.n_experts * len(config.moe_layers)
+    workspace = host_workspace_bytes(config)
+    least = lookup_bytes + workspace
+    if ram_bytes < least + config.pages_per_token * page_bytes:
+        raise DoesNotFit(_too_small(config, least, lookup_bytes, 0, page_bytes, context, ram_bytes))
+    wanted = max(
+        n_pages - vram.n_slots, min(n_pages, config.pages_per_token)
+    )  # what comes is read into a slot of RAM
+    slots = min(wanted, (ram_bytes - least) // page_bytes)
+    return Plan(
+        context, ram_bytes, lookup_bytes, 0, workspace, page_bytes, n_pages, slots, stretch, n_drafts, max_batch, vram
+    )  # fmt: skip
+
+
+def _in_ram(
+    config: ModelConfig,
+    dense_bytes: int,
+    kv: int,
+    page_bytes: int,
+    context: int,
+    ram_bytes: int,
+    n_drafts: int,
+    max_batch: int,
+) -> Plan:
+    n_pages = config.n_experts * len(config.moe_layers)
     least = dense_bytes + kv + workspace_bytes(config, context, PREFILL_CHUNK)
     spare = ram_bytes - least - config.pages_per_token * page_bytes
     if spare < 0:
@@ -94,18 +168,27 @@ def make_plan(
     workspace = workspace_bytes(config, context, stretch)
     slots = min(n_pages, (ram_bytes - dense_bytes - kv - workspace) // page_bytes) if n_pages else 0
     return Plan(
-        context,
-        ram_bytes,
-        dense_bytes,
-        kv,
-        workspace,
-        page_bytes,
-        n_pages,
-        slots,
-        stretch,
-        n_drafts,
-        max_batch,
-    )
+        context, ram_bytes, dense_bytes, kv, workspace, page_bytes, n_pages, slots, stretch, n_drafts, max_batch
+    )  # fmt: skip
+
+
+def _on_gpu(
+    config: ModelConfig, dense_bytes: int, kv: int, page_bytes: int, context: int, vram_bytes: int
+) -> tuple[Vram, int]:
+    """How VRAM is spent, and the tokens of a stretch of prompt."""
+    least = dense_bytes + kv + device_workspace_bytes(config, context, PREFILL_CHUNK, page_bytes)
+    if vram_bytes < least:
+        raise DoesNotFit(
+            f"This model needs {format_bytes(least)} of VRAM at the least and the budget is "
+            f"{format_bytes(vram_bytes)}: dense weights {format_bytes(dense_bytes)}, KV for {context:,} tokens "
+            f"{format_bytes(kv)}, workspace {format_bytes(least - dense_bytes - kv)}. "
+            f"Give --vram {-(-least // (1 << 20))}MiB, a shorter --context, or --device cpu."
+        )
+    stretch = stretch_tokens(config, context, vram_bytes - least)
+    workspace = device_workspace_bytes(config, context, stretch, page_bytes)
+    n_pages = config.n_experts * len(config.moe_layers)
+    n_slots = min(n_pages, (vram_bytes - dense_bytes - kv - workspace) // page_bytes)
+    return Vram(vram_bytes, dense_bytes, kv, workspace, n_slots * page_bytes, n_slots), stretch
 
 
 def _too_small(
@@ -166,6 +249,19 @@ def workspace_bytes(config: ModelConfig, context: int, stretch: int) -> int:
     widened = 2 * config.n_experts * config.hidden * len(config.moe_layers) if config.router_bf16 else 0
     fixed = 3 * ATTENTION_WORKSPACE_BYTES + 2 * LINEAR_WORKSPACE_BYTES + statistics_bytes(config)
     return 4 * floats + fixed + widened
+
+
+def device_workspace_bytes(config: ModelConfig, context: int, stretch: int, page_bytes: int) -> int:
+    """What the GPU needs over weights, KV and slots: as much as RAM would, pages on their way, and its libraries."""
+    prompt = workspace_bytes(config, context, stretch) - statistics_bytes(config)
+    shared = 3 * 4 * SHARED_TOKENS * config.top_k * (config.hidden + config.expert_inner)
+    return prompt + shared + STAGES * page_bytes + UNPACKED_BYTES + DRIVER_BYTES
+
+
+def host_workspace_bytes(config: ModelConfig) -> int:
+    """What RAM needs beside a GPU: statistics, and the experts of short prompts that are computed here."""
+    rows = SHARED_TOKENS * (config.top_k * (config.hidden + 2 * config.expert_inner) + 3 * config.hidden)
+    return statistics_bytes(config) + 2 * 4 * rows + 2 * LINEAR_WORKSPACE_BYTES + 4 * config.vocab_size
 
 
 def statistics_bytes(config: ModelConfig) -> int:

@@ -90,9 +90,9 @@ def _plan(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], checksum: 
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor's bytes in order, flat; without a copy of the whole where its first axis is strided."""
+    """The tensor's bytes in order, flat, in main memory; no copy of the whole where its first axis is strided."""
     for part in [tensor] if tensor.is_contiguous() else tensor.unbind(0):
-        yield part.contiguous().view(-1).view(torch.uint8)
+        yield part.cpu().contiguous().view(-1).view(torch.uint8)
 
 
 class SavedSession:
@@ -144,10 +144,13 @@ class SavedSession:
         checksum = 0
         for stored in sorted(self._shard.tensors.values(), key=lambda stored: stored.offset):
             offset = stored.offset
-            for piece in _views(targets[stored.name]):
+            for place in _views(targets[stored.name]):
+                piece = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=torch.uint8)
                 self._shard.read_into(offset, piece.numpy().data)
                 checksum = kernels.crc32(piece, checksum)
                 offset += piece.numel()
+                if piece is not place:
+                    place.copy_(piece)
         if f"{checksum:08x}" != self.facts.get("crc32"):
             raise BadSession(
                 f"{self.path} has checksum {checksum:08x} and was written with {self.facts.get('crc32')}: "

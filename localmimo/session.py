@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from localmimo.device import out_of_memory
 from localmimo.errors import BadRequest, BadSession, ContextFull
 from localmimo.kv import SLACK, GlobalKV, KVCache, Snapshot, WindowKV
 from localmimo.model import Experts, Transformer, nothing_to_check, nothing_to_report
@@ -23,6 +24,11 @@ SHARED = (
 )
 
 Progress = Callable[[int, int], None]  # tokens read, tokens to read
+
+
+def nothing_to_give() -> bool:
+    """The default where memory runs out: nobody has any to spare."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +51,22 @@ class Session:
         stretch: int = PREFILL_CHUNK,
         identity: Identity | None = None,
         heads: Sequence[DraftHead] = (),
+        give_way: Callable[[], bool] = nothing_to_give,
     ) -> None:
+        """give_way: gives memory of the device back where a step ran out of it; False where there is none to give."""
         self.context = context
         self.tokens: list[int] = []
         self.n_reused = 0  # tokens that the last sync did not have to read
         self._model = model
         self._experts = experts
+        self._give_way = give_way
         self._identity = identity  # None: cannot be saved
-        self._cache = KVCache(model.config.layers, context, kv_dtype)
+        self._cache = KVCache(model.config.layers, context, kv_dtype, device=model.device)
         self._marks: list[Mark] = []
         self._stretch = stretch  # tokens of a prompt that are read layer by layer: a matter of memory alone
         # Draft heads look back over a window of hidden states; without them one gives the logits again.
         self._looks_back = (model.config.mtp_layer.window or 1) if heads else 1
-        self._trail = Trail(self._looks_back + SLACK, model.config.hidden)
+        self._trail = Trail(self._looks_back + SLACK, model.config.hidden, model.device)
         self._drafter = Drafter(heads, kv_dtype)
 
     @property
@@ -219,14 +228,14 @@ class Session:
 
     def _targets(self, saved: SavedSession, n: int) -> dict[str, Tensor]:
         """A place for each tensor of the file: in the cache itself where it can be, else fresh and small."""
-        n_marks, hidden = saved.count("marks"), self._model.config.hidden
+        n_marks = saved.count("marks")
         most = (self._model.config.mtp_layer.window or 1) + SLACK  # whether or not drafts are on here
         if n_marks > N_SNAPSHOTS:
             raise BadSession(f"{saved.path} holds {n_marks} marks; a session has at most {N_SNAPSHOTS}.")
         out = {
             "tokens": torch.empty(n, dtype=torch.int32),
             "marks": torch.empty(n_marks, dtype=torch.int32),
-            "hidden": torch.empty(_rows(saved, "hidden", 0, min(n, most), least=0), hidden),
+            "hidden": self._hidden(_rows(saved, "hidden", 0, min(n, most), least=0)),
         }
         for i, layer in enumerate(self._cache.layers):
             if isinstance(layer, GlobalKV):
@@ -235,10 +244,13 @@ class Session:
             self._add_window(out, saved, f"layers.{i}", window, window.rows)
         for m in range(n_marks):
             name = f"marks.{m}.hidden"
-            out[name] = torch.empty(_rows(saved, name, 0, most), hidden)
+            out[name] = self._hidden(_rows(saved, name, 0, most))
             for i, window in self._windows():
                 self._add_window(out, saved, f"marks.{m}.layers.{i}", window, window.window)
         return out
+
+    def _hidden(self, rows: int) -> Tensor:
+        return torch.empty(rows, self._model.config.hidden, device=self._model.device)
 
     def _add_window(
         self, out: dict[str, Tensor], saved: SavedSession, name: str, window: WindowKV, most: int
@@ -313,12 +325,23 @@ class Session:
         check: Callable[[], None],
         report: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """Run tokens through the model; a stop or an error leaves the session as it was before them."""
+        """Run tokens through the model; a stop or an error leaves the session as it was before them.
+
+        Where the device has no memory left, experts give way and the step is repeated.
+        """
+        try:
+            return self._pass(tokens, check, report or nothing_to_report)
+        except torch.OutOfMemoryError as error:
+            if not self._give_way():
+                raise out_of_memory(error) from error
+        return self._forward(tokens, check, report)
+
+    def _pass(
+        self, tokens: Sequence[int], check: Callable[[], None], report: Callable[[float], None]
+    ) -> Tensor:
         before = self._cache.snapshot() if len(tokens) > SLACK else None  # fewer: the rings reach back
         try:
-            hidden = self._model.forward(
-                torch.tensor(tokens), self._cache, self._experts, check, report or nothing_to_report
-            )
+            hidden = self._model.forward(torch.tensor(tokens), self._cache, self._experts, check, report)
         except BaseException:
             if not self._cache.rewind(self._cache.length):
                 assert before is not None
@@ -347,10 +370,14 @@ def step_together(
         one._demand_room(1)
     try:
         hidden = first._model.forward_many(timelines, first._experts, check)
-    except BaseException:
+    except BaseException as error:
         for one in sessions:
             one._cache.rewind(one._cache.length)
-        raise
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        if not first._give_way():
+            raise out_of_memory(error) from error
+        return step_together(sessions, tokens, check)
     for one, token, row in zip(sessions, tokens, hidden, strict=True):
         one._trail.append(row)
         one.tokens.append(token)

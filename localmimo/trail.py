@@ -13,10 +13,10 @@ class Trail:
     Rows are appended to a buffer of twice the size, so that the rows before them move seldom.
     """
 
-    def __init__(self, rows: int, hidden: int) -> None:
+    def __init__(self, rows: int, hidden: int, device: torch.device | None = None) -> None:
         self.rows = rows
         self.length = 0
-        self._buffer = torch.zeros(2 * rows, hidden)
+        self._buffer = torch.zeros(2 * rows, hidden, device=device)
         self._end = 0  # rows of the buffer in use
         self._held = 0  # the last so many of them belong to the sequence
 

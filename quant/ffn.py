@@ -33,7 +33,7 @@ def experts(
     (uint8 [>= layout.bytes]) runs the places places[spans[2 e]:spans[2 e + 1]] (int64). An output depends on its
     token, page and weight alone.
     """
-    if kernels.available() and layout.codec in kernels.FORMATS:
+    if kernels.available() and layout.codec in kernels.FORMATS and x.is_cpu:
         kernels.routed(x, layout, pages, places, spans, weights, out)
     else:
         reference(x, layout, pages, places, spans, weights, out)

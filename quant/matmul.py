@@ -1,6 +1,6 @@
-"""y = x W^T for a packed W: the reference, and the one place where a native kernel is plugged in.
+"""y = x W^T for a packed W: the reference, and the one place where the kernels of CPU and GPU are plugged in.
 
-`backend()` says what runs. It must not know models, pages or where the weights came from.
+`backend()` says what runs on the CPU. It must not know models, pages or where the weights came from.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from quant import kernels
+from quant import gpu, kernels
 from quant.qtensor import QTensor
 
 Tensor = torch.Tensor
@@ -26,7 +26,7 @@ def reference(x: Tensor, q: QTensor) -> Tensor:
 
 def linear(x: Tensor, q: QTensor) -> Tensor:
     """x [..., cols] times the transposed packed matrix -> [..., rows] in x.dtype."""
-    y = kernels.linear(x, q)
+    y = gpu.linear(x, q) if x.is_cuda else kernels.linear(x, q)
     return reference(x, q) if y is None else y
 
 

@@ -33,7 +33,7 @@ callpart
 files marks messages schema
 tools
 toolfile
-config machine speeds attend sample text template
+config machine device speeds attend sample text template
 grammar toolchoice
 chat
 kv plan structure saved trail shapes
@@ -45,12 +45,14 @@ experts.adaptive
 experts.policy
 experts.replay
 hits
-experts.tiers experts.uploads
+experts.pinning experts.uploads experts.bridge experts.conveyor experts.resident
+experts.tiers
 experts.slots
 experts.guesses experts.gpu
 experts.store
 experts.pager
 experts.run
+experts.share
 mtp
 session
 draft

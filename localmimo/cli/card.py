@@ -72,6 +72,10 @@ def _asked(asked: dict[str, Any]) -> Iterator[str]:
     yield f"answer {asked['max_tokens']:,}"
     yield f"{asked['repeat']} {'run' if asked['repeat'] == 1 else 'runs'}"
     yield f"RAM {asked['ram'] or 'what is free'}"
+    if asked["device"] != "auto":
+        yield f"device {asked['device']}"
+    if asked["vram"]:
+        yield f"VRAM {asked['vram']}"
     if asked["cold"]:
         yield "cold: each run opens the pack anew, no expert in memory, no profile, depth and prompt read together"
     else:
@@ -80,10 +84,14 @@ def _asked(asked: dict[str, Any]) -> Iterator[str]:
 
 
 def _in_force(effective: dict[str, Any]) -> Iterator[str]:
-    yield f"{effective['device']}, {effective['threads']} threads"
+    gpu = f" ({effective['gpu']})" if effective["gpu"] else ""
+    yield f"{effective['device']}{gpu}, {effective['threads']} threads"
     yield f"kernels {effective['kernels']}"
     yield f"activations {effective['dtype']}, KV {effective['kv_dtype']}"
-    yield f"{effective['slots_now']:,} slots"
+    gpu = f", {effective['gpu_slots_now']:,} on the GPU" if effective["gpu"] else ""
+    yield f"{effective['slots_now']:,} slots{gpu}"
+    if effective["pinned"] is False:
+        yield "RAM not pinned"
     heads = effective["draft"]["heads"]
     yield f"drafts {effective['draft']['setting']} of {heads} heads" if heads else "no drafts"
     yield f"prefetch {'on' if effective['prefetch'] else 'off'}"

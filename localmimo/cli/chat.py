@@ -225,7 +225,7 @@ def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
         indent=0,
         style="bold",
     )
-    ui.parts(str(engine.plan).split(" · "))
+    ui.placing(engine)
     ui.configuration(engine)
     ui.note("  /help for commands, Ctrl-D to leave", style="dim")
 

@@ -150,11 +150,18 @@ def _kernels() -> Findings:
 # ---- hardware ----
 
 
+GPU = (
+    "import json; from dataclasses import asdict; from localmimo.device import find_device; "
+    "from localmimo.errors import NoDevice\n"
+    "try: print(json.dumps(asdict(find_device('cuda'))))\n"
+    "except NoDevice as error: print(json.dumps({'error': str(error)}))"
+)
+
+
 def _gpu() -> Findings:
     tool = shutil.which("nvidia-smi")
-    note = "this version computes on the CPU alone"
     if tool is None:
-        yield Finding("GPU", "ok", f"no NVIDIA driver found; {note}")
+        yield Finding("GPU", "ok", "no NVIDIA driver found: the CPU computes")
         return
     query = ["--query-gpu=name,memory.total,driver_version,pcie.link.gen.current,pcie.link.width.current"]
     done = subprocess.run([tool, *query, "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
@@ -164,7 +171,24 @@ def _gpu() -> Findings:
         return
     for row in done.stdout.strip().splitlines():
         name, memory, driver, generation, width = (cell.strip() for cell in row.split(","))
-        yield Finding("GPU", "ok", f"{name}, {memory}, driver {driver}, PCIe {generation} x{width}; {note}")
+        yield Finding("GPU", "ok", f"{name}, {memory}, driver {driver}, PCIe {generation} x{width}")
+    yield from _computing_there()
+
+
+def _computing_there() -> Findings:
+    """Whether `--device auto` would compute on the GPU, in a process of its own, as `_kernels`."""
+    done = subprocess.run([sys.executable, "-c", GPU], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Finding("GPU kernels", "fail", f"they cannot be looked at: {last}", "Reinstall localmimo.")
+        return
+    facts = json.loads(done.stdout)
+    if "error" in facts:
+        yield Finding("GPU kernels", "warn", f"the CPU computes: {facts['error']}", facts=facts)
+        return
+    free = format_bytes(facts["free_bytes"])
+    found = f"cuda:0 computes, with {free} free (not yet measured on a GPU; --device cpu leaves it out)"
+    yield Finding("GPU kernels", "ok", found, facts=facts)
 
 
 def _memory() -> Findings:
@@ -228,7 +252,7 @@ def _pinned() -> Findings:
     if limit == resource.RLIM_INFINITY:
         yield Finding("pinned memory", "ok", "no limit")
     else:
-        text = f"at most {format_bytes(limit)} (ulimit -l); only a GPU would need more"
+        text = f"at most {format_bytes(limit)} (ulimit -l); a GPU copies faster from pinned memory"
         yield Finding("pinned memory", "ok", text, facts={"limit_bytes": limit})
 
 

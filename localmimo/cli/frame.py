@@ -63,6 +63,16 @@ Context = Annotated[
 Ram = Annotated[
     str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="cpu, cuda or cuda:N; auto takes a GPU that can be used and is large enough."
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Of a GPU's memory, such as 22GiB.  [default: what is free]"),
+]
 Dtype = Annotated[str, typer.Option(metavar="TYPE", help="Of activations: auto, float32, bfloat16.")]
 Kv = Annotated[
     str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")

@@ -28,7 +28,7 @@ def plan(
     kv: Annotated[str, typer.Option(metavar="TYPE", help="Of the KV cache: bf16, int8, float32.")] = "bf16",
     ram: Ram = None,
     vram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a GPU, such as 24GiB (arithmetic only).")
+        str | None, typer.Option(metavar="SIZE", help="Of a GPU, such as 24GiB.  [default: no GPU]")
     ] = None,
     disk_read: Annotated[
         str | None, typer.Option(metavar="SPEED", help="Of the disk, such as 7GB/s.  [default: measured]")

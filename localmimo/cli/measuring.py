@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from localmimo.cli.frame import Json, Kv, Model, NoPrefetch, Quiet, Ram, Trust, Verbose, carry_out, ui_of
+from localmimo.cli.frame import (
+    Device,
+    Json,
+    Kv,
+    Model,
+    NoPrefetch,
+    Quiet,
+    Ram,
+    Trust,
+    Verbose,
+    Vram,
+    carry_out,
+    ui_of,
+)
 
 
 def bench(
@@ -34,6 +47,8 @@ def bench(
         ),
     ] = None,
     ram: Ram = None,
+    vram: Vram = None,
+    device: Device = "auto",
     kv: Kv = "auto",
     draft: Annotated[
         str | None,
@@ -103,7 +118,14 @@ def bench(
         repeat=repeat,
         draft=draft,
         opening=OpenFlags(
-            context=context, ram=ram, kv=kv, profile=profile, prefetch=not no_prefetch, trust=trust
+            context=context,
+            ram=ram,
+            vram=vram,
+            device=device,
+            kv=kv,
+            profile=profile,
+            prefetch=not no_prefetch,
+            trust=trust,
         ),
         cold=cold,
         check_plan=check_plan,

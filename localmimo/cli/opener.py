@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.ui import Ui, bar, parse_count
+from localmimo.device import check_device
 from localmimo.machine import parse_bytes
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class OpenFlags:
 
     context: str | None = None
     ram: str | None = None
+    vram: str | None = None
+    device: str = "auto"
     dtype: str = "auto"
     kv: str = "auto"
     profile: str | None = "default"  # "none" and None: no statistics are kept
@@ -34,8 +37,10 @@ class OpenFlags:
         """What can be refused before the slow imports. Raises BadRequest."""
         if self.context is not None:
             parse_count(self.context, "--context")
-        if self.ram is not None:
-            parse_bytes(self.ram)
+        for size in (self.ram, self.vram):
+            if size is not None:
+                parse_bytes(size)
+        check_device(self.device)
 
 
 def open_engine(
@@ -60,7 +65,8 @@ def open_engine(
             hear(done, total)
 
         return load(
-            folder, context=context, ram=flags.ram, dtype=flags.dtype, kv=flags.kv,  # type: ignore[arg-type]
+            folder, context=context, ram=flags.ram, vram=flags.vram, device=flags.device,
+            dtype=flags.dtype, kv=flags.kv,  # type: ignore[arg-type]
             profile=None if flags.profile == "none" else flags.profile,
             prefetch=flags.prefetch, trust=flags.trust, draft=flags.draft,  # type: ignore[arg-type]
             hear=heard,

@@ -15,13 +15,21 @@ from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.estimate import Estimate, Range, Tiers, estimate
 from localmimo.experts.trace import read_trace
 from localmimo.machine import Machine, format_bytes, parse_bytes
-from localmimo.plan import DEFAULT_CONTEXT, PREFILL_CHUNK, Plan, kv_bytes, make_plan, workspace_bytes
+from localmimo.plan import (
+    DEFAULT_CONTEXT,
+    PREFILL_CHUNK,
+    Plan,
+    device_workspace_bytes,
+    host_workspace_bytes,
+    kv_bytes,
+    make_plan,
+    workspace_bytes,
+)
 from localmimo.speeds import Speeds, file_spots, measured_speeds
 from localmimo.structure import Structure, structure_of
 
 WINDOW_SLACK = 16  # rows of a window ring beyond the window; a test holds it against kv.SLACK
 KV_ITEM_BYTES = {"bf16": 2, "int8": 1, "float32": 4}
-DRIVER_BYTES = 1 << 30  # of a GPU's memory, for the driver and for torch
 GIB = 1 << 30
 WORDS_PER_TOKEN = 0.7
 
@@ -158,7 +166,7 @@ class Desk:
     def answer(self) -> Answer:
         """The plan that was asked for. Raises DoesNotFit with the smallest change that would help."""
         if self.longest:
-            self.context = max(1, self._longest_context(self.ram + max(0, self.vram - DRIVER_BYTES)))
+            self.context = max(1, self._longest_context())
         plan = self._plan(self.ram, self.context)
         tiers, figures = self._judge(plan)
         better = tuple(self._better(plan, figures))
@@ -169,11 +177,6 @@ class Desk:
         return {"context": self.context, "needed_bytes": self._least(self.context), "ram_bytes": self.ram}
 
     # ---- plans ----
-
-    def _gpu_bytes(self) -> int:
-        """What a GPU adds to the budget; nothing where it cannot hold the dense weights, the KV and the workspace."""
-        usable = max(0, self.vram - DRIVER_BYTES)
-        return usable if usable >= self._fixed(self.context) else 0
 
     def _plan(self, ram: int, context: int) -> Plan:
         """As `load` plans: with the draft heads, and without them where they have no room."""
@@ -192,31 +195,42 @@ class Desk:
             dense_bytes=self.model.dense_bytes + sum(self.model.head_bytes[:n_drafts]),
             page_bytes=self.model.page_bytes,
             context=context,
-            ram_bytes=ram + self._gpu_bytes(),
+            ram_bytes=ram,
             kv_item_bytes=self.kv_item_bytes,
             slack=WINDOW_SLACK,
             n_drafts=n_drafts,
+            vram_bytes=self.vram if self._gpu_takes(context) else None,
+            lookup_bytes=self.model.lookup_bytes,
         )
 
-    def _fixed(self, context: int) -> int:
-        config = self.model.config
-        kv = kv_bytes(config, context, self.kv_item_bytes, WINDOW_SLACK)
-        return self.model.dense_bytes + kv + workspace_bytes(config, context, PREFILL_CHUNK)
+    def _kv(self, context: int) -> int:
+        return kv_bytes(self.model.config, context, self.kv_item_bytes, WINDOW_SLACK)
+
+    def _gpu_takes(self, context: int) -> bool:
+        """Whether a GPU has room for the dense weights, the KV and the workspace: `load` uses none that has not."""
+        model = self.model
+        workspace = device_workspace_bytes(model.config, context, PREFILL_CHUNK, model.page_bytes)
+        return self.vram >= model.dense_bytes - model.lookup_bytes + self._kv(context) + workspace
 
     def _least(self, context: int) -> int:
-        return self._fixed(context) + self.model.config.pages_per_token * self.model.page_bytes
+        """The least RAM."""
+        model = self.model
+        fixed = model.dense_bytes + self._kv(context) + workspace_bytes(model.config, context, PREFILL_CHUNK)
+        if self._gpu_takes(context):
+            fixed = model.lookup_bytes + host_workspace_bytes(model.config)
+        return fixed + model.config.pages_per_token * model.page_bytes
 
-    def _longest_context(self, budget: int) -> int:
-        """The longest context that fits a budget, by bisection: needs grow with it; 0 where none does."""
+    def _longest_context(self) -> int:
+        """The longest context that fits, by bisection: needs grow with it; 0 where none does."""
         low, high = 0, self.model.config.max_context
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._least(middle) <= budget else (low, middle - 1)
+            low, high = (middle, high) if self._least(middle) <= self.ram else (low, middle - 1)
         return low
 
     def _smallest_change(self) -> str:
         """A sentence on the context that would fit; the memory that is missing is named already."""
-        longest = self._longest_context(self.ram)
+        longest = self._longest_context()
         if longest:
             return f"The longest context that fits is {longest:,}: --context {longest}."
         saved = self._least(self.context) - self._least(1)
@@ -225,9 +239,8 @@ class Desk:
     # ---- what it gives ----
 
     def _judge(self, plan: Plan) -> tuple[Tiers, Estimate]:
-        gpu = max(0, self._gpu_bytes() - self._fixed(plan.context)) // plan.page_bytes
-        gpu = min(gpu, plan.n_slots)
-        tiers = Tiers(gpu, plan.n_slots - gpu, plan.n_pages, *self._hits(plan))
+        ram_slots = plan.held_slots - plan.gpu_slots
+        tiers = Tiers(plan.gpu_slots, ram_slots, plan.n_pages, *self._hits(plan))
         figures = estimate(
             self.model,
             plan,
@@ -239,16 +252,18 @@ class Desk:
         return tiers, figures
 
     def _hits(self, plan: Plan) -> tuple[Range, str]:
-        if plan.n_slots >= plan.n_pages:
+        if plan.held_slots >= plan.n_pages:
             return (1.0, 1.0), "every expert is in memory"
         from localmimo.hits import assumed_hits, profile_hits, replayed_hits
 
         if self.trace is not None:
-            rates = replayed_hits(self.trace, self.model.config, plan.n_slots)
+            rates = replayed_hits(self.trace, self.model.config, plan.held_slots)
             return rates, "replayed: LRU and the adaptive policy"
         cycle = self.model.config.pages_per_token / plan.n_pages
-        low, high = assumed_hits(plan.n_slots / plan.n_pages, cycle)
-        known = profile_hits(*self.model.pack, self.model.config, plan.n_slots) if self.model.pack else None
+        low, high = assumed_hits(plan.held_slots / plan.n_pages, cycle)
+        known = (
+            profile_hits(*self.model.pack, self.model.config, plan.held_slots) if self.model.pack else None
+        )
         if known is not None:
             return (min(known, high), max(known, high)), "from this pack's profile to published caches"
         return (low, high), "assumed from published caches, no trace"
@@ -256,7 +271,7 @@ class Desk:
     def _better(self, plan: Plan, figures: Estimate) -> Iterator[str]:
         """Changes that matter, with what they would give."""
         for more in (16, 32, 64, 128, 256, 512):
-            if plan.n_slots >= plan.n_pages:
+            if plan.held_slots >= plan.n_pages:
                 break
             _, then = self._judge(self._plan(self.ram + more * GIB, plan.context))
             if then.decode_tps[0] > 1.25 * figures.decode_tps[0]:
@@ -273,8 +288,8 @@ class Desk:
             self.speeds = desk_speeds
             yield f"a disk twice as fast → {_tps(then.decode_tps)}"
         shorter = plan.context // 4
-        if shorter >= 1024 and plan.n_slots < plan.n_pages:
-            more_slots = self._plan(self.ram, shorter).n_slots - plan.n_slots
+        if shorter >= 1024 and plan.held_slots < plan.n_pages:
+            more_slots = self._plan(self.ram, shorter).held_slots - plan.held_slots
             if more_slots:
                 yield f"context {shorter:,} → +{more_slots:,} expert slots"
 
@@ -290,15 +305,16 @@ def _lines(answer: Answer, question: Question, ui: Ui) -> Iterator[str]:
     if model.source_bytes:
         head.insert(2, f"{format_bytes(model.source_bytes)} checkpoint")
     yield rows(head, 200, indent=1)
+    place = plan.vram or plan
     fixed = " + ".join(
         f"{name} {format_bytes(size)}"
         for name, size in (
-            ("dense", plan.dense_bytes),
-            ("KV", plan.kv_bytes),
-            ("workspace", plan.workspace_bytes),
+            ("dense", place.dense_bytes),
+            ("KV", place.kv_bytes),
+            ("workspace", place.workspace_bytes),
         )
     )
-    yield _line("needed every token", f"{fixed} → {'GPU' if tiers.gpu_slots else 'RAM'}")
+    yield _line("needed every token", f"{fixed} → {'GPU' if plan.vram else 'RAM'}")
     yield _line(f"experts {format_bytes(model.experts_bytes)}", _places(answer))
     yield _line("read per token", _reads(answer))
     yield _line("hit rate", f"{_percent(figures.hits)} ({tiers.origin})")
@@ -361,9 +377,9 @@ def _origin(speeds: Speeds) -> str:
 
 def _gpu_notes(answer: Answer) -> Iterator[str]:
     yield (
-        " This version runs on the CPU alone: the split over a GPU is arithmetic, with "
+        " Speeds with a GPU are not yet measured: they are arithmetic, with "
         f"{format_bytes(answer.speeds.gpu_read)}/s of GPU memory and {format_bytes(answer.speeds.pcie)}/s to it "
-        "assumed. `localmimo chat` would use RAM and disk."
+        "assumed."
     )
-    if not answer.tiers.gpu_slots:
+    if answer.plan.vram is None:
         yield " The GPU is too small for dense weights, KV and workspace, so nothing was placed on it."

@@ -110,7 +110,7 @@ async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> 
 async def _load(job: Serving, service: Service, ui: Ui) -> Engine:
     engine = await asyncio.to_thread(open_engine, job.model, job.opening, ui, service.load)
     service.ready(engine)
-    ui.parts(str(engine.plan).split(" · "))
+    ui.placing(engine)
     ui.configuration(engine)
     return engine
 

@@ -12,6 +12,7 @@ import typer
 
 from localmimo.cli.frame import (
     Context,
+    Device,
     Draft,
     Dtype,
     Json,
@@ -23,6 +24,7 @@ from localmimo.cli.frame import (
     Ram,
     Trust,
     Verbose,
+    Vram,
     carry_out,
     ui_of,
 )
@@ -86,6 +88,8 @@ def chat(
         typer.Option("--stats/--no-stats", help="Figures after an answer.  [default: in a terminal]"),
     ] = None,
     ram: Ram = None,
+    vram: Vram = None,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     kv: Kv = "auto",
     profile: Profile = "default",
@@ -129,7 +133,7 @@ def chat(
     from localmimo.cli.opener import OpenFlags
 
     opening = OpenFlags(
-        context=context, ram=ram, dtype=dtype, kv=kv,
+        context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv,
         profile=profile, prefetch=not no_prefetch, trust=trust, draft=draft,
     )  # fmt: skip
     options = Options(
@@ -184,6 +188,8 @@ def serve(
     ] = "50GiB",
     context: Context = None,
     ram: Ram = None,
+    vram: Vram = None,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     kv: Kv = "auto",
     profile: Profile = "default",
@@ -201,7 +207,7 @@ def serve(
     from localmimo.cli.serve import Serving, model_name, run_serve
 
     opening = OpenFlags(
-        context=context, ram=ram, dtype=dtype, kv=kv,
+        context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv,
         profile=profile, prefetch=not no_prefetch, trust=trust, draft=draft,
     )  # fmt: skip
     job = Serving(

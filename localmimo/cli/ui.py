@@ -51,6 +51,12 @@ class Ui:
         """Short facts in a row, broken between facts where the terminal is narrow."""
         self.note(rows(parts, self.err.width, indent), style)
 
+    def placing(self, engine: Engine) -> None:
+        """How the model was fitted into the machine, and what stood in the way of a better place."""
+        self.parts(str(engine.plan).split(" · "))
+        if note := engine.effective().get("note"):
+            self.note(f"  The CPU computes: {note}")
+
     def configuration(self, engine: Engine, *, always: bool = False) -> None:
         """What is in force, a line each, with -v or `always`; the plan is shown elsewhere."""
         if not self.verbose and not always:

@@ -4,6 +4,8 @@ A page lies on the GPU or in RAM, not in both. On the device "cpu" the same code
 tests. Knows pages and slots; not who asks.
 """
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -13,29 +15,47 @@ from localmimo.experts.policy import Page
 from localmimo.experts.slots import Slots
 from localmimo.experts.tiers import GpuTier
 from localmimo.experts.uploads import Costs, choose, most_uploads
+from quant import gpu
 from quant.ffn import experts as run_pages
 from quant.page import PageLayout
 
 EVERY = 8  # tokens between two looks at who should be here
 
 Chances = Callable[[Sequence[Page]], Mapping[Page, float]]
+Fits = Callable[[Page], bool]
 
 
 class GpuShelf:
     """Pages of one layout in the slots of a GPU tier."""
 
     def __init__(
-        self, tier: GpuTier, layout: PageLayout, n_experts: Mapping[int, int], chances: Chances, costs: Costs
+        self,
+        tier: GpuTier,
+        layout: PageLayout,
+        n_experts: Mapping[int, int],
+        chances: Chances,
+        costs: Costs,
+        fits: Fits = lambda page: True,
     ) -> None:
+        """fits: whether a page is of the layout."""
         self._tier = tier
         self._layout = layout
+        self._n_experts = n_experts
         self._chances = chances
         self._costs = costs
-        self._held: dict[Page, int] = {}
-        self._free = list(range(tier.n_slots - 1, -1, -1))
-        self._tables = {layer: torch.full((n,), -1, dtype=torch.int32) for layer, n in n_experts.items()}
+        self._fits = fits
+        self._tables = {  # expert -> slot, on the device; -1: elsewhere
+            layer: torch.full((n,), -1, dtype=torch.int32, device=tier.device)
+            for layer, n in n_experts.items()
+        }
         self._leaving: list[Page] = []
         self._tokens = 0
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._held: dict[Page, int] = {}
+        self._n_held: Counter[int] = Counter()  # by layer
+        self._free = list(range(self._tier.n_slots - 1, -1, -1))
 
     def __contains__(self, page: Page) -> bool:
         return page in self._held
@@ -43,31 +63,59 @@ class GpuShelf:
     def __iter__(self) -> Iterator[Page]:
         return iter(self._held)
 
+    @property
+    def n_slots(self) -> int:
+        return self._tier.n_slots
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def has_all(self, layer: int) -> bool:
+        """Whether every expert of a layer lies here."""
+        return self._n_held[layer] == self._n_experts[layer]
+
     def tensor(self, page: Page) -> Tensor:
-        """A page that lies here as uint8 [slot bytes] in RAM: the slot itself on the device "cpu", else a copy."""
-        return self._tier.slab[self._held[page]].cpu()
+        """A page that lies here, as uint8 [slot bytes] on the device; what is launched from now on sees it."""
+        self._tier.order()
+        return self._tier.slab[self._held[page]]
+
+    # ---- who is here ----
+
+    def put(self, page: Page, here: Tensor) -> None:
+        """Start copying a page into a free slot; it must stay as it is until `settle`."""
+        self._fill(self._free.pop(), page, here)
+
+    def settle(self) -> None:
+        """Wait for the copies."""
+        self._tier.settle()
+
+    def takes(self, page: Page) -> bool:
+        """Whether a page could lie here."""
+        return self._fits(page) and page not in self._held
 
     def turn(self, ram: Slots, token_s: float) -> int:
         """A new token begins: let pages come that pay back; the number of copies begun."""
-        self._settle(ram)
+        self.settle_in(ram)
         self._tokens += 1
-        if self._tokens % EVERY:
+        if self._tokens % EVERY or not self._tier.n_slots:
             return 0
         swaps = choose(
-            self._chances(list(ram)),
+            self._chances([page for page in ram if self._fits(page)]),
             self._chances(list(self._held)),
             len(self._free),
-            most_uploads(token_s * EVERY, self._costs),
+            min(
+                most_uploads(token_s * EVERY, self._costs), 1 + len(ram) // 2
+            ),  # the others' slots are needed
             self._costs,
         )
         for swap in swaps:
             slot = self._free.pop() if swap.instead is None else self._evict(swap.instead)
-            self._tier.fill(slot, ram.tensor(swap.page))
+            self._fill(slot, swap.page, ram.tensor(swap.page))
             self._leaving.append(swap.page)
-            self._place(swap.page, slot)
         return len(swaps)
 
-    def _settle(self, ram: Slots) -> None:
+    def settle_in(self, ram: Slots) -> None:
         """The copies of the last turn are done: their places in RAM are free."""
         if self._leaving:
             self._tier.settle()
@@ -76,12 +124,15 @@ class GpuShelf:
                     ram.give(ram.evict(page))
             self._leaving.clear()
 
-    def _place(self, page: Page, slot: int) -> None:
+    def _fill(self, slot: int, page: Page, here: Tensor) -> None:
+        self._tier.fill(slot, here)
         self._held[page] = slot
+        self._n_held[page[0]] += 1
         self._tables[page[0]][page[1]] = slot
 
     def _evict(self, page: Page) -> int:
         self._tables[page[0]][page[1]] = -1
+        self._n_held[page[0]] -= 1
         return self._held.pop(page)
 
     @property
@@ -89,30 +140,69 @@ class GpuShelf:
         """Pages that are being copied here: their slots in RAM must not be written yet."""
         return self._leaving
 
-    def lies_here(self, layer: int, chosen: Tensor) -> Tensor:
-        """Which of the chosen experts [n, k] lie here: bool [n, k]."""
-        return self._tables[layer][chosen] >= 0
+    def give_way(self) -> bool:
+        """Give a quarter of the slots back to the device, with all that lies here; False where there are none.
+
+        One slab cannot shrink, and there is no memory for a second one: its pages come again as they are used.
+        """
+        if not self._tier.n_slots:
+            return False
+        self._leaving.clear()  # copies of these are in RAM still
+        for table in self._tables.values():
+            table.fill_(-1)
+        self._tier.resize(self._tier.n_slots * 3 // 4)
+        self._forget_all()
+        return True
+
+    # ---- products ----
 
     def begin(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Start the experts of `layer` that lie here -> weighted outputs float32 [n, k, hidden], zero for the others.
 
-        The result lies on the device and need not be ready yet: `.cpu()` waits for it.
+        x [n, hidden], chosen [n, k] and weights [n, k] lie on the device; the result need not be ready yet.
         """
         self._tier.order()
-        if self._tier.device.type == "cpu":
-            return self._on_cpu(layer, x, chosen, weights)
-        from quant import gpu
-
-        device = self._tier.device
-        there = [part.to(device, non_blocking=True) for part in (self._tables[layer], chosen, weights)]
-        return gpu.experts(x.to(device, non_blocking=True), self._layout, self._tier.slab, *there)
-
-    def _on_cpu(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros(chosen.numel(), x.shape[1])
-        for expert in chosen.unique().tolist():
-            slot = int(self._tables[layer][expert])
-            if slot >= 0:
+        if self._tier.device.type == "cuda" and self._layout.codec in gpu.FORMATS:
+            return gpu.experts(x, self._layout, self._tier.slab, self._tables[layer], chosen, weights)
+        out = torch.zeros(chosen.numel(), x.shape[1], device=x.device)
+        for expert in chosen.unique().tolist():  # type: ignore[no-untyped-call]
+            if (layer, expert) in self._held:
+                page = self._tier.slab[self._held[layer, expert]]
                 places = (chosen.reshape(-1) == expert).nonzero()[:, 0]
-                page = self._tier.slab[slot]
                 run_pages(x, self._layout, [page], places, (0, len(places)), weights, out)
         return out.view(*chosen.shape, -1)
+
+
+def measured_costs(tier: GpuTier, layout: PageLayout, dtype: torch.dtype) -> Costs:
+    """What a copy of one page takes, and how much sooner one token's product is done on the device than on the CPU.
+
+    Also gets the kernels compiled before anybody waits for an answer.
+    """
+    page = torch.zeros(layout.bytes, dtype=torch.uint8, pin_memory=tier.device.type == "cuda")
+    x, chosen, weights = (
+        torch.zeros(1, layout.hidden, dtype=dtype),
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.ones(1, 1),
+    )
+    there = [tensor.to(tier.device) for tensor in (x, chosen, weights)]
+    shelf = GpuShelf(tier, layout, {0: 1}, lambda pages: {}, Costs(0.0, 0.0))
+    shelf.put((0, 0), page)
+    out = torch.empty(1, layout.hidden)
+    on_gpu = _least(lambda: shelf.begin(0, *there).cpu())
+    on_cpu = _least(lambda: run_pages(x, layout, [page], chosen.view(-1), (0, 1), weights, out))
+
+    def upload() -> None:
+        tier.fill(0, page)
+        tier.settle()
+
+    return Costs(saved_s=on_cpu - on_gpu, upload_s=_least(upload))
+
+
+def _least(job: Callable[[], object], n: int = 5) -> float:
+    """Seconds of the fastest of a few runs, the first one not counted."""
+    took = []
+    for _ in range(n + 1):
+        began = time.perf_counter()
+        job()
+        took.append(time.perf_counter() - began)
+    return min(took[1:])

@@ -5,10 +5,11 @@ that a prompt will stream through next. Knows pages, slots and reads; not who gu
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from localmimo.errors import BadModel
+from localmimo.experts.gpu import GpuShelf
 from localmimo.experts.policy import Page
 from localmimo.experts.readers import Task
 from localmimo.experts.slots import Read, Slots
@@ -41,6 +42,24 @@ class Guesses:
         """Read `page` into `slot` when the disk is idle."""
         task = self._disk.guess(at, self._slots.memory(slot), partial(self._landed.append, page))
         self._reads[page] = Read(task, slot)
+
+    def lift(self, pages: Mapping[Page, PageAt], gpu: GpuShelf, timeout_s: float) -> tuple[int, int]:
+        """Read pages through free slots to the GPU, as many as there are slots; pages and bytes that were read.
+
+        A page that cannot be read stays where it is, for whoever asks for it.
+        """
+        slots = self._slots.take(len(pages))
+        reads = {
+            page: Read(self._disk.read(pages[page], self._slots.memory(slot)), slot)
+            for page, slot in zip(pages, slots, strict=False)
+        }
+        self._disk.wait([read.task for read in reads.values()], timeout_s, every=True)
+        there = [page for page, read in reads.items() if read.task.done() and read.task.error is None]
+        for page in there:
+            gpu.put(page, self._slots.bytes_in(reads[page].slot))
+        gpu.settle()
+        self._slots.owe(reads.values())
+        return len(reads), sum(pages[page].nbytes for page in there)
 
     def claim(self, page: Page) -> Read:
         """Take over the read of a page that is needed now; the caller reads it anew if the task is cancelled."""

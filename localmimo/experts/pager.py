@@ -1,27 +1,35 @@
-"""Pager: a store with what steers it: the router statistics of a profile, and the watch over free memory.
+"""Pager: a store with what steers it: the router statistics of a profile, the watch over free memory, the GPU's shelf.
 
 Opened and closed with an engine; knows neither tokens nor weights.
 """
 
 import math
+import threading
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from localmimo.config import ModelConfig
 from localmimo.experts import placement
+from localmimo.experts.gpu import GpuShelf, measured_costs
+from localmimo.experts.pinning import Pinning
 from localmimo.experts.policy import Adaptive, Page
 from localmimo.experts.pressure import Pressure, low_bytes
 from localmimo.experts.profile import profile_path
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.store import ExpertStore
+from localmimo.experts.tiers import GpuTier
 from localmimo.machine import Machine
 from localmimo.plan import Plan
 from quant import Pack
 from quant.pack import experts_of
 
 PUBLISH_S = 1.0  # between two looks at where the pages lie, at least
+LIFT = 16  # pages that go to the GPU at a time: while they do, no step begins
 
 
 class Pager:
@@ -36,21 +44,73 @@ class Pager:
         profile: str | None = None,
         prefetch: bool = True,
         trust: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        """device: a GPU, and the type of its activations."""
         self.profile = None if profile is None else profile_path(pack.path, pack.id, profile)
         self._stats = _statistics(self.profile, config)
-        policy = Adaptive(self._stats, room_for_all=plan.n_slots >= plan.n_pages)
-        self.store = ExpertStore(pack, plan.page_bytes, plan.n_slots, policy, prefetch=prefetch, trust=trust)
-        self.store.warm(self._first_pages(pack, plan))
+        policy = Adaptive(self._stats, room_for_all=plan.held_slots >= plan.n_pages)
+        self._pinning = None if device is None else Pinning()
+        shelf = self._shelf(pack, plan, device, dtype) if device is not None and plan.gpu_slots else None
+        self.store = ExpertStore(
+            pack, plan.page_bytes, plan.n_slots, policy,
+            prefetch=prefetch, trust=trust, gpu=shelf, pinning=self._pinning,
+        )  # fmt: skip
+        self._over = threading.Event()
+        self._filling: threading.Thread | None = None
+        self._fill(self._first_pages(pack, plan), plan.gpu_slots)
         low = low_bytes(Machine.probe().ram_bytes)
         self._n_experts = experts_of(pack)
         self._published_s = -math.inf
         self._pressure = Pressure(self.store, plan.page_bytes, low, _free_ram_bytes)
 
+    def _shelf(self, pack: Pack, plan: Plan, device: torch.device, dtype: torch.dtype) -> GpuShelf:
+        """Slots for pages of the largest layout; pages of others stay in RAM."""
+        layout = pack.page
+        assert layout is not None
+        tier = GpuTier(plan.gpu_slots, plan.page_bytes, device)
+        costs = measured_costs(tier, layout, dtype)
+        return GpuShelf(
+            tier, layout, experts_of(pack), self._chances, costs,
+            fits=lambda page: pack.page_at(*page).codec == layout.codec,
+        )  # fmt: skip
+
+    def _chances(self, pages: Sequence[Page]) -> Mapping[Page, float]:
+        chances, row = self._stats.chances(), self._stats.row
+        return {page: float(chances[row[page[0]], page[1]]) for page in pages}
+
+    def _fill(self, pages: Sequence[Page], n_gpu: int) -> None:
+        """Read pages in the background, the hottest ones to the GPU."""
+        if not n_gpu:
+            self.store.warm(pages)
+            return
+
+        def fill() -> None:
+            for at in range(0, min(n_gpu, len(pages)), LIFT):
+                if self._over.is_set():
+                    return
+                self.store.lift(pages[at : min(n_gpu, at + LIFT)])
+            self.store.warm(pages)  # those that are not there yet
+
+        self._filling = threading.Thread(target=fill, name="gpu-fill", daemon=True)
+        self._filling.start()
+
+    def wait_until_warm(self) -> None:
+        """Wait for the pages that are being read before anybody asked for them."""
+        if self._filling is not None:
+            self._filling.join()
+        self.store.wait_until_warm()
+
+    @property
+    def pinned(self) -> bool | None:
+        """Whether slots of RAM are locked for the GPU; None without one."""
+        return None if self._pinning is None else not self._pinning.refused
+
     def _first_pages(self, pack: Pack, plan: Plan) -> list[Page]:
         """What to read before it is asked for: a profile's hottest pages, and where all fit then all others."""
-        hottest = self._stats.hottest(plan.n_slots)
-        if self.profile is None or plan.n_slots < plan.n_pages:
+        hottest = self._stats.hottest(plan.held_slots)
+        if self.profile is None or plan.held_slots < plan.n_pages:
             return hottest
         known = set(hottest)
         every = ((layer, expert) for layer, n in experts_of(pack).items() for expert in range(n))
@@ -66,10 +126,15 @@ class Pager:
 
     def close(self) -> None:
         """Stop reading, and add what was seen to the profile; a warning says where that cannot be saved."""
+        self._over.set()
+        if self._filling is not None:
+            self._filling.join()
         self._pressure.close()
         self.store.close()
         if self.profile is not None:
             placement.withdraw(self.profile)
+        if self._pinning is not None:
+            self._pinning.close()
         if self.profile is not None and not self._stats.save(self.profile):
             warnings.warn(str(self._stats.warning), stacklevel=3)
 

@@ -1,4 +1,4 @@
-"""Runs the routed experts of a layer: tokens grouped by expert, each expert where its page lies, a weighted sum.
+"""Runs the routed experts of a layer on the CPU: tokens grouped by expert, a weighted sum.
 
 Owns no page. The outputs of a token are added in ascending order of its experts, whatever the order in which the
 pages come: where a page lay, and when it came, never changes the answer.
@@ -50,19 +50,17 @@ class ExpertRunner:
         """Pages as they come; every output has a row of its own until all are there."""
         places, spans = grouped(chosen)
         outputs, weights = torch.empty(chosen.numel(), x.shape[1]), weights.contiguous()
-        gpu = self._store.gpu
         for i, arrivals in enumerate(self._store.fetch(layer, list(spans))):
             if i == 0:
-                on_gpu = None if gpu is None else gpu.begin(layer, x, chosen, weights)
                 self._prefetch(guess)
-            for here in _by_layout(arrivals):
+            for here in by_layout(arrivals):
                 edges = [edge for arrival in here for edge in spans[arrival.expert]]
                 run_pages(x, here[0].layout, [it.page for it in here], places, edges, weights, outputs)
-        outputs = outputs.view(*chosen.shape, -1)
-        if gpu is not None and on_gpu is not None:
-            there = gpu.lies_here(layer, chosen)
-            outputs[there] = on_gpu.cpu()[there]
-        return _in_order(outputs)
+        return in_order(outputs.view(*chosen.shape, -1))
+
+    def give_way(self) -> bool:
+        """There is no GPU whose memory could be given back."""
+        return False
 
     def _prefetch(self, guess: Guess | None) -> None:
         if guess is None or not self._store.prefetching:
@@ -113,7 +111,8 @@ def grouped(chosen: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:
     )
 
 
-def _by_layout(arrivals: Sequence[Arrival]) -> Iterator[list[Arrival]]:
+def by_layout(arrivals: Sequence[Arrival]) -> Iterator[list[Arrival]]:
+    """The arrivals, those of one layout together."""
     for layout in {arrival.layout for arrival in arrivals}:
         yield [arrival for arrival in arrivals if arrival.layout == layout]
 
@@ -137,7 +136,7 @@ def _fits(group: Sequence[Piece], piece: Piece) -> bool:
     return rows <= ROWS_AT_A_TIME and group[0][0].layout == piece[0].layout
 
 
-def _in_order(outputs: Tensor) -> Tensor:
+def in_order(outputs: Tensor) -> Tensor:
     """The sum of outputs [n, k, hidden] over k, first to last, as a prompt's experts are added."""
     total = outputs[:, 0]
     for place in range(1, outputs.shape[1]):

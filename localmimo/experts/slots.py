@@ -66,6 +66,10 @@ class Slots:
         """A held page as uint8 [slot bytes]."""
         return self._ram.tensor(self._held[page])
 
+    def bytes_in(self, slot: int) -> Tensor:
+        """What lies in a slot that is the caller's, as uint8 [slot bytes]."""
+        return self._ram.tensor(slot)
+
     def put(self, page: Page, slot: int) -> None:
         """`page` lies in `slot` now."""
         self._held[page] = slot

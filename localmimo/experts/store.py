@@ -19,8 +19,10 @@ from torch import Tensor
 from localmimo.errors import BadModel
 from localmimo.experts.gpu import GpuShelf
 from localmimo.experts.guesses import Guesses
+from localmimo.experts.pinning import Pinning
 from localmimo.experts.policy import Page, Policy
 from localmimo.experts.prefetch import PrefetchGate
+from localmimo.experts.resident import Resident
 from localmimo.experts.slots import Read, Slots
 from localmimo.experts.tiers import DiskTier, RamTier
 from localmimo.experts.traffic import Traffic
@@ -61,6 +63,7 @@ class ExpertStore:
         trust: bool = False,
         stall_s: float = STALL_S,
         gpu: GpuShelf | None = None,
+        pinning: Pinning | None = None,
     ) -> None:
         self._pack = pack
         self.gpu = gpu
@@ -70,7 +73,7 @@ class ExpertStore:
         self._full = n_slots
         self._disk = DiskTier(trust=trust)
         self._policy = policy
-        self._slots = Slots(RamTier(n_slots, slot_bytes), policy)
+        self._slots = Slots(RamTier(n_slots, slot_bytes, pinning), policy)
         self._guesses = Guesses(self._disk, self._slots)
         self._gate = PrefetchGate() if prefetch and 4 <= n_slots < pack.n_pages else None
         self._pinned: set[Page] = set()
@@ -80,8 +83,9 @@ class ExpertStore:
         self._stall_s = stall_s
         self._layer = -1  # of the last step's request
         self._turned_s = time.perf_counter()
-        self._lock = threading.RLock()
         self._traffic = Traffic()
+        self.resident = Resident(policy, self._traffic)
+        self.lock = threading.RLock()  # while it is held, no page moves for others' sake
 
     # ---- facts ----
 
@@ -103,12 +107,15 @@ class ExpertStore:
     @property
     def traffic(self) -> Traffic:
         """What was asked so far."""
+        if self.resident.waiting:
+            with self.lock:
+                self.resident.count()
         self._traffic.read_s = self._disk.busy_s
         return self._traffic
 
     def where(self) -> dict[Page, str]:
         """The tier of every page that is not on disk alone."""
-        with self._lock:
+        with self.lock:
             return dict.fromkeys(self._slots, "ram") | dict.fromkeys(self.gpu or (), "gpu")
 
     # ---- a decode step ----
@@ -120,24 +127,15 @@ class ExpertStore:
         Raises BadModel where a page is bad.
         """
         pages = [(layer, expert) for expert in experts]
-        with self._lock:
+        with self.lock:
             self._count_prompt()
+            if self.resident.waiting:
+                self.resident.count()
             self._policy.request(layer, experts)
             if self.gpu is not None:
-                pages = self._without_gpu(layer, pages)
+                pages = [(layer, expert) for expert in self.without_gpu(layer, experts)]
             self._settle(layer, pages)
             yield from self._serve(layer, pages)
-
-    def _without_gpu(self, layer: int, pages: list[Page]) -> list[Page]:
-        assert self.gpu is not None
-        if layer <= self._layer:
-            now = time.perf_counter()
-            self._traffic.uploads += self.gpu.turn(self._slots, now - self._turned_s)
-            self._turned_s = now
-        self._layer = layer
-        elsewhere = [page for page in pages if page not in self.gpu]
-        self._traffic.gpu_pages += len(pages) - len(elsewhere)
-        return elsewhere
 
     def _serve(self, layer: int, pages: list[Page]) -> Iterator[list[Arrival]]:
         held = [page for page in pages if page in self._slots]
@@ -235,6 +233,33 @@ class ExpertStore:
             f"{at.nbytes:,} bytes at {at.offset:,} of {at.file}. Check the disk, then ask again."
         )
 
+    # ---- the GPU's part ----
+
+    def turn(self, layer: int) -> None:
+        """A step comes to `layer`. Where a new token begins, pages may go to the GPU."""
+        if layer <= self._layer and self.gpu is not None:
+            self._count_prompt()
+            self.resident.count()
+            now = time.perf_counter()
+            self._traffic.uploads += self.gpu.turn(self._slots, now - self._turned_s)
+            self._turned_s = now
+        self._layer = layer
+
+    def without_gpu(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of the experts that do not lie on the GPU; the others are counted as found there."""
+        elsewhere = [expert for expert in experts if not self._on_gpu((layer, expert))]
+        self._traffic.gpu_pages += len(experts) - len(elsewhere)
+        return elsewhere
+
+    def lift(self, pages: Sequence[Page]) -> int:
+        """Bring pages to free slots of the GPU before anybody asks for them; how many were read."""
+        assert self.gpu is not None
+        with self.lock:
+            pages = [page for page in self._absent(pages) if self.gpu.takes(page)][: self.gpu.n_free]
+            n, n_bytes = self._guesses.lift({page: self._at(page) for page in pages}, self.gpu, self._stall_s)
+            self._traffic.disk_bytes += n_bytes
+            return n
+
     # ---- slots ----
 
     def _take_slots(self, n: int) -> list[int]:
@@ -257,6 +282,8 @@ class ExpertStore:
     def _must_take_slot(self) -> int:
         """A slot where nothing but guesses and reads that nobody wants any more stand in the way."""
         self._guesses.routed.clear()
+        if self.gpu is not None:
+            self.gpu.settle_in(self._slots)
         self._disk.wait([*self._slots.owed, *self._guesses.tasks], self._stall_s)
         self._guesses.note_all_done()
         self._take_in_guesses()
@@ -270,7 +297,7 @@ class ExpertStore:
 
     def resize(self, n_slots: int) -> None:
         """Use this many slots, at least one and at most those given at first; the others' memory goes back."""
-        with self._lock:
+        with self.lock:
             n_slots = min(max(1, n_slots), self._full)
             self._slots.revoke(self._take_slots(max(0, self.n_slots - n_slots)))
             self._slots.restore(n_slots - self.n_slots)
@@ -285,7 +312,7 @@ class ExpertStore:
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Read pages that a later layer will probably ask for, while the disk has nothing better to do."""
-        with self._lock:
+        with self.lock:
             room = max(0, self._full // GUESS_SHARE - len(self._guesses.routed))
             pages = self._absent((layer, expert) for expert in experts)[:room]
             for page, slot in zip(pages, self._take_slots(len(pages)), strict=False):
@@ -297,7 +324,7 @@ class ExpertStore:
 
         They are read in quarters, the hottest first, each in the order of the files.
         """
-        with self._lock:
+        with self.lock:
             pages = self._absent(pages)[: self._slots.n_free]
             quarter = max(1, -(-len(pages) // 4))
             order = [page for i in range(0, len(pages), quarter) for page in sorted(pages[i : i + quarter])]
@@ -306,7 +333,7 @@ class ExpertStore:
 
     def wait_until_warm(self, timeout_s: float | None = None) -> None:
         """Wait for the pages that are being read before anybody asked for them."""
-        with self._lock:
+        with self.lock:
             self._disk.wait(self._guesses.tasks, timeout_s, every=True)
 
     def _absent(self, pages: Iterable[Page]) -> list[Page]:
@@ -354,7 +381,7 @@ class ExpertStore:
         Pages on the GPU are yielded too, as they lie there. A page is valid until the next list is asked for.
         Raises BadModel where a page is bad.
         """
-        with self._lock:
+        with self.lock:
             waiting = deque((layer, expert) for expert in experts)
             self._settle(layer, waiting)
             flying: dict[Page, Read] = {}
@@ -464,5 +491,5 @@ class ExpertStore:
 
     def close(self) -> None:
         """Stop reading and give the files back."""
-        with self._lock:
+        with self.lock:
             self._disk.close()

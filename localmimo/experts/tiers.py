@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from localmimo.errors import BadModel
+from localmimo.experts.pinning import Pinning
 from localmimo.experts.readers import Job, Readers, Task
 from quant.kernels import crc32
 from quant.pack import PageAt
@@ -24,9 +25,12 @@ N_READERS = 4  # reads in flight; a SATA disk is busy with one, an NVMe drive wi
 
 
 class RamTier:
-    """One slab of `n_slots` slots of `page_bytes` bytes, allocated once, each slot on a 4096-byte boundary."""
+    """One slab of `n_slots` slots of `page_bytes` bytes, allocated once, each slot on a 4096-byte boundary.
 
-    def __init__(self, n_slots: int, page_bytes: int) -> None:
+    With `pinning`, a slot is locked for the GPU when it is first written.
+    """
+
+    def __init__(self, n_slots: int, page_bytes: int, pinning: Pinning | None = None) -> None:
         self.n_slots = n_slots
         self.page_bytes = page_bytes
         self._map = mmap.mmap(-1, n_slots * page_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -34,9 +38,12 @@ class RamTier:
             self._map.madvise(mmap.MADV_HUGEPAGE)  # small pages cost a streaming read most of its bandwidth
         self._bytes = memoryview(self._map)
         self._slots = torch.frombuffer(self._map, dtype=torch.uint8).view(n_slots, page_bytes).unbind()
+        self._pinning = pinning
 
     def memory(self, slot: int) -> memoryview:
         """The slot's bytes, to read into."""
+        if self._pinning is not None:
+            self._pinning.lock(self._slots[slot].data_ptr(), self.page_bytes)
         return self._bytes[slot * self.page_bytes : (slot + 1) * self.page_bytes]
 
     def tensor(self, slot: int) -> Tensor:
@@ -45,6 +52,8 @@ class RamTier:
 
     def give_back(self, slot: int) -> None:
         """Return the slot's memory to the system; it comes back, empty, when it is next written."""
+        if self._pinning is not None:
+            self._pinning.unlock(self._slots[slot].data_ptr())  # a GPU would go on reading what was there
         self._map.madvise(mmap.MADV_DONTNEED, slot * self.page_bytes, self.page_bytes)
 
 
@@ -78,6 +87,22 @@ class GpuTier:
         """Wait for the copies: their sources may be written again."""
         if self._stream is not None:
             self._stream.synchronize()
+
+    def resize(self, n_slots: int) -> None:
+        """Begin anew with fewer slots, or with as many of them as the device still has room for."""
+        page_bytes = self.slab.shape[1]
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
+        self.slab = self.slab.new_empty(0, page_bytes)
+        while True:
+            if self._stream is not None:
+                torch.cuda.empty_cache()
+            try:
+                self.slab = self.slab.new_empty(n_slots, page_bytes)
+                break
+            except torch.OutOfMemoryError:
+                n_slots = n_slots // 2
+        self.n_slots = n_slots
 
 
 class DiskTier:

@@ -1,6 +1,7 @@
 """Uploads: which pages are worth a place on the GPU. Pure decisions over chances and costs; no torch, no bytes.
 
-A page is copied to the GPU only where the time that its expected uses will save there exceeds the time of the copy.
+A page takes the place of another only where the time that its expected uses will save there exceeds that of the copy.
+A free slot is worth filling in any case: it makes room in RAM.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,10 @@ def most_uploads(token_s: float, costs: Costs) -> int:
 def choose(
     in_ram: Mapping[Page, float], on_gpu: Mapping[Page, float], n_free: int, most: int, costs: Costs
 ) -> list[Swap]:
-    """Up to `most` swaps that pay back, the likeliest pages first; the mappings hold chances per token."""
+    """Up to `most` swaps, the likeliest pages first: into free slots, then those that pay back.
+
+    The mappings hold chances per token.
+    """
     coming = sorted(in_ram, key=lambda page: (-in_ram[page], page))[:most]
     leaving = sorted(on_gpu, key=lambda page: (on_gpu[page], page))
     swaps: list[Swap] = []
@@ -49,7 +53,7 @@ def choose(
         instead = leaving[len(swaps) - n_free] if n_free <= len(swaps) < n_free + len(leaving) else None
         if len(swaps) >= n_free and instead is None:
             break
-        if not pays_back(in_ram[page], 0.0 if instead is None else on_gpu[instead], costs):
+        if instead is not None and not pays_back(in_ram[page], on_gpu[instead], costs):
             break
         swaps.append(Swap(page, instead))
     return swaps

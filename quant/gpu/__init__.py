@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 
@@ -39,16 +41,27 @@ PACKED_TOKENS = {torch.bfloat16: 256, torch.float32: 8}  # beyond, W is unpacked
 DECODE_TOKENS = 8  # up to here an expert kernel runs one program per token and expert
 LEAST_CAPABILITY = (8, 0)
 ALIGNMENT = 16  # of an address, for the widest loads
+_checked: WeakSet[QTensor] = WeakSet()  # see `_check_parts`
 
 
 def available() -> bool:
     """Whether Triton is installed and has something to run on: a CUDA device that knows bfloat16, or, where
     TRITON_INTERPRET asked for it, its interpreter."""
-    if find_spec("triton") is None or torch.version.hip is not None:
+    if not _installed():
         return False
     if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= LEAST_CAPABILITY
+        return _capable(torch.cuda.current_device())
     return _interpreted()
+
+
+def _installed() -> bool:
+    return find_spec("triton") is not None and torch.version.hip is None
+
+
+@lru_cache(maxsize=64)
+def _capable(index: int) -> bool:
+    """Asked before every product: looked at once."""
+    return _installed() and torch.cuda.get_device_capability(index) >= LEAST_CAPABILITY
 
 
 def prepare(device: torch.device | str) -> None:
@@ -173,7 +186,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 def _serves(device: torch.device) -> bool:
     """A CUDA device, or the CPU where Triton interprets."""
     if device.type == "cuda":
-        return available()
+        return _capable(device.index or 0)
     return device.type == "cpu" and available() and _interpreted()
 
 
@@ -188,7 +201,9 @@ def _check_codec(name: str) -> None:
 
 
 def _check_parts(q: QTensor) -> None:
-    """Compare every part with the codec's layout."""
+    """Compare every part with the codec's layout, once: they must not be exchanged afterwards."""
+    if q in _checked:
+        return
     if min(q.shape) < 1:
         raise ValueError(f"A matrix of {q.shape[0]} x {q.shape[1]} has nothing to multiply.")
     for name, spec in codec_of(q.codec).parts(q.shape).items():
@@ -204,6 +219,7 @@ def _check_parts(q: QTensor) -> None:
                 f"{nbytes} bytes on {part.device}; contiguous {PARTS[name][0]} with {spec.nbytes} bytes on "
                 f"{q.device}, aligned to {ALIGNMENT} bytes, was expected."
             )
+    _checked.add(q)
 
 
 def _check_array(

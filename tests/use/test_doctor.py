@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from localmimo.cli import doctor
 from localmimo.cli.ui import Ui
@@ -85,8 +86,10 @@ def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, ver
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = only(doctor._gpu())
+    found, *others = doctor._gpu()
     assert found.verdict == verdict and says in found.found
+    if verdict == "ok" and not torch.cuda.is_available():  # a card, and a torch that does not know it
+        assert only(iter(others)).verdict == "warn" and "the CPU computes: " in others[0].found
 
 
 def test_kinds_of_disks(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""SharedRunner: the routed experts of a layer where the rest of the model lies on a GPU.
+
+A step's experts are computed where their pages lie: on the GPU, and on the CPU meanwhile. The pages of a long prompt
+pass through the GPU. Owns no page. The outputs of a token are added in ascending order of its experts.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from localmimo.experts.bridge import Bridge
+from localmimo.experts.conveyor import Conveyor
+from localmimo.experts.run import (
+    ROWS_AT_A_TIME,
+    STEP_TOKENS,
+    TAIL,
+    ExpertRunner,
+    Record,
+    by_layout,
+    grouped,
+    in_order,
+)
+from localmimo.experts.store import Arrival, ExpertStore
+from localmimo.model import Guess
+from localmimo.plan import SHARED_TOKENS
+from quant import gpu
+from quant.ffn import experts as run_pages
+from quant.ffn import run_expert
+
+
+def runner_of(store: ExpertStore, slot_bytes: int, gpu: torch.device | None) -> "ExpertRunner | SharedRunner":
+    """Who runs a store's experts, on the CPU alone or beside a GPU."""
+    return ExpertRunner(store) if gpu is None else SharedRunner(store, slot_bytes, gpu)
+
+
+class SharedRunner:
+    """Runs experts from a store, for hidden states on `device`."""
+
+    def __init__(self, store: ExpertStore, slot_bytes: int, device: torch.device) -> None:
+        self._store = store
+        self._bridge = Bridge(device)
+        self._conveyor = Conveyor(slot_bytes, device)
+        self.record: Record | None = None  # told of every choice while it is set
+
+    def run(
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
+    ) -> Tensor:
+        """x [n, hidden], chosen experts int64 [n, k] ascending, weights float32 [n, k] -> float32 [n, hidden].
+
+        All of them lie on the device. `guess` is asked only where the store wants to read ahead of the next layer.
+        """
+        if self.record is not None:
+            self.record(layer, chosen.cpu())
+        with self._store.lock:
+            if len(x) > SHARED_TOKENS:
+                return self._pass_through(layer, x, chosen, weights)
+            if len(x) <= STEP_TOKENS:
+                self._store.turn(layer)
+            rows = self._rows(layer, x.contiguous(), chosen, weights, guess)
+            return gpu.combine(rows) if rows.is_cuda else in_order(rows)
+
+    def give_way(self) -> bool:
+        """Give some of the device's memory back; False where there is none to give."""
+        with self._store.lock:
+            return self._store.gpu is not None and self._store.gpu.give_way()
+
+    # ---- steps and short prompts: every output has a row of its own ----
+
+    def _rows(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None) -> Tensor:
+        """Weighted outputs [n, k, hidden] on the device."""
+        shelf, step = self._store.gpu, len(x) <= STEP_TOKENS
+        if step and shelf is not None and shelf.has_all(layer):  # nobody has to wait for anybody
+            self._store.resident.note(layer, chosen)
+            return shelf.begin(layer, x, chosen, weights)
+        ahead = guess() if guess is not None and self._store.prefetching else None
+        mine = self._bridge.down(x, chosen, weights, *(() if ahead is None else ahead[1:]))
+        on_gpu = None if shelf is None else shelf.begin(layer, x, chosen, weights)
+        places, spans = grouped(mine[1])
+        if step:
+            arriving = self._store.fetch(layer, list(spans))
+        else:
+            self._store.note_prompt(layer, mine[1][-TAIL:].tolist())
+            arriving = self._store.stream(layer, self._store.without_gpu(layer, list(spans)))
+        here = self._bridge.room(-1, torch.Size((chosen.numel(), x.shape[1])), torch.float32).zero_()
+        computed = False
+        for i, arrivals in enumerate(arriving):
+            if i == 0 and ahead is not None:
+                self._store.prefetch(ahead[0], mine[3].unique().tolist())  # type: ignore[no-untyped-call]
+            computed |= bool(arrivals)
+            _compute(arrivals, mine[0], places, spans, mine[2], here)
+        if on_gpu is not None and not computed:
+            return on_gpu
+        rows = self._bridge.up(here).view(*chosen.shape, -1)
+        return rows if on_gpu is None else rows + on_gpu
+
+    # ---- long prompts: pages in file order through the device ----
+
+    def _pass_through(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Outputs added as their pages come: ascending experts, no row for every choice."""
+        self._store.note_prompt(layer, chosen[-TAIL:].tolist())
+        places, spans = grouped(chosen)
+        tokens, shares = places // chosen.shape[1], weights.reshape(-1, 1)[places]
+        total = torch.zeros(x.shape, device=x.device)
+        for arrivals in self._store.stream(layer, list(spans)):
+            pages = self._conveyor.through(arrival.page for arrival in arrivals)
+            for arrival, page in zip(arrivals, pages, strict=True):
+                expert = arrival.layout.expert(page)
+                for rows in _pieces(*spans[arrival.expert]):
+                    here = tokens[rows]
+                    total.index_add_(0, here, run_expert(expert, x[here]).float() * shares[rows])
+        return total
+
+
+def _compute(
+    arrivals: Sequence[Arrival],
+    x: Tensor,
+    places: Tensor,
+    spans: dict[int, tuple[int, int]],
+    weights: Tensor,
+    outputs: Tensor,
+) -> None:
+    """Pages that have come, on the CPU: each output into its own row."""
+    for here in by_layout(arrivals):
+        edges = [edge for arrival in here for edge in spans[arrival.expert]]
+        run_pages(x, here[0].layout, [it.page for it in here], places, edges, weights, outputs)
+
+
+def _pieces(start: int, stop: int) -> Iterator[slice]:
+    return (slice(at, min(stop, at + ROWS_AT_A_TIME)) for at in range(start, stop, ROWS_AT_A_TIME))

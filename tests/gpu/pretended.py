@@ -1,0 +1,325 @@
+"""A pretended CUDA device, for machines without one: tensors that say they lie on cuda:0 and lie in main memory.
+
+What a program does with its device is then what it would do on a GPU: an operation on tensors of both sides fails as
+it would there, native kernels get no address, and a copy on a stream of its own is put off until somebody waits for
+it, so that a missing wait shows. It says nothing about speed, about memory that runs out, or about hazards between
+kernels, which run at once here. Triton's kernels run in its interpreter or, since that takes a second for a matrix of
+thousands of rows, are replaced by the native ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from localmimo.experts.run import in_order
+from quant import gpu
+from quant.ffn import experts as run_pages
+from quant.matmul import linear
+from quant.page import PageLayout
+from quant.qtensor import QTensor
+from tests.gpu import interpreter
+
+Tensor = torch.Tensor
+DEVICE = torch.device("cuda", 0)
+TO_HOST = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+# A CUDA tensor may be indexed by indices in main memory.
+INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
+
+
+class There(Tensor):
+    """A tensor on the pretended device, around one in main memory."""
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> There:
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+            cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype,
+            device=DEVICE, requires_grad=False,
+        )  # fmt: skip
+
+    def __init__(self, here: Tensor) -> None:
+        self.here = here
+
+    def data_ptr(self) -> int:
+        return self.here.data_ptr()
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        return f"There({self.here!r})"
+
+    # Python's indexing asks for a guard of the device, which a build without CUDA does not have.
+    def __getitem__(self, at: Any) -> Any:
+        return wrapped(self.here[tree_map(unwrapped, at)])
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, There) and value.dim():
+            raise RuntimeError(f"cuda:0 gets {list(value.shape)} from cpu: assign what lies there, or copy_.")
+        self.here[tree_map(unwrapped, at)] = unwrapped(value)
+
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:  # type: ignore[override]
+        return copy(self, self.here, unwrapped(source))
+
+    def contiguous(self, **_: object) -> Tensor:  # type: ignore[override]
+        return self if self.here.is_contiguous() else wrapped(self.here.contiguous())  # type: ignore[no-any-return]
+
+    def __invert__(self) -> Tensor:
+        return torch.bitwise_not(self)
+
+    def __int__(self) -> int:
+        return int(self.here)
+
+    def __float__(self) -> float:
+        return float(self.here)
+
+    def __bool__(self) -> bool:
+        return bool(self.here)
+
+    def __index__(self) -> int:
+        return int(self.here)
+
+    def tolist(self) -> Any:
+        return self.here.tolist()
+
+    def numpy(self, **_: object) -> Any:  # type: ignore[override]
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return dispatch(func, args, kwargs or {})
+
+
+def unwrapped(value: Any) -> Any:
+    return value.here if isinstance(value, There) else value
+
+
+def wrapped(value: Any) -> Any:
+    if not isinstance(value, Tensor) or isinstance(value, There):
+        return value
+    with torch.inference_mode(False):  # so that views of it can be made in and out of that mode
+        return There(value)
+
+
+def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation in main memory, as the device that it says it is on would."""
+    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    inside = any(isinstance(x, There) for x in leaves)
+    device = kwargs.get("device")
+    device = None if device is None else torch.device(device)
+    here = tree_map(unwrapped, args), tree_map(unwrapped, {**kwargs, **({"device": "cpu"} if device else {})})
+    if "pin_memory" in here[1]:
+        here[1]["pin_memory"] = None
+    if func is torch.ops.aten.copy_.default:
+        return copy(args[0], here[0][0], here[0][1])
+    if func is torch.ops.aten._to_copy.default:
+        out = func(*here[0], **here[1])
+        out = out.clone() if out is here[0][0] else out
+        goes = device.type == "cuda" if device is not None else inside
+        return wrapped(out) if goes else out
+    if not inside:
+        out = func(*here[0], **here[1])
+        return wrapped(out) if device is not None and device.type == "cuda" else out
+    _demand_one_side(func, leaves)
+    out = func(*here[0], **here[1])
+    if func is torch.ops.aten._local_scalar_dense.default or not isinstance(out, (Tensor, tuple, list)):
+        return out
+    if device is not None and device.type == "cpu":
+        return out
+    for given, plain in zip(tree_leaves(args), tree_leaves(here[0]), strict=True):
+        if out is plain and isinstance(given, There):
+            return given  # written in place
+    return tree_map(wrapped, out)
+
+
+def copy(target: Tensor, to: Tensor, source: Tensor) -> Tensor:
+    """`copy_`, put off where it was given to a stream of its own."""
+    if HERE.stream is not None:
+        HERE.stream.later(lambda: to.copy_(source))
+    else:
+        to.copy_(source)
+    return target
+
+
+def _demand_one_side(func: Any, leaves: list[Tensor]) -> None:
+    elsewhere = [x for x in leaves if not isinstance(x, There) and x.dim()]
+    if func in INDEXING:
+        elsewhere = [x for x in elsewhere if x.dtype not in (torch.int64, torch.int32, torch.bool)]
+        elsewhere += [x for x in leaves[:1] if not isinstance(x, There)]
+    if elsewhere:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {func} found cuda:0 and cpu "
+            f"({[(type(x).__name__, list(x.shape)) for x in leaves]})."
+        )
+
+
+class Factories(TorchDispatchMode):
+    """Tensors that are made on the device from nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return dispatch(func, args, kwargs or {})
+
+
+class Here(threading.local):
+    """What a thread gives its copies to; None: they are done at once."""
+
+    stream: Stream | None = None
+
+
+HERE = Here()
+
+
+class Stream:
+    """A stream that does its copies as late as it may."""
+
+    def __init__(self, device: object = None) -> None:
+        self.waiting: deque[Callable[[], object]] = deque()
+
+    def later(self, job: Callable[[], object]) -> None:
+        self.waiting.append(job)
+
+    def synchronize(self) -> None:
+        while self.waiting:
+            self.waiting.popleft()()
+
+    def wait_stream(self, other: Stream) -> None:
+        other.synchronize()
+
+    def wait_event(self, event: Event) -> None:
+        event.synchronize()
+
+
+class Event:
+    """How far a stream had come when it was recorded."""
+
+    def __init__(self, **_: object) -> None:
+        self._stream, self._jobs = MAIN, []
+
+    def record(self, stream: Stream) -> None:
+        self._stream, self._jobs = stream, list(stream.waiting)
+
+    def synchronize(self) -> None:
+        while any(job in self._stream.waiting for job in self._jobs):
+            self._stream.waiting.popleft()()
+
+
+MAIN = Stream()
+
+
+@contextmanager
+def on(stream: Stream) -> Iterator[None]:
+    before = HERE.stream
+    HERE.stream = None if stream is MAIN else stream
+    try:
+        yield
+    finally:
+        HERE.stream = before
+
+
+def _run_here(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton's interpreter reads and writes memory: give it the tensors that lie there."""
+
+    def launch(self: Any, *args: Any, **named: Any) -> Any:
+        return original(self, *map(unwrapped, args), **{k: unwrapped(v) for k, v in named.items()})
+
+    return launch
+
+
+def native_linear(x: Tensor, q: QTensor) -> Tensor | None:
+    """`quant.gpu.linear` by the CPU's kernels."""
+    plain = QTensor(q.codec, q.shape, {name: unwrapped(part) for name, part in q.parts.items()})
+    return wrapped(linear(unwrapped(x), plain))  # type: ignore[no-any-return]
+
+
+def native_experts(
+    x: Tensor, layout: PageLayout, slab: Tensor, slots: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """`quant.gpu.experts` by the CPU's kernels."""
+    x, slab, slots, chosen, weights = map(unwrapped, (x, slab, slots, chosen, weights))
+    out = torch.zeros(chosen.numel(), layout.hidden)
+    for expert in chosen.unique().tolist():
+        if slots[expert] >= 0:
+            places = (chosen.reshape(-1) == expert).nonzero()[:, 0]
+            run_pages(x, layout, [slab[slots[expert]]], places, (0, len(places)), weights, out)
+    return wrapped(out.view(*chosen.shape, -1))  # type: ignore[no-any-return]
+
+
+def native_combine(rows: Tensor) -> Tensor:
+    """`quant.gpu.combine` by the CPU."""
+    return wrapped(in_order(unwrapped(rows)))  # type: ignore[no-any-return]
+
+
+class Runtime:
+    """The part of the CUDA runtime that locks memory; `most`: stretches that it lets be locked."""
+
+    def __init__(self, most: int) -> None:
+        self.locked: set[int] = set()
+        self.most = most
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        assert address % 4096 == nbytes % 4096 == 0 and address not in self.locked
+        if len(self.locked) == self.most:
+            return 2
+        self.locked.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.locked.remove(address)
+        return 0
+
+
+@contextmanager
+def device(
+    *,
+    total_bytes: int = 8 << 30,
+    free_bytes: int | None = None,
+    capability: tuple[int, int] = (9, 0),
+    most_locked: int = 1 << 30,
+    triton: bool = False,
+) -> Iterator[torch.device]:
+    """A CUDA device for as long as the block lasts; its kernels are native ones unless Triton is asked for."""
+    properties = SimpleNamespace(
+        name="Pretended GPU", total_memory=total_bytes, shared_memory_per_block_optin=1 << 30,
+        major=capability[0], minor=capability[1], multi_processor_count=4,
+    )  # fmt: skip
+    runtime = Runtime(most_locked)
+    replaced = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_capability": lambda *_: capability,
+        "get_device_properties": lambda *_: properties,
+        "mem_get_info": lambda *_: (total_bytes if free_bytes is None else free_bytes, total_bytes),
+        "device": lambda *_: nullcontext(),
+        "cudart": lambda: runtime,
+        "Stream": Stream,
+        "Event": Event,
+        "stream": on,
+        "current_stream": lambda *_: MAIN,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "init": lambda: None,
+        "_lazy_init": lambda: None,
+    }
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        stack.enter_context(patch.object(torch.version, "cuda", "13.0"))
+        if triton:
+            assert interpreter.running()
+            from triton.runtime.interpreter import GridExecutor
+
+            stack.enter_context(patch.object(GridExecutor, "__call__", _run_here(GridExecutor.__call__)))
+        else:
+            for name in ("linear", "experts", "combine"):
+                stack.enter_context(patch.object(gpu, name, globals()[f"native_{name}"]))
+        gpu._capable.cache_clear()
+        stack.enter_context(Factories())
+        yield DEVICE
+    gpu._capable.cache_clear()

@@ -1,0 +1,126 @@
+"""The whole engine on a pretended GPU says what it says on the CPU, wherever its experts lie."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from localmimo import Engine, Sampling, load
+from localmimo.errors import DoesNotFit
+from localmimo.experts.share import SharedRunner
+from tests.gpu import pretended
+
+GREEDY = Sampling(temperature=0)
+SHORT = "Once upon a time, there was a little"
+LONG = "The history of the world is a long one. " * 28  # longer than what is shared between GPU and CPU
+N = 8  # tokens of an answer
+PLAIN = {"profile": None, "context": 1024, "dtype": "float32"}
+SHARES = {"all": 1.0, "some": 0.4, "none": 0.0}  # of the experts that lie on the GPU
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, list[int]]:
+    with load(**PLAIN, device="cpu", draft=0) as engine:
+        return {text: engine.generate(text, max_tokens=N, sampling=GREEDY).tokens for text in (SHORT, LONG)}
+
+
+@contextmanager
+def on_gpu(share: float = 0.4, **options: object) -> Iterator[Engine]:
+    """The engine with a share of the experts on the GPU, from the first token on."""
+    asked = PLAIN | {"device": "cuda", "draft": 0} | options
+    with pretended.device():
+        with load(**asked) as engine:  # type: ignore[arg-type]
+            vram, page = engine.plan.vram, engine.plan.page_bytes
+        assert vram is not None and vram.n_slots == engine.plan.n_pages
+        budget = vram.used_bytes - round((1 - share) * vram.n_slots) * page
+        with load(**asked, vram=budget) as engine:  # type: ignore[arg-type]
+            pages = [(layer, e) for layer in engine.config.moe_layers for e in range(engine.config.n_experts)]
+            for at in range(0, engine.plan.gpu_slots, 16):
+                engine._store.lift(pages[at : at + 16])
+            assert engine.plan.gpu_slots == round(share * len(pages))
+            yield engine
+
+
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+def test_answers_are_the_same(share: float, said: dict[str, list[int]]) -> None:
+    with on_gpu(share) as engine:
+        for text, tokens in said.items():
+            assert engine.generate(text, max_tokens=N, sampling=GREEDY).tokens == tokens
+        found = engine.traffic
+        assert (found.gpu_pages > 0) == (share > 0)
+        assert (found.ram_pages + found.disk_pages > 0) == (share < 1)
+
+
+def test_drafts_rewinds_and_batches(said: dict[str, list[int]]) -> None:
+    with on_gpu(draft=3, max_batch=2) as engine:
+        answer = engine.generate(SHORT, max_tokens=N, sampling=GREEDY)
+        assert answer.tokens == said[SHORT] and sum(answer.stats.drafts.accepted) > 0
+        both = engine.generate([SHORT, SHORT], max_tokens=3, sampling=GREEDY)
+        assert [one.tokens for one in both] == [said[SHORT][:3]] * 2
+        with engine.session() as session:
+            tokens = engine.encode(LONG)
+            before = session.sync(tokens)
+            after = [session.step(token) for token in said[LONG][:3]]
+            session.rewind(3)
+            assert torch.equal(session.step(said[LONG][0]), after[0])
+            assert torch.equal(session.sync(tokens), before)
+
+
+def test_sessions_go_from_gpu_to_cpu_and_back(tmp_path: Path, said: dict[str, list[int]]) -> None:
+    file = tmp_path / "session"
+    with on_gpu(kv="int8") as engine, engine.session() as session:
+        tokens = engine.encode(LONG)
+        session.sync(tokens)
+        session.save(file)
+        following = session.step(5).argmax()
+    with load(**PLAIN, kv="int8", device="cpu", draft=0) as engine, engine.session() as session:
+        session.load(file)
+        assert session.tokens == tokens and session.step(5).argmax() == following
+    with on_gpu(kv="int8") as engine, engine.session() as session:
+        session.load(file)
+        assert session.step(5).argmax() == following
+
+
+def test_what_is_in_force_is_said() -> None:
+    with on_gpu() as engine:
+        found = engine.effective()
+        assert found["device"] == "cuda:0" and found["gpu"] == "Pretended GPU" and found["pinned"] is True
+        assert found["gpu_slots_now"] == engine.plan.gpu_slots == found["plan"]["vram"]["n_slots"]
+        assert str(engine.plan).startswith("VRAM ") and " · RAM " in str(engine.plan)
+    with pretended.device(), load(**PLAIN | {"dtype": "auto"}) as engine:
+        assert engine.effective()["device"] == "cuda:0" and engine.effective()["dtype"] == "bfloat16"
+
+
+def test_memory_that_cannot_be_pinned_is_a_line_and_no_end(said: dict[str, list[int]]) -> None:
+    with pretended.device(most_locked=3), load(**PLAIN, device="cuda", draft=0) as engine:
+        assert engine.generate(SHORT, max_tokens=N, sampling=GREEDY).tokens == said[SHORT]
+        assert engine.effective()["pinned"] is False
+
+
+def test_a_gpu_that_runs_out_of_memory_gives_experts_up_and_goes_on(said: dict[str, list[int]]) -> None:
+    fails = [7, 30, 31]  # layers that find no memory, counted over all steps
+
+    def run(self, layer, x, *rest):  # type: ignore[no-untyped-def]
+        fails[:] = [n - 1 for n in fails]
+        if 0 in fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return original(self, layer, x, *rest)
+
+    original = SharedRunner.run
+    with on_gpu(1.0) as engine, patch.object(SharedRunner, "run", run):
+        n = engine.plan.gpu_slots
+        assert engine.generate(SHORT, max_tokens=N, sampling=GREEDY).tokens == said[SHORT]
+        assert engine.effective()["gpu_slots_now"] == n * 3 // 4 * 3 // 4 * 3 // 4
+
+
+def test_where_nothing_can_give_way_it_says_so() -> None:
+    def run(self, *_):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with on_gpu(0.0) as engine:
+        with patch.object(SharedRunner, "run", run), pytest.raises(DoesNotFit, match="no memory left"):
+            engine.generate(SHORT, max_tokens=2)
+        assert engine.generate(SHORT, max_tokens=2, sampling=GREEDY).tokens  # the session is usable
