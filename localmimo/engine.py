@@ -186,13 +186,9 @@ class Engine:
             "context": self.context,
             "draft": {"setting": self._opening.draft, "heads": self.plan.n_drafts},
             "max_batch": self.plan.max_batch,
-            "direct_reads": self._store.direct,
-            "gpu_slots_now": 0 if self._store.gpu is None else self._store.gpu.n_slots,
-            "pinned": self._pager.pinned,
-            "slots_now": self.n_slots,
+            **self._pager.facts(),
             "prefetch": self._opening.prefetch,
             "trust": self._opening.trust,
-            "profile": None if self._pager.profile is None else str(self._pager.profile),
             "plan": self.plan.as_dict(),
         }
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,10 +103,15 @@ class Pager:
             self._filling.join()
         self.store.wait_until_warm()
 
-    @property
-    def pinned(self) -> bool | None:
-        """Whether slots of RAM are locked for the GPU; None without one."""
-        return None if self._pinning is None else not self._pinning.refused
+    def facts(self) -> dict[str, Any]:
+        """What is in force now. pinned: whether slots of RAM are locked for the GPU; None without one."""
+        return {
+            "direct_reads": self.store.direct,
+            "slots_now": self.store.n_slots,
+            "gpu_slots_now": 0 if self.store.gpu is None else self.store.gpu.n_slots,
+            "pinned": None if self._pinning is None else not self._pinning.refused,
+            "profile": None if self.profile is None else str(self.profile),
+        }
 
     def _first_pages(self, pack: Pack, plan: Plan) -> list[Page]:
         """What to read before it is asked for: a profile's hottest pages, and where all fit then all others."""
