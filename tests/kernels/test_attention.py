@@ -11,10 +11,11 @@ from localmimo.kv import row_width
 from localmimo.model import route_reference
 from quant import kernels
 from quant.kernels import attention
-from tests.kernels.isa import ISAS, needs_native
+from tests.kernels.isa import ISAS, needs_native, relative
 
 pytestmark = needs_native
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.int8: 2e-5}
+# Over a bf16 cache queries and weights are rounded to bf16 too.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.int8: 2e-5}
 SHAPES = {  # heads, kv_heads, d_k, d_v, rotary, window
     "mini": (4, 2, 96, 64, 32, None),
     "mini window": (4, 4, 96, 64, 32, 128),
@@ -83,6 +84,34 @@ def test_against_torch(name: str, dtype: torch.dtype, isa: str) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["mini", "flash", "flash window", "odd"])
+def test_rounding_costs_less_than_arithmetic_in_bf16(name: str) -> None:
+    """Root mean square errors against exact attention over the same bf16 cache: ours below half of a bf16 model's."""
+    spec, n = layer_of(name), 700
+    x, rows = random(spec, n, 11), cache(spec, n, torch.bfloat16)
+    got = run(spec, x, rows, 0, [])
+    exact = run(spec, x, cache(spec, n, torch.bfloat16), 0, [], extend_reference).double()
+    assert relative(got, exact) < 0.5 * relative(in_bf16(spec, x, rows), exact)
+
+
+def in_bf16(spec: LayerSpec, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Attention as a bf16 model computes it: scores, weights and output are rounded to bf16, too."""
+    n, heads = len(x), spec.n_heads
+    (cos, sin), half = rope_table(torch.arange(n), *spec.rope), spec.rope[0] // 2
+    q = x[:, : heads * spec.head_dim].view(n, heads, -1)
+    a, b, rest = q.split([half, half, spec.head_dim - 2 * half], -1)
+    turn, back = cos[:, None], sin[:, None]
+    q = torch.cat([a * turn - b * back, b * turn + a * back, rest], -1).bfloat16()
+    keys, values = (t[:, :n].repeat_interleave(heads // spec.n_kv_heads, 0) for t in (rows.keys, rows.values))
+    scores = torch.einsum("thd,hsd->hts", q, keys).float() * spec.head_dim**-0.5
+    ago = torch.arange(n)[:, None] - torch.arange(n)
+    scores = scores.masked_fill((ago < 0) | (ago >= (spec.window or n)), -torch.inf)
+    if spec.sink:
+        scores = torch.cat([scores, torch.linspace(-2, 2, heads)[:, None, None].expand(heads, n, 1)], -1)
+    weights = scores.softmax(-1).bfloat16()[..., :n]
+    return torch.einsum("hts,hsd->thd", weights, values).reshape(n, -1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("name", ["mini", "flash", "flash window", "odd", "odd window"])
 def test_a_row_depends_on_itself_alone(name: str, dtype: torch.dtype) -> None:
@@ -115,7 +144,7 @@ def test_far_positions_and_growing_sections() -> None:
     expected = run(spec, x, rows, n, [], extend_reference)
     together, alone = run(spec, x, rows, n, []), run(spec, x, rows, n, list(range(1, 20)))
     assert torch.equal(together, alone)
-    torch.testing.assert_close(together, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(together, expected, rtol=0, atol=8e-3 * float(expected.abs().max()))
 
 
 def test_large_logits_and_a_sink_that_takes_all() -> None:

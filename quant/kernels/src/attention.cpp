@@ -77,7 +77,7 @@ class Call {
   void run() {
     const int64_t states = rows() * stride_;
     // Per thread: the states so far, those of the section at hand, and what a section uses.
-    pool_.reserve(sizeof(float) * static_cast<size_t>(2 * states + section_scratch(c_.d_k, c_.d_v)));
+    pool_.reserve(sizeof(float) * static_cast<size_t>(2 * states) + static_cast<size_t>(section_scratch(rows(), c_.d_k)));
     each(c_.n, c_.n * width_ * 4, [&](int64_t t, int) { prepare(t); });
     const int64_t units = c_.kv_heads * batches_;
     const int64_t seen = std::min(c_.position + c_.n, c_.window + c_.n);
@@ -129,7 +129,7 @@ class Call {
 
   // Queries of token t into their rows, its keys and values into the cache.
   void prepare(int64_t t) {
-    float turned[1024];
+    float turned[kLargestHead];
     const int64_t row = row_of(c_.position + t);
     for (int64_t h = 0; h < c_.heads; ++h) {
       float* to = queries_ + ((h / group_ * c_.n + t) * group_ + h % group_) * c_.d_k;
@@ -160,7 +160,7 @@ class Call {
             c_.position + first, c_.window};
   }
 
-  void whole(int64_t unit, float* states, float* later, float* scratch) {
+  void whole(int64_t unit, float* states, float* later, void* scratch) {
     const Queries q = batch(unit);
     const Head h = head(unit / batches_);
     const std::vector<int64_t> edges = sections(q.lowest(), q.last() + 1);

@@ -15,6 +15,8 @@ constexpr int64_t kKeys = 64;       // positions of a block
 constexpr int64_t kQueryRows = 128;  // most rows of queries (tokens x heads of a group) that share packed keys
 constexpr int64_t kSection = 512;    // positions of a section, until 1/16 of the position is more
 
+constexpr int64_t kLargestHead = 1024;  // dimensions of a head at most
+
 // A row of d values; after int8 values comes their scale, a float.
 constexpr int64_t row_bytes(Store s, int64_t d) { return s == Store::f32 ? 4 * d : s == Store::bf16 ? 2 * d : d + 4; }
 
@@ -34,12 +36,14 @@ struct Queries {
   int64_t lowest() const { return position - window + 1 > 0 ? position - window + 1 : 0; }
 };
 
-// The state of a row: a weighted sum of values, sixteen partial sums of weights, the maximum.
+// The state of a row: a weighted sum of values, the sum of weights, the maximum.
 constexpr int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
-constexpr int64_t state_floats(int64_t d_v) { return padded16(d_v) + 32; }
-// Floats that attend_section may use: packed keys, packed values, scores.
-constexpr int64_t section_scratch(int64_t d_k, int64_t d_v) {
-  return kKeys * (d_k + padded16(d_v) + kQueryRows);
+constexpr int64_t state_floats(int64_t d_v) { return padded16(d_v) + 16; }
+// Bytes that attend_section may use for so many rows of queries: four times sixteen lanes of values, queries and
+// weights by groups of sixteen rows, keys, scores; no number takes more than four bytes.
+constexpr int64_t section_scratch(int64_t rows, int64_t d_k) {
+  const int64_t lanes = padded16(rows);
+  return 4 * (kKeys * (4 * 16 + lanes + 16 + d_k + 3) + lanes * (d_k + 3));
 }
 
 // One past the last position of the section that p lies in: 512 positions, later 1/16 to 1/32 of the position.

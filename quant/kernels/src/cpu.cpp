@@ -47,6 +47,7 @@ Cpu probe() {
   cpu.avx2 = (state & 6) == 6 && has(one.c, 12) && has(one.c, 29) && has(seven.b, 5);  // FMA, F16C, AVX2
   cpu.avx512 = cpu.avx2 && (state & 0xe6) == 0xe6 && has(seven.b, 16) && has(seven.b, 17) &&
                has(seven.b, 30) && has(seven.b, 31) && has(seven.c, 11);  // F, DQ, BW, VL, VNNI
+  cpu.avx512_bf16 = cpu.avx512 && seven.a >= 1 && has(cpuid(7, 1).a, 5);
   return cpu;
 }
 #else

@@ -6,6 +6,7 @@ namespace localmimo {
 struct Cpu {
   bool avx2 = false;    // with FMA and F16C
   bool avx512 = false;  // F, BW, DQ, VL and VNNI
+  bool avx512_bf16 = false;  // and products of pairs of bf16
   bool pclmul = false;
 };
 

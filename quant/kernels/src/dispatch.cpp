@@ -9,6 +9,7 @@ namespace {
 
 std::vector<const Kernels*> candidates() {
   std::vector<const Kernels*> out;
+  if (cpu().avx512_bf16 && avx512_bf16_kernels()) out.push_back(avx512_bf16_kernels());
   if (cpu().avx512 && avx512_kernels()) out.push_back(avx512_kernels());
   if (cpu().avx2 && avx2_kernels()) out.push_back(avx2_kernels());
   out.push_back(portable_kernels());

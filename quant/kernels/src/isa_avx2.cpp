@@ -38,12 +38,11 @@ struct Avx2 {
   }
   static LM_INLINE F rint(F x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
   static LM_INLINE F maximum(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
-  static LM_INLINE float top(F x) {
-    alignas(32) float v[8];
-    _mm256_store_ps(v, _mm256_max_ps(x.a, x.b));
-    float most = v[0];
-    for (int i = 1; i < 8; ++i) most = v[i] > most ? v[i] : most;
-    return most;
+  static LM_INLINE __m256 seen(__m256 score, float nothing, __m256 weight) {  // zero where there was nothing
+    return _mm256_and_ps(_mm256_cmp_ps(score, _mm256_set1_ps(nothing), _CMP_NEQ_UQ), weight);
+  }
+  static LM_INLINE F seen(F score, float nothing, F weight) {
+    return {seen(score.a, nothing, weight.a), seen(score.b, nothing, weight.b)};
   }
   static LM_INLINE __m256 clamp(__m256 x, float low, float high) {
     return _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x));
@@ -137,54 +136,19 @@ struct Avx2 {
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
   }
 
-  static constexpr int kRows = 2, kCols = 2, kDotRows = 1, kFewRows = 4, kFewTile = 4;
-  struct Words { __m256i a, b; };  // of rows 0 to 7 and 8 to 15
-  static LM_INLINE void transpose8(const uint8_t* const* rows, int64_t at, __m256i* out) {
-    __m256 t[8], u[8];
-    for (int i = 0; i < 8; i += 2) {
-      const __m256 a = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i] + at));
-      const __m256 b = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i + 1] + at));
-      t[i] = _mm256_unpacklo_ps(a, b);
-      t[i + 1] = _mm256_unpackhi_ps(a, b);
-    }
-    for (int i = 0; i < 8; i += 4) {  // u[i + c] holds words c and 4 + c of rows i to i + 3
-      u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-      u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-      u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-      u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    for (int c = 0; c < 4; ++c) {
-      out[c] = _mm256_castps_si256(_mm256_permute2f128_ps(u[c], u[4 + c], 0x20));
-      out[4 + c] = _mm256_castps_si256(_mm256_permute2f128_ps(u[c], u[4 + c], 0x31));
-    }
-  }
-  static LM_INLINE void transpose(const uint8_t* const* rows, int64_t at, Words* out) {
-    for (int half = 0; half < 2; ++half) {
-      __m256i a[8], b[8];
-      transpose8(rows, at + 32 * half, a);
-      transpose8(rows + 8, at + 32 * half, b);
-      for (int w = 0; w < 8; ++w) out[8 * half + w] = {a[w], b[w]};
-    }
-  }
-  static LM_INLINE Words bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
-  static LM_INLINE F whole(const Words& x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
-  static LM_INLINE F low_half(const Words& x) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(x.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.b, 16))};
-  }
-  static LM_INLINE F high_half(const Words& x) {
-    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    return {_mm256_castsi256_ps(_mm256_and_si256(x.a, mask)), _mm256_castsi256_ps(_mm256_and_si256(x.b, mask))};
-  }
-  template <int i>
-  static LM_INLINE F byte(const Words& x) {
-    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x.a, 24 - 8 * i), 24)),
-            _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x.b, 24 - 8 * i), 24))};
-  }
+  static constexpr int kDotRows = 1, kKeyRows = 4, kSums = 4;
+  using ByPairs = TwoSteps<Avx2>;
   static LM_INLINE __m256 widen_half(const uint8_t* p) {
     const __m128i w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(w), 16));
   }
   static LM_INLINE F widen_bf16(const uint8_t* p) { return {widen_half(p), widen_half(p + 16)}; }
+  static LM_INLINE __m256 nearest_bf16(__m256 x) {
+    const __m256i w = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(w, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(w, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static LM_INLINE F nearest_bf16(F x) { return {nearest_bf16(x.a), nearest_bf16(x.b)}; }
   static LM_INLINE __m256 widen_bytes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }

@@ -39,10 +39,8 @@ struct Portable {
   static LM_INLINE F maximum(const F& a, const F& b) {
     return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
-  static LM_INLINE float top(const F& a) {
-    float most = a.v[0];
-    for (float v : a.v) most = v > most ? v : most;
-    return most;
+  static LM_INLINE F seen(const F& score, float nothing, const F& weight) {  // zero where there was nothing
+    return each([&](int i) { return score.v[i] != nothing ? weight.v[i] : 0.0f; });
   }
   static LM_INLINE F clamp(const F& a, float low, float high) {
     return each([&](int i) { return a.v[i] < low ? low : a.v[i] > high ? high : a.v[i]; });
@@ -108,37 +106,22 @@ struct Portable {
     return each([&](int i) { return half_value(p[2 * i] | (p[2 * i + 1] << 8)); });
   }
 
-  static constexpr int kRows = 2, kCols = 2, kDotRows = 1, kFewRows = 4, kFewTile = 4;
-  struct Words { uint32_t v[kLanes]; };
-  static LM_INLINE void transpose(const uint8_t* const* rows, int64_t at, Words* out) {
-    for (int w = 0; w < 16; ++w)
-      for (int i = 0; i < kLanes; ++i) std::memcpy(&out[w].v[i], rows[i] + at + 4 * w, 4);
-  }
+  static constexpr int kDotRows = 1, kKeyRows = 4, kSums = 4;
+  using ByPairs = TwoSteps<Portable>;
   static LM_INLINE float as_float(uint32_t bits) {
     float out;
     std::memcpy(&out, &bits, 4);
     return out;
   }
-  static LM_INLINE Words bits(const F& x) {
-    Words out;
-    std::memcpy(out.v, x.v, sizeof out.v);
-    return out;
-  }
-  static LM_INLINE F whole(const Words& x) {
-    return each([&](int i) { return as_float(x.v[i]); });
-  }
-  static LM_INLINE F low_half(const Words& x) {
-    return each([&](int i) { return as_float(x.v[i] << 16); });
-  }
-  static LM_INLINE F high_half(const Words& x) {
-    return each([&](int i) { return as_float(x.v[i] & 0xffff0000u); });
-  }
-  template <int at>
-  static LM_INLINE F byte(const Words& x) {
-    return each([&](int i) { return static_cast<float>(static_cast<int8_t>(x.v[i] >> (8 * at))); });
-  }
   static LM_INLINE F widen_bf16(const uint8_t* p) {
     return each([&](int i) { return as_float(static_cast<uint32_t>(p[2 * i] | (p[2 * i + 1] << 8)) << 16); });
+  }
+  static LM_INLINE F nearest_bf16(const F& x) {
+    return each([&](int i) {
+      uint32_t bits;
+      std::memcpy(&bits, x.v + i, 4);
+      return as_float((bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u);
+    });
   }
   static LM_INLINE F widen_int8(const uint8_t* p) {
     return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });

@@ -60,7 +60,7 @@ struct Kernels {
   // The exclusive or of n bytes, a multiple of 256: nothing but reading.
   uint64_t (*read)(const uint8_t* data, size_t n);
   // Attention and the router: see attention_kernel.h.
-  void (*attend_section)(const Head& h, const Queries& q, int64_t begin, int64_t end, float* states, float* scratch);
+  void (*attend_section)(const Head& h, const Queries& q, int64_t begin, int64_t end, float* states, void* scratch);
   void (*merge_states)(float* into, const float* later, int64_t d_v);
   void (*finish_state)(const float* state, const float* sink, int64_t d_v, float* out);
   // out[r * n_experts + e] = x[r] . w[e] for rows of n floats
@@ -73,5 +73,6 @@ constexpr int64_t kScratchBytes = 1 << 16;  // what `product` may use per thread
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where the file was built for another CPU family
 const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace localmimo
