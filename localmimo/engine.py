@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +44,7 @@ from localmimo.session import Progress, Session
 from localmimo.shapes import check_shapes
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
+from localmimo.toolcall import OPEN
 from localmimo.toolchoice import rules_of_calls
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from localmimo.watched import Hear, Watched
@@ -255,7 +256,7 @@ class Engine:
         """Answer a prompt (continued as it is) or messages (through the chat template), step by step.
 
         tools: functions (see tools) or their schemas; nothing is run here.
-        tool_choice: "auto", "none" (the model is not told of the tools), "required" (the answer is at least one call)
+        tool_choice: "auto", "none" (it knows the tools and calls none), "required" (the answer is at least one call)
         or {"type": "function", "function": {"name": ...}} (a call of this one); parallel_tool_calls: whether an answer
         may make several calls.
         response_format, grammar: what the answer must look like (`localmimo.grammar`); thinking stays free.
@@ -264,14 +265,15 @@ class Engine:
         Raises BadRequest, ContextFull.
         """
         chat = not isinstance(prompt, str)
-        schemas = None if tool_choice == "none" else tools_of(tools)[0]
+        schemas, _ = tools_of(tools)
+        silent = tool_choice == "none"  # the tools stay in the prompt, which is held already
         options = Options(
-            sampling=sampling or Sampling(),
+            sampling=self._without_calls(sampling or Sampling()) if silent else sampling or Sampling(),
             max_tokens=max_tokens,
             stop=stop,
             think=think,
             think_budget=think_budget,
-            tools=schemas,
+            tools=None if silent else schemas,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
             logprobs=logprobs,
@@ -387,6 +389,10 @@ class Engine:
         else:
             raise BadRequest("The prompt is empty: say something.")
         return asked
+
+    def _without_calls(self, sampling: Sampling) -> Sampling:
+        token = self.tokenizer.token_id(OPEN)
+        return sampling if token is None else replace(sampling, bans=(*sampling.bans, token))
 
     def _opens_thinking(self, tokens: Sequence[int]) -> bool:
         return self.decode(tokens[-8:]).rstrip().endswith("<think>")

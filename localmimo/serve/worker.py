@@ -72,9 +72,8 @@ class Worker:
     def prompt(self, ask: Ask) -> Prompt:
         """The prompt to answer. Raises BadRequest, ContextFull."""
         if ask.messages is not None:
-            tools = None if ask.tool_choice == "none" else ask.tools
             prompts = self.engine.prompts
-            prompt = prompts.write(prompts.turns.recognise(ask.messages), tools, ask.think)
+            prompt = prompts.write(prompts.turns.recognise(ask.messages), ask.tools, ask.think)
         else:
             tokens = self.engine.encode(ask.text or "") if ask.tokens is None else ask.tokens
             prompt = Prompt(ask.text or "", tokens)

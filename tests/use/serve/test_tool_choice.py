@@ -199,6 +199,16 @@ def test_one_call_at_a_time(server: Running, engine: Engine, script: Scripted) -
     assert usage["prompt_tokens_details"]["cached_tokens"] > said["usage"]["prompt_tokens"]
 
 
+def test_none_keeps_the_prompt_and_makes_no_call(server: Running, engine: Engine) -> None:
+    eager = {str(engine.tokenizer.token_id("<tool_call>")): 100}
+    body = {"messages": ASKED, "tools": TOOLS, "max_tokens": 8, "logit_bias": eager}
+    server.post("/v1/chat/completions", body)
+    said = server.post("/v1/chat/completions", body | {"tool_choice": "none"}).json()
+    assert "<tool_call>" not in said["choices"][0]["message"]["content"]
+    usage = said["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
+
+
 @pytest.mark.parametrize(
     ("choice", "tools", "says"),
     [
