@@ -25,6 +25,7 @@ from localmimo.messages import check_messages
 
 LIMIT_BYTES = 64 << 20
 TURN_BYTES = 1000  # of keys and objects around a turn's text
+ENDING = 16  # tokens at most that the template puts behind a turn
 
 Message = Mapping[str, Any]
 Key = bytes | tuple[int, bytes]  # of a conversation or a call; of a text of so many characters
@@ -41,6 +42,25 @@ class Turn:
     @property
     def n_bytes(self) -> int:
         return TURN_BYTES + len(json.dumps(self.said)) + self.tokens.itemsize * len(self.tokens)
+
+    def belongs(self, held: array[int]) -> bool:
+        """Whether a session that holds these tokens holds this turn, but for the end that the template writes."""
+        common = min(len(held), len(self.tokens))
+        return common > 0 and self.tokens[:common] == held[:common] and len(self.tokens) - common <= ENDING
+
+    def as_dict(self, n_held: int) -> dict[str, Any]:
+        """The turn beside the tokens of its session, for a file."""
+        keys = [[key[0], key[1].hex()] if isinstance(key, tuple) else key.hex() for key in self.keys]
+        n_held = min(n_held, len(self.tokens))
+        return {"said": self.said, "keys": keys, "held": n_held, "ending": list(self.tokens[n_held:])}
+
+    @classmethod
+    def of_dict(cls, value: Mapping[str, Any], held: Sequence[int]) -> Turn:
+        """What `as_dict` gave; raises BadRequest, KeyError, TypeError or ValueError where it is no such thing."""
+        (said,) = check_messages([value["said"]])
+        tokens = array("I", [*held[: value["held"]], *value["ending"]])
+        keys = [bytes.fromhex(key) if isinstance(key, str) else _pair(*key) for key in value["keys"]]
+        return cls(said, tokens, tuple(keys))
 
 
 class Turns:
@@ -64,16 +84,25 @@ class Turns:
         keys: list[Key] = [_id_key(call["id"]) for call in clean.get("tool_calls", ()) if call["id"]]
         keys = keys or [list(_chain([*check_messages(messages), clean]))[-1]]
         keys += [] if text is None else [_text_key(text)]
-        turn = Turn(clean, array("I", tokens), tuple(keys))
+        self.take(Turn(clean, array("I", tokens), tuple(keys)))
+
+    def take(self, turn: Turn) -> None:
+        """Keep a turn, in place of what was known under its keys."""
         with self._lock:
             self._turns[turn] = turn.n_bytes
             self._n_bytes += turn.n_bytes
-            for key in keys:
+            for key in turn.keys:
                 before, self._known[key] = self._known.get(key), turn
                 if before is not None and not self._names(before):
                     self._forget(before)
             while self._n_bytes > self._limit:
                 self._forget(next(iter(self._turns)))
+
+    def of_session(self, held: Sequence[int]) -> list[Turn]:
+        """The turns that a session with these tokens holds."""
+        tokens = array("I", held)
+        with self._lock:
+            return [turn for turn in self._turns if turn.belongs(tokens)]
 
     def recognise(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The conversation, turns that are known as they were said. Raises BadRequest."""
@@ -143,3 +172,7 @@ def _id_key(name: str) -> bytes:
 
 def _text_key(text: str) -> tuple[int, bytes]:
     return len(text), hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _pair(n_chars: int, digest: str) -> tuple[int, bytes]:
+    return int(n_chars), bytes.fromhex(digest)

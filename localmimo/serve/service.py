@@ -54,7 +54,9 @@ class Service:
         """The engine is loaded; its tokenizer and template are opened here, so that they fail now or never."""
         engine.encode("")
         folder, limit_bytes = self._sessions
-        shelf = None if folder is None else Shelf(folder / engine.pack.id[:16], limit_bytes)
+        shelf = None
+        if folder is not None:
+            shelf = Shelf(folder / engine.pack.id[:16], limit_bytes, engine.prompts.turns)
         self._worker = Worker(engine, self._finished, shelf)
         self._desk = Desk(str(engine.pack.name), engine.tokenizer)
 

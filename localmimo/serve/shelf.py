@@ -1,15 +1,17 @@
 """Shelf: conversations of several clients on disk, so that the engine's one timeline can turn from one to another.
 
 Before an answer it is asked what the new prompt is best begun with: what the timeline holds, or a saved one. It saves
-and loads only where that is quicker than reading the tokens again, by rates that were measured on this machine; until
-a prompt has been read, nothing is swapped. The least recently used files give way to the disk budget.
+and loads only where that is quicker than reading the tokens again, by rates that were measured on this machine, by this
+server or an earlier one; until a prompt has been read, nothing is swapped. Beside each session lie the turns that it
+holds, so that a later server knows them too. The least recently used files give way to the disk budget.
 
-Knows sessions, files and times; nothing of requests.
+Knows sessions, turns, files and times; nothing of requests.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import time
@@ -21,8 +23,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localmimo.errors import BadSession
+from localmimo.errors import BadSession, LocalMimoError
+from localmimo.files import read_json
 from localmimo.kv import SLACK
+from localmimo.turns import Turn, Turns
+from quant.aside import written_aside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,8 +58,9 @@ class Saved:
 class Shelf:
     """Owns a folder of saved sessions. Used by the engine's thread alone."""
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
+    def __init__(self, folder: Path, limit_bytes: int, turns: Turns) -> None:
         self.folder = folder
+        self._turns = turns
         self.limit_bytes = limit_bytes
         self.prefill_tps: float | None = None  # measured
         self.bytes_per_s = FIRST_RATE
@@ -62,6 +68,8 @@ class Shelf:
         self.n_loaded = 0
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._saved = [saved for path in folder.glob("*.kv") if (saved := _found(path)) is not None]
+        for saved in sorted(self._saved, key=lambda saved: saved.used):
+            self._take_notes(saved)
         self._make_room(0)
 
     @property
@@ -83,6 +91,11 @@ class Shelf:
             self._keep(session, held, own)
         if best is not None and self._pays(best.reach(wanted) - own, best.n_bytes) and best in self._saved:
             self._load(session, best)
+
+    def leave(self, session: Session) -> None:
+        """The server stops: what the session holds is for the next one."""
+        if self.prefill_tps is not None and session.position:
+            self._keep(session, np.asarray(session.tokens, np.int32), 0)
 
     def learn(self, stats: Stats) -> None:
         """Take in how quickly a prompt was read."""
@@ -111,12 +124,32 @@ class Shelf:
         try:
             written = session.save(path)
             _write_index(path, held, session.places)
+            self._write_notes(path, held)
         except (BadSession, OSError) as error:
             log.warning("A session was not saved: %s", error)
             return
         self._measure(written, time.perf_counter() - began)
         self._saved.append(Saved(path, held, tuple(session.places), written, time.time()))
         self.n_saved += 1
+
+    def _write_notes(self, path: Path, held: NDArray[np.int32]) -> None:
+        """The turns that a session holds, and the rates that make loading it worth while."""
+        turns = [turn.as_dict(len(held)) for turn in self._turns.of_session(held.tolist())]
+        notes = {"prefill_tps": self.prefill_tps, "bytes_per_s": self.bytes_per_s, "turns": turns}
+        with written_aside(_notes(path), 0o600) as file:
+            file.write(json.dumps(notes).encode())
+
+    def _take_notes(self, saved: Saved) -> None:
+        """What an earlier server noted; what cannot be read is left."""
+        try:
+            notes = read_json(_notes(saved.path))
+            rates = float(notes["prefill_tps"]), float(notes["bytes_per_s"])
+            turns = [Turn.of_dict(value, saved.tokens.tolist()) for value in notes["turns"]]
+        except (LocalMimoError, OSError, KeyError, TypeError, ValueError, OverflowError):
+            return
+        self.prefill_tps, self.bytes_per_s = rates
+        for turn in turns:
+            self._turns.take(turn)
 
     def _load(self, session: Session, saved: Saved) -> None:
         began = time.perf_counter()
@@ -144,7 +177,7 @@ class Shelf:
 
     def _drop(self, saved: Saved) -> None:
         self._saved = [other for other in self._saved if other is not saved]
-        for path in (saved.path, _index(saved.path)):
+        for path in (saved.path, _index(saved.path), _notes(saved.path)):
             path.unlink(missing_ok=True)
 
 
@@ -165,6 +198,10 @@ def _begins(longer: NDArray[np.int32], shorter: NDArray[np.int32]) -> bool:
 
 def _index(path: Path) -> Path:
     return path.with_suffix(".tokens.npy")
+
+
+def _notes(path: Path) -> Path:
+    return path.with_suffix(".json")
 
 
 def _write_index(path: Path, tokens: NDArray[np.int32], places: Sequence[int]) -> None:

@@ -168,10 +168,17 @@ class Worker:
             self.engine.prompts.keep(job.prompt, answer, whole=whole)
 
     async def close(self) -> None:
-        """Stop what is being answered and what waits, and wait for the thread."""
+        """Stop what is being answered and what waits, and wait for the thread; the shelf keeps what is held."""
         if self.current is not None:
             self.current.cancel.set()
         waiting = [task for task in self._tasks if self.current is None or task is not self.current.task]
         for task in waiting:
             task.cancel()
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        loop = asyncio.get_running_loop()
+        if self.shelf is not None:
+            await loop.run_in_executor(self._thread, self._leave, self.shelf)
+        await loop.run_in_executor(None, self._thread.shutdown)
+
+    def _leave(self, shelf: Shelf) -> None:
+        with self.engine.session() as session:
+            shelf.leave(session)

@@ -8,6 +8,7 @@ import pytest
 from localmimo.engine import Engine
 from localmimo.generate import Stats
 from localmimo.serve.shelf import Shelf, reach
+from localmimo.turns import Turns
 
 from . import conversations as talks
 from .running import Running, Scripted
@@ -78,24 +79,49 @@ def test_clients_take_turns_and_nothing_is_read_twice(
         assert shelf is not None and shelf.n_loaded == 6
         assert len(shelf) == 3  # what a conversation grew out of is gone
         files = list(tmp_path.rglob("*.*"))
-        assert len(files) == 6 and all(path.stat().st_mode & 0o77 == 0 for path in files)
+        assert len(files) == 9 and all(path.stat().st_mode & 0o77 == 0 for path in files)
         assert "localmimo_sessions 3" in server.http.get("/metrics").text
 
 
-def test_a_later_server_takes_them_up(
-    engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_later_server_goes_on_where_it_was(
+    engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None, keeps: bool
 ) -> None:
-    (talker,) = clients(1)
-    other = talks.ChatClient()
+    """Tokens as they were sampled and thinking that the client drops, for the conversation held last too."""
+    talkers = [talks.ChatClient(keep_thinking=keeps), *clients(1)]
+    texts, held = [talks.turns(), talks.turns()], [0, 0]
+    for _ in range(3):
+        engine.prompts.turns = Turns()  # another process
+        with engine.session() as session:
+            session.rewind(session.position)
+        with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
+            for n, talker in enumerate(talkers):
+                script.say(next(texts[n]))
+                prompt, cached, said = talker.ask(server)
+                assert cached == held[n]
+                held[n] = prompt + said - 1
+
+
+def test_rates_are_kept_for_a_later_server(
+    engine: Engine, script: Scripted, tmp_path: Path, empty: None
+) -> None:
     with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
-        script.say("One.", "Two.")
-        prompt, _, _ = talker.ask(server)
-        other.ask(server)
-    with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
-        talker.messages.append({"role": "user", "content": "Go on."})
-        script.say("Three.")
-        _, cached, _ = talker.ask(server)
-        assert cached >= prompt  # the exact tokens of the answer are not kept over a restart, its text is
+        shelf = server.service.worker.shelf
+        assert shelf is not None and shelf.prefill_tps is None
+        script.say("One.")
+        talks.ChatClient().ask(server)
+        shelf.prefill_tps = 0.5
+    (folder,) = tmp_path.iterdir()
+    assert Shelf(folder, PLENTY, Turns()).prefill_tps == 0.5
+    (notes,) = folder.glob("*.json")
+    for damaged in (
+        "{",
+        "[]",
+        '{"prefill_tps": "x"}',
+        '{"prefill_tps": 1, "bytes_per_s": 1, "turns": [{"said": 7}]}',
+    ):
+        notes.write_text(damaged)
+        assert Shelf(folder, PLENTY, Turns()).prefill_tps is None
 
 
 def test_the_budget_holds(engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None) -> None:
@@ -119,7 +145,7 @@ def test_what_is_quicker_to_read_is_not_saved(
 
 
 def test_rates_are_learned(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, PLENTY)
+    shelf = Shelf(tmp_path, PLENTY, Turns())
     shelf.learn(Stats(prompt_tokens=10, prefill_s=1.0))
     assert shelf.prefill_tps is None
     shelf.learn(Stats(prompt_tokens=300, reused_tokens=100, prefill_s=2.0))
@@ -143,4 +169,4 @@ def test_damaged_files_are_left_out(
         assert cached < prompt and not path.exists()
     (tmp_path / "x.kv").write_bytes(b"nonsense")
     (tmp_path / "x.tokens.npy").write_bytes(b"nonsense")
-    assert len(Shelf(tmp_path, PLENTY)) == 0
+    assert len(Shelf(tmp_path, PLENTY, Turns())) == 0
