@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from localmimo.answer import Answer, Message
 from localmimo.batch import Batch
 from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
+from localmimo.constraint import Constraints
 from localmimo.device import out_of_memory
 from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
@@ -30,7 +31,7 @@ from localmimo.experts.run import Record
 from localmimo.experts.share import runner_of
 from localmimo.experts.store import Traffic
 from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
-from localmimo.grammar import Following, Grammar, Grammars, grammar_of
+from localmimo.grammar import Grammar
 from localmimo.mini import NAME
 from localmimo.model import Placed, Transformer, load_weights
 from localmimo.mtp import load_heads
@@ -44,8 +45,6 @@ from localmimo.session import Progress, Session
 from localmimo.shapes import check_shapes
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
-from localmimo.toolcall import OPEN
-from localmimo.toolchoice import rules_of_calls
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from localmimo.watched import Hear, Watched
 from quant import Pack
@@ -266,14 +265,13 @@ class Engine:
         """
         chat = not isinstance(prompt, str)
         schemas, _ = tools_of(tools)
-        silent = tool_choice == "none"  # the tools stay in the prompt, which is held already
         options = Options(
-            sampling=self._without_calls(sampling or Sampling()) if silent else sampling or Sampling(),
+            sampling=sampling or Sampling(),
             max_tokens=max_tokens,
             stop=stop,
             think=think,
             think_budget=think_budget,
-            tools=None if silent else schemas,
+            tools=schemas,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
             logprobs=logprobs,
@@ -390,10 +388,6 @@ class Engine:
             raise BadRequest("The prompt is empty: say something.")
         return asked
 
-    def _without_calls(self, sampling: Sampling) -> Sampling:
-        token = self.tokenizer.token_id(OPEN)
-        return sampling if token is None else replace(sampling, bans=(*sampling.bans, token))
-
     def _opens_thinking(self, tokens: Sequence[int]) -> bool:
         return self.decode(tokens[-8:]).rstrip().endswith("<think>")
 
@@ -418,37 +412,19 @@ class Engine:
         return Generation(
             session=timeline,
             tokenizer=self.tokenizer,
-            parser=StreamParser(options.tools, thinking) if chat else Verbatim(),
-            sampling=options.sampling,
+            parser=StreamParser(options.callable, thinking) if chat else Verbatim(),
+            sampling=self._constraints.sampling(options),
             rules=options.rules,
             traffic=lambda: self._store.traffic,
             cancel=options.cancel,
             progress=options.progress,
             pace=self._pace,
-            constraint=self._constraint(tokens, options, chat, thinking),
+            constraint=self._constraints.follow(options, tokens, chat=chat, thinking=thinking),
         )
 
-    def _constraint(
-        self, tokens: list[int], options: Options, chat: bool, thinking: bool
-    ) -> Following | None:
-        grammar = self._grammar(options) if chat else grammar_of(options.grammar, options.response_format)
-        if grammar is None:
-            return None
-        closed = tokens[-1] == self.tokenizer.token_id("</think>")
-        return self._grammars.follow(grammar, thinking=thinking, may_think=chat and not closed)
-
-    def _grammar(self, options: Options) -> Grammar | None:
-        """What an answer with tools must look like: calls alone, what was asked for, or either."""
-        asked = grammar_of(options.grammar, options.response_format)
-        forced = options.choice.mode == "required"
-        if not options.tools or not (forced or (asked and asked.form == "json_schema")):
-            return asked
-        value = None if forced or asked is None else asked.text
-        return Grammar("lark", rules_of_calls(options.tools, options.choice, self._grammars.spell, value))
-
     @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.config.vocab_size)
+    def _constraints(self) -> Constraints:
+        return Constraints(self.tokenizer, self.config.vocab_size)
 
     @contextmanager
     def _borrow(self, session: Session | None) -> Iterator[Session]:

@@ -39,6 +39,11 @@ class Options:
         return Rules(self.max_tokens, tuple(self.stop), self.think_budget, self.logprobs, one_call)
 
     @property
+    def callable(self) -> Sequence[Mapping[str, Any]] | None:
+        """The tools that may be called. With the choice "none" they stand in the prompt alone, so that it stays."""
+        return None if self.choice.mode == "none" else self.tools
+
+    @property
     def choice(self) -> ToolChoice:
         """Raises BadRequest."""
         return ToolChoice.of(self.tool_choice, self.tools)

@@ -57,7 +57,7 @@ mtp
 session
 draft
 generate
-opening options batch answer watched
+opening options batch answer watched constraint
 agent turns prompt conversation
 mini
 corpus embedded

@@ -229,6 +229,6 @@ def test_choices_that_cannot_be(engine: Engine, choice: Any, tools: Any, says: s
 
 def test_without_the_extra_it_says_which(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    engine.__dict__.pop("_grammars", None)
+    engine.__dict__.pop("_constraints", None)
     with pytest.raises(BadRequest, match=r"pip install 'localmimo\[grammar\]'"):
         engine.chat(ASKED, tools=TOOLS, tool_choice="required")
