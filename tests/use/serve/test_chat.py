@@ -28,6 +28,7 @@ CALL = (
     "<tool_call>\n<function=get_weather>\n<parameter=city>Oslo</parameter>\n<parameter=days>2</parameter>\n"
     "</function>\n</tool_call>"
 )
+CUT_OFF = "One moment.<tool_call><function=get_weather><parameter=city>Os"
 
 
 def joined(events: list[tuple[str | None, Any]], name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from .running import Running, Scripted
-from .test_chat import CALL, HELLO, WEATHER
+from .test_chat import CALL, CUT_OFF, HELLO, WEATHER
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
 anthropic = pytest.importorskip("anthropic", reason="the package anthropic is not installed")
@@ -108,9 +108,6 @@ def test_anthropic_stream(claude: "anthropic.Anthropic", script: Scripted) -> No
     assert texts == "They flow." and said.content[0].thinking == "Hm, rivers." and said.content[0].signature
     assert said.content[2].input == {"city": "Oslo", "days": 2}
     assert said.stop_reason == "tool_use" and said.usage.output_tokens > 5
-
-
-CUT_OFF = "One moment.<tool_call><function=get_weather><parameter=city>Os"
 
 
 def test_a_call_that_is_cut_off_can_be_told_from_a_real_one(

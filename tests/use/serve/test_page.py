@@ -12,7 +12,7 @@ import pytest
 from localmimo.engine import Engine
 
 from .running import Running, Scripted, wait_for
-from .test_chat import CALL, WEATHER
+from .test_chat import CALL, CUT_OFF, WEATHER
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_a_browser = pytest.mark.skipif(
@@ -68,6 +68,10 @@ def driver() -> Iterator[Any]:
         "--disable-gpu",
         "--disable-dev-shm-usage",
         "--window-size=900,900",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
     ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -112,6 +116,20 @@ def test_a_call_is_shown_and_its_result_goes_back(driver: Any, server: Running, 
     wait_for(lambda: page.text("state") == "Answer complete.")
     assert page.all("article.assistant")[-1].text.endswith("Rain.")
     assert page.complaints() == []
+
+
+@in_a_browser
+def test_a_call_that_is_cut_off_becomes_text(driver: Any, server: Running, script: Scripted) -> None:
+    script.say(CUT_OFF, "Sorry.")
+    script.delay_s = 0.02
+    page = Browser(driver, server.url)
+    page.find("settings").find_element("tag name", "summary").click()
+    page.driver.execute_script("arguments[0].value = arguments[1]", page.find("tools"), json.dumps([WEATHER]))
+    page.say("Weather in Oslo?")
+    wait_for(lambda: page.text("state") == "Answer complete.")
+    assert not page.all(".call") and CUT_OFF in page.all("article.assistant")[0].text
+    page.say("Well?")  # the server takes the conversation as it is
+    wait_for(lambda: "Sorry." in page.all("article.assistant")[-1].text)
 
 
 @in_a_browser
