@@ -38,6 +38,9 @@ def synthetic(seed: int) -> Iterator[tuple[str, Trace]]:
     yield "periodic", trace_of(routing.periodic(seed + 3, plain, 5, 0.1))
     yield "periodic, noisy", trace_of(routing.periodic(seed + 4, plain, 12, 0.4))
     yield "scans", trace_of(routing.scans(seed + 5, plain, 40, 12))
+    small = Shape(n_layers=8, n_experts=32, n_tokens=120)
+    for every in (6, 12, 24):
+        yield f"fickle, {every} tokens", trace_of(routing.fickle(seed + 9, small, 0.95, every))
     large = Shape(n_layers=24, n_experts=128, n_tokens=96)
     wide = Shape(n_layers=20, n_experts=128, top_k=8, n_tokens=96)
     yield "language", trace_of(routing.language(seed + 6, large, Language()))

@@ -65,6 +65,17 @@ def scans(seed: int, shape: Shape, every: int, length: int) -> Choice:
     return choice
 
 
+def fickle(seed: int, shape: Shape, stay: float, every: int) -> Choice:
+    """Nearly the same experts from token to token, and altogether others every so many tokens: made against ours."""
+    rng = np.random.default_rng(seed)
+    choice = zipf(seed, shape, 0.0)
+    for token in range(shape.n_tokens):
+        if token % every:
+            keep = rng.random(choice.shape[1:]) < stay
+            choice[token] = np.where(keep, choice[token - 1], choice[token])
+    return choice
+
+
 def alternating(seed: int, shape: Shape, turn: int) -> Choice:
     """Two conversations with nothing in common, `turn` tokens each."""
     one, other = zipf(seed, shape, 1.2), zipf(seed + 1, shape, 1.2)

@@ -39,8 +39,9 @@ chat
 kv plan structure saved trail shapes
 estimate
 model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic
-experts.stats experts.recall experts.referee experts.trace
+experts.stats experts.recall experts.trace
 experts.placement
+experts.ages
 experts.adaptive
 experts.policy
 experts.replay

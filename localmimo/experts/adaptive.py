@@ -1,8 +1,9 @@
 """Adaptive: the policy that the store uses. It forecasts when each page is used next, and learns whom to believe.
 
 Two forecasts per page: its chance at its layer's next turn, and its chance per token after that. Both are mixtures of
-what the page did lately (decayed means of RouterStats), of what followed tokens like the present one (Recall) and of
-plain ignorance; the weights of the mixtures follow the traffic. Knows pages and their forecasts; no bytes.
+what the page did lately (decayed means of RouterStats), of what followed tokens like the present one (Recall), of how
+long it has not been used (Ages) and of plain ignorance; the weights of the mixtures follow the traffic. Knows pages and
+their forecasts; no bytes.
 """
 
 from collections.abc import Collection, Sequence
@@ -10,8 +11,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from localmimo.experts.ages import Ages
 from localmimo.experts.recall import SHARPNESS, Recall
-from localmimo.experts.referee import Referee
 from localmimo.experts.stats import HALF_LIVES, Page, RouterStats
 
 N_ROUNDS = (4, 16)  # forecasts per token, at least and at most
@@ -19,10 +20,13 @@ FORECAST_PAGES = 1 << 15  # pages looked at per token, if that makes no fewer ro
 LATER_ROUNDS = 2  # what is recalled for the tokens after the next turn is worked out every second time
 LINE = 64  # victims looked for in advance
 LEARNING = 0.05  # of a mixture's weights, per layer
+TRUST_IN_AGE = 0.5  # at the start: recency alone is LRU, which is never far wrong
 SNAPSHOT_TOKENS = 4  # forecasts of later tokens are judged by the tokens that follow a snapshot
 LEAST_CHANCE = 1e-4
 _N_MEANS = len(HALF_LIVES)
-_N_VIEWS = _N_MEANS + len(SHARPNESS) + 1  # the last one: every expert alike
+_RECALLED = slice(_N_MEANS, _N_MEANS + len(SHARPNESS))
+_AGED, _ALIKE = -2, -1  # by age; every expert alike
+_N_VIEWS = _RECALLED.stop + 2
 
 Array = NDArray[np.float32]
 Places = NDArray[np.intp]
@@ -44,7 +48,6 @@ class Adaptive:
         self._recall = Recall(self._n_rows, n_experts)
         self._forecast = Forecast(stats, self._recall)
         self._turnover = Turnover()
-        self._referee = Referee()
         self._n_held = 0
         self._place = {layer: row * n_experts for row, layer in enumerate(stats.layers)}  # where each begins
         self._distance = np.zeros(self._n_rows * n_experts, dtype=np.float32)
@@ -66,11 +69,8 @@ class Adaptive:
             self._look_ahead()
             self._recall.next_token()
             self._turnover.next_token(self._n_held)
-            self._referee.next_token()
         self._row = row
         self._turnover.n_requests += len(experts)
-        places = [self._place[layer] + expert for expert in experts]
-        self._referee.request(places, int(self._held[places].sum()), max(self._n_held, len(places)))
         self._stats.request(layer, experts)
         self._waiting.append((row, list(experts)))
         if len(self._waiting) >= self._round:
@@ -82,7 +82,7 @@ class Adaptive:
         """Until the next forecast: the row comes round in a token's time, the pages used now stay."""
         begin = row * self._stats.n_experts
         distances = self._distance[begin : begin + self._stats.n_experts]
-        distances += not self._referee.lru_rules
+        distances += 1
         distances[experts] = 0
         least = self._line[0][0] if self._line else -1.0
         late = np.flatnonzero(self._held[begin : begin + self._stats.n_experts] & (distances > least))
@@ -97,15 +97,9 @@ class Adaptive:
             self._forecast.learn([row for row, _ in waiting], [experts for _, experts in waiting])
         turn = np.arange(self._n_rows, dtype=np.float32) / max(self._n_rows, 1)
         turn[: self._row + 1] += 1
-        forecast = self._forecast.distances(self._turnover.patience) + turn[:, None]
-        distances = self._ages() if self._referee.lru_rules else forecast
+        distances = self._forecast.distances(self._turnover.patience) + turn[:, None]
         self._distance = distances.reshape(-1).astype(np.float32)
         self._line_up(LINE)
-
-    def _ages(self) -> Array:
-        """Tokens since each page was used [rows, experts]: by them, the policy is LRU."""
-        used = self._stats.last_used + np.arange(self._n_rows)[:, None] / max(self._n_rows, 1)
-        return np.asarray(self._stats.steps.max(initial=0) + 1 - used, dtype=np.float32)
 
     def admit(self, page: Page) -> None:
         self._turnover.n_admitted += 1
@@ -183,10 +177,13 @@ class Forecast:
     def __init__(self, stats: RouterStats, recall: Recall) -> None:
         self._stats, self._recall = stats, recall
         self._n_tokens, self._last_row = 0, -1
-        self._next_mix = np.full(_N_VIEWS, 1 / _N_VIEWS, dtype=np.float32)
+        self._next_mix = np.full(_N_VIEWS, (1 - TRUST_IN_AGE) / (_N_VIEWS - 1), dtype=np.float32)
+        self._next_mix[_AGED] = TRUST_IN_AGE
         self._later_mix = self._next_mix.copy()
         self._base_chance = 0.0  # of an expert nobody knows anything about
-        self._snapshot: tuple[Array, Array] | None = None  # means and weights of like tokens, some tokens ago
+        self._ages = Ages(stats)
+        # means, weights of like tokens and ages, some tokens ago
+        self._snapshot: tuple[Array, Array, NDArray[np.intp]] | None = None
         self._reach = 3.0
         self._n_forecasts = 0
         self._later = np.zeros(
@@ -198,7 +195,8 @@ class Forecast:
         if rows[0] <= self._last_row:
             self._n_tokens += 1
             if self._n_tokens % SNAPSHOT_TOKENS == 0:
-                self._snapshot = (self._stats.use.copy(), self._recall.later_weights(self._reach))
+                later = self._recall.later_weights(self._reach)
+                self._snapshot = (self._stats.use.copy(), later, self._ages.buckets())
         self._last_row = rows[-1]
         places = np.repeat(rows, [len(chosen) for chosen in experts])
         pages = np.concatenate(experts).astype(np.intp)
@@ -214,28 +212,37 @@ class Forecast:
     def _judge(self, rows: Places, pages: Places, who: Array, n_layers: int) -> None:
         """Move both mixtures towards the views that expected what is now used."""
         rate = 1 - (1 - LEARNING) ** n_layers
-        views = self._views(self._stats.use[:, rows, pages], self._recall.said(who))
+        asked, (soon, late) = np.unique(rows), self._ages.chances(self._base_chance)
+        ages = self._ages.buckets(asked)
+        aged = ages[np.searchsorted(asked, rows), pages]
+        self._ages.learn(0, ages, aged)
+        views = self._views(self._stats.use[:, rows, pages], self._recall.said(who), soon[aged])
         self._next_mix += rate * (_credit(self._next_mix, views) - self._next_mix)
         if self._snapshot is not None:
-            means, weights = self._snapshot
-            views = self._views(means[:, rows, pages], weights @ who.T)
+            means, weights, ages = self._snapshot
+            aged = ages[rows, pages]
+            self._ages.learn(1, ages[asked], aged)
+            views = self._views(means[:, rows, pages], weights @ who.T, late[aged])
             self._later_mix += rate * (_credit(self._later_mix, views) - self._later_mix)
 
-    def _views(self, means: Array, recalled: Array) -> Array:
+    def _views(self, means: Array, recalled: Array, aged: Array) -> Array:
         ignorance = np.full((1, means.shape[1]), self._base_chance, dtype=np.float32)
-        return np.concatenate((means, recalled, ignorance)) + np.float32(1e-6)
+        return np.concatenate((means, recalled, aged[None], ignorance)) + np.float32(1e-6)
 
     def distances(self, patience: float) -> Array:
         """-patience * log of what each page's next use is worth, counted from its row's next turn [rows, experts]."""
         self._reach = max(1.5, patience)
-        recalled, means = slice(_N_MEANS, -1), self._stats.use.reshape(_N_MEANS, -1)
+        means, ages = self._stats.use.reshape(_N_MEANS, -1), self._ages.buckets()
+        soon, late = self._ages.chances(self._base_chance)
         mixes = np.stack((self._next_mix, self._later_mix))
         first, later = (mixes[:, :_N_MEANS] @ means).reshape(2, *self._stats.use.shape[1:])
-        first += self._recall.next_uses(self._next_mix[recalled]) + self._next_mix[-1] * self._base_chance
+        first += self._recall.next_uses(self._next_mix[_RECALLED])
+        first += (self._next_mix[_AGED] * soon + self._next_mix[_ALIKE] * self._base_chance)[ages]
         if self._n_forecasts % LATER_ROUNDS == 0:
-            self._later = self._recall.later_uses(self._later_mix[recalled], self._reach)
+            self._later = self._recall.later_uses(self._later_mix[_RECALLED], self._reach)
         self._n_forecasts += 1
-        later += self._later + self._later_mix[-1] * self._base_chance
+        later += self._later
+        later += (self._later_mix[_AGED] * late + self._later_mix[_ALIKE] * self._base_chance)[ages]
         np.clip(first, LEAST_CHANCE, 1, out=first)
         np.clip(later, LEAST_CHANCE, 1, out=later)
         return _distances(first, later, patience)

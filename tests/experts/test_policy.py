@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.routing import Shape, fickle, trace_of
+from localmimo.experts.ages import Ages
 from localmimo.experts.policy import Adaptive, Belady, Lfu, Lru, Page, Policy
-from localmimo.experts.referee import Referee
+from localmimo.experts.replay import replay
 from localmimo.experts.stats import RouterStats
 
 LAYERS, N_EXPERTS = (1, 2, 4), 8
@@ -101,20 +103,28 @@ def test_ours_keeps_what_is_used_always_and_what_comes_next() -> None:
     assert set(order[-6:]) == {(layer, expert) for layer in LAYERS for expert in (0, 1 + 40 % 7)}
 
 
-def test_the_referee_lets_lru_rule_for_ever_longer_whiles() -> None:
-    referee = Referee()
-    ruled = []
-    for _ in range(200):
-        referee.request(range(60), 0, 60)  # LRU finds them all, ours none
-        referee.next_token()
-        ruled.append(referee.lru_rules)
-    whiles = [len(run) for run in "".join("x" if rules else " " for rules in ruled).split()]
-    assert whiles[:3] == [8, 16, 32]
+def test_traffic_that_forgets_is_served_as_lru_would() -> None:
+    """Experts that stay for a while and then all change: how often a page was used once is of no use."""
+    rng = np.random.default_rng()
+    for _ in range(4):
+        seed, every = int(rng.integers(1 << 31)), int(rng.integers(5, 20))
+        trace = trace_of(fickle(seed, Shape(8, 32, 4, 120), 0.95, every))
+        for slots in (38, 54, 80):
+            played = replay(trace, slots)
+            assert played.ours > played.lru - 0.01, (seed, every, slots)
 
 
-def test_the_referee_leaves_ours_alone_while_it_is_ahead() -> None:
-    referee = Referee()
-    for token in range(50):
-        referee.request([token, token + 1000], 1, 8)
-        referee.next_token()
-        assert not referee.lru_rules
+def test_chances_by_age() -> None:
+    """Three pages in turn."""
+    stats = RouterStats([1], 4)
+    ages = Ages(stats)
+    for turn in range(90):
+        chosen = [turn % 3] if turn % 3 else [3]
+        buckets = ages.buckets(np.array([0]))
+        ages.learn(0, buckets, buckets[0, chosen])
+        stats.request(1, chosen)
+        stats.settle()
+    soon, later = ages.chances(0.25)
+    assert soon[3] > 0.9 and soon[1:3].max() < 0.1  # every used page comes back in its third turn
+    assert np.allclose(later, 0.25)  # nothing was learnt about later
+    assert ages.buckets()[0, 0] == len(soon) - 1  # never used
