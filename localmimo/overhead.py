@@ -19,7 +19,7 @@ BUDGET = "200MiB"  # every expert in memory
 
 def layer_seconds(ram_read: float, *, anew: bool = False) -> float:
     """Seconds per layer and decode step beyond the bytes at `ram_read` bytes per second; kept for a week."""
-    had = None if anew else kept("layer")
+    had = None if anew else kept("layer", "seconds")
     if had is None:
         had = {"seconds": _measure(ram_read)}
         keep("layer", had)

@@ -167,10 +167,13 @@ def _rate(files: dict[Path, tuple[int, bool]], spots: list[Spot], page_bytes: in
 # ---- kept measurements ----
 
 
-def kept(key: str) -> dict[str, Any] | None:
-    """A measurement of the last week under this key."""
+def kept(key: str, *figures: str) -> dict[str, Any] | None:
+    """A measurement of the last week under this key, where the file has these figures of it."""
     entry = _read().get(key)
-    return entry if isinstance(entry, dict) and 0 <= time.time() - entry.get("at", 0) < FRESH_S else None
+    names = {"at", *figures}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), int | float) for name in names):
+        return None
+    return entry if 0 <= time.time() - entry["at"] < FRESH_S else None
 
 
 def keep(key: str, figures: dict[str, Any]) -> None:
@@ -197,7 +200,7 @@ def disk_speed(spots: Sequence[Spot], page_bytes: int, folder: Path, *, anew: bo
     Without spots a scratch file of 256 MiB is written there, read, and deleted.
     """
     key = f"disk {folder.stat().st_dev} {page_bytes}"
-    had = None if anew else kept(key)
+    had = None if anew else kept(key, "together", "alone", "direct")
     if had is None:
         had = asdict(_measure_at(spots, page_bytes, folder))
         keep(key, had)
@@ -216,7 +219,7 @@ def _measure_at(spots: Sequence[Spot], page_bytes: int, folder: Path) -> DiskSpe
 
 def ram_speed(n_threads: int, *, anew: bool = False) -> float:
     """Measured now or within the week."""
-    had = None if anew else kept("ram")
+    had = None if anew else kept("ram", "read")
     if had is None:
         had = {"read": measure_ram(n_threads)}
         keep("ram", had)
@@ -227,7 +230,7 @@ def measured_speeds(
     spots: Sequence[Spot], page_bytes: int, folder: Path, n_threads: int, *, anew: bool = False
 ) -> Speeds:
     """This machine's speeds; what can not be measured here is assumed, and says so."""
-    layer = kept("layer")
+    layer = kept("layer", "seconds")
     speeds = replace(
         ASSUMED,
         ram_read=ram_speed(n_threads, anew=anew),

@@ -5,7 +5,9 @@ It must not know what is written.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,11 +16,16 @@ from typing import BinaryIO
 
 @contextmanager
 def written_aside(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file to write, which takes the name `path` when the block ends well; else nothing changes. Raises OSError."""
+    """A file to write, which takes the name `path` when the block ends well; else nothing changes. Raises OSError.
+
+    What killed processes left of earlier attempts is deleted first.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _clear(path)
     try:
         descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with open(descriptor, "w+b") as file:  # noqa: PTH123 (an open descriptor: the mode matters)
+            _lock(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -27,6 +34,21 @@ def written_aside(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def _clear(path: Path) -> None:
+    """Delete the asides that nobody writes any more: a lock says that somebody does, and ends with its process."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+\.partial")
+    for other in path.parent.iterdir():
+        if ours.fullmatch(other.name):
+            with suppress(OSError), other.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                other.unlink()
+
+
+def _lock(descriptor: int) -> None:
+    with suppress(OSError):  # no locks on this file system: nobody else can take one either
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync_folder(folder: Path) -> None:

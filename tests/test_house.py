@@ -30,7 +30,7 @@ manifest packing writer report
 conversion"""
 LOCALMIMO = """errors home child sandbox toolcall family
 callpart
-files marks messages schema
+files lines marks messages schema
 tools
 toolfile
 config machine device speeds attend sample text template

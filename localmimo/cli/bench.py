@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.benchplot import chart, draw
 from localmimo.cli.card import card, card_lines
@@ -24,6 +24,7 @@ from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
 from localmimo.estimate import decode_range
 from localmimo.experts.trace import TraceWriter
+from localmimo.lines import Lines
 from localmimo.machine import format_bytes
 from localmimo.plan import DEFAULT_CONTEXT
 from localmimo.speeds import Speeds, file_spots, measured_speeds
@@ -97,8 +98,12 @@ def run_bench(request: Request, ui: Ui) -> int:
     folder = _check_early(request)
     context = _context(request, folder)
     with ExitStack() as files:
-        log = None if request.stats_json is None else files.enter_context(_log(request.stats_json))
-        trace = None if request.record is None else files.enter_context(_trace(request.record))
+        log = (
+            None
+            if request.stats_json is None
+            else files.enter_context(Lines(request.stats_json, "--stats-json", append=True))
+        )
+        trace = None if request.record is None else files.enter_context(TraceWriter(request.record))
         sheet = Sheet(request, ui, log, trace)
         return sheet.fill(lambda: _open(request, context, ui))
 
@@ -144,20 +149,6 @@ def _context(request: Request, folder: Path | None) -> int:
     return request.context or max(needed, min(DEFAULT_CONTEXT, most))
 
 
-def _log(path: Path) -> IO[str]:
-    try:
-        return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise BadRequest(f"--stats-json: {path} cannot be written ({error.strerror}).") from None
-
-
-def _trace(path: Path) -> TraceWriter:
-    try:
-        return TraceWriter(path)
-    except OSError as error:
-        raise BadRequest(f"--record: {path} cannot be written ({error.strerror}).") from None
-
-
 def _open(request: Request, context: int, ui: Ui) -> Engine:
     flags = replace(request.opening, context=str(context), draft=request.drafting)
     return open_engine(None if request.model == EMBEDDED else request.model, flags, ui)
@@ -166,7 +157,7 @@ def _open(request: Request, context: int, ui: Ui) -> Engine:
 class Sheet:
     """Measures, and shows: the card when the pack is open, a row per depth, a line that lives in between."""
 
-    def __init__(self, request: Request, ui: Ui, log: IO[str] | None, trace: TraceWriter | None) -> None:
+    def __init__(self, request: Request, ui: Ui, log: Lines | None, trace: TraceWriter | None) -> None:
         self.request = request
         self.ui = ui
         self._log = log
@@ -221,8 +212,7 @@ class Sheet:
 
     def took(self, run: Run, taken: Taken) -> None:
         if self._log is not None:
-            self._log.write(json.dumps(run.line(taken)) + "\n")
-            self._log.flush()
+            self._log.write(run.line(taken))
         if run.steps:
             self.ui.status.show(live_line(run, self.request))
 

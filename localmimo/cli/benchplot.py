@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localmimo.cli.plot import save
 from localmimo.cli.ui import bar
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def draw(path: Path, title: str, results: Sequence[dict[str, Any]], runs: Sequen
         speed, tiers = figure.subplots(2, 1)
         _draw_speed(speed, results)
         _draw_tiers(tiers, runs)
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None, dpi=150)
+        save(figure, path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None, dpi=150)
 
 
 def _draw_speed(axes: Any, results: Sequence[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
+from quant.aside import written_aside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +50,7 @@ def draw_lines(
     axes.set(xlabel=names[0], ylabel=names[1])
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_map(
@@ -73,7 +74,13 @@ def draw_map(
     for axes in panels:
         axes.set(xlabel=names[0], ylabel=names[1])
         axes.set_yticks(list(shown), [str(rows[row]) for row in shown])
-    figure.savefig(path)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path, **options: Any) -> None:
+    """Write a picture in the format of its name: whole, or not at all."""
+    with written_aside(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower(), **options)
 
 
 def _draw_tiers(figure: Any, axes: Any, letters: Sequence[str]) -> None:

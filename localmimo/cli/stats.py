@@ -10,6 +10,7 @@ from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.plot import check_plot, draw_map, picture
 from localmimo.cli.ui import Ui, table
 from localmimo.errors import BadRequest, LocalMimoError
+from quant.aside import written_aside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +48,9 @@ def run_stats(
         picture(plot, lambda: draw_map(plot, 100 * chances, layers, names, *tiers), ui)
     if recipe is not None:
         rules = hot_rules(layers, chances.tolist(), hot_share)
-        recipe.write_text(f"# the hottest experts of {path}, {found.tokens:,.0f} tokens\n[rules]\n" + rules)
+        text = f"# the hottest experts of {path}, {found.tokens:,.0f} tokens\n[rules]\n" + rules
+        with written_aside(recipe) as file:
+            file.write(text.encode())
         ui.note(
             f" {recipe}: {rules.count(HOT_CODEC)} experts get {HOT_CODEC}. localmimo quantize ... --recipe {recipe}"
         )

@@ -5,13 +5,12 @@ Knows steps and their Stats; nothing of how an answer looks.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from localmimo.errors import BadRequest
+from localmimo.lines import Lines
 
 if TYPE_CHECKING:
     from localmimo.generate import Step
@@ -21,10 +20,7 @@ class StepLog:
     """Appends to a file. The first line of an answer counts the reading of its prompt too."""
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            self._file: IO[str] = Path(path).expanduser().open("a", encoding="utf-8")
-        except OSError as error:
-            raise BadRequest(f"--stats-json: {path} cannot be written ({error.strerror}).") from None
+        self._lines = Lines(Path(path).expanduser(), "--stats-json", append=True)
         self._answer = self._step = 0
         self._before: dict[str, Any] = {}
         self._at = 0.0
@@ -42,8 +38,7 @@ class StepLog:
         now, counts = time.perf_counter(), asdict(step.stats)
         line = {"answer": self._answer, "step": self._step, "token": step.token, "kind": step.kind}
         line |= _since(counts, self._before) | {"s": now - self._at}
-        self._file.write(json.dumps(line, default=str) + "\n")
-        self._file.flush()
+        self._lines.write(line)
         self._before, self._at = counts, now
 
 

@@ -27,7 +27,7 @@ from localmimo.experts.tiers import GpuTier
 from localmimo.machine import Machine
 from localmimo.plan import Plan
 from quant import Pack
-from quant.pack import experts_of
+from quant.pack import MANIFEST, experts_of
 
 PUBLISH_S = 1.0  # between two looks at where the pages lie, at least
 LIFT = 16  # pages that go to the GPU at a time: while they do, no step begins
@@ -49,6 +49,7 @@ class Pager:
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """device: a GPU, and the type of its activations."""
+        self._pack = pack.path
         self.profile = None if profile is None else profile_path(pack.path, pack.id, profile)
         self._stats = _statistics(self.profile, config)
         policy = Adaptive(self._stats, room_for_all=plan.held_slots >= plan.n_pages)
@@ -124,7 +125,7 @@ class Pager:
 
     def publish(self) -> None:
         """Let `stats` see where the pages lie now, if it has been a while."""
-        if self.profile is None or time.monotonic() - self._published_s < PUBLISH_S:
+        if self.profile is None or time.monotonic() - self._published_s < PUBLISH_S or self._gone():
             return
         with suppress(OSError):  # a full disk is no reason to fail: nobody may be looking
             placement.publish(self.profile, self.store.where(), self._n_experts)
@@ -137,12 +138,19 @@ class Pager:
             self._filling.join()
         self._pressure.close()
         self.store.close()
-        if self.profile is not None:
-            placement.withdraw(self.profile)
         if self._pinning is not None:
             self._pinning.close()
-        if self.profile is not None and not self._stats.save(self.profile):
+        if self.profile is None:
+            return
+        placement.withdraw(self.profile)
+        if self._gone():
+            warnings.warn(f"{self._pack} is gone: what was seen of its experts is not kept.", stacklevel=3)
+        elif not self._stats.save(self.profile):
             warnings.warn(str(self._stats.warning), stacklevel=3)
+
+    def _gone(self) -> bool:
+        """Whether the pack was deleted: nothing of it is written again."""
+        return not (self._pack / MANIFEST).is_file()
 
 
 def _statistics(profile: Path | None, config: ModelConfig) -> RouterStats:

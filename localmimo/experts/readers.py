@@ -10,7 +10,10 @@ from collections import deque
 from collections.abc import Callable, Collection
 from enum import Enum
 
+from localmimo.errors import BadModel
+
 Job = Callable[[], None]
+LOOK_S = 1.0  # how often one who waits looks whether the threads are alive
 
 
 class State(Enum):
@@ -58,11 +61,8 @@ class Readers:
         lock = threading.Lock()
         self._work = threading.Condition(lock)  # there may be something to do
         self._end = threading.Condition(lock)  # something is over
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"page-reader-{i}", daemon=True) for i in range(n)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._held: dict[threading.Thread, Task] = {}  # what each thread is at
+        self._threads = [self._started(f"page-reader-{i}") for i in range(n)]
 
     def demand(self, job: Job) -> Task:
         """Run `job` as soon as a thread is free."""
@@ -82,24 +82,47 @@ class Readers:
     def wait(self, tasks: Collection[Task], timeout_s: float | None, *, every: bool = False) -> bool:
         """Wait until one of the tasks, or every one, is over; False when the time is."""
         enough = all if every else any
+        ends = None if timeout_s is None else time.monotonic() + timeout_s
         with self._end:
-            return self._end.wait_for(lambda: not tasks or enough(task.done() for task in tasks), timeout_s)
+            while tasks and not enough(task.done() for task in tasks):
+                left = LOOK_S if ends is None else min(LOOK_S, ends - time.monotonic())
+                if left <= 0:
+                    return False
+                if not self._end.wait(left):
+                    self._mend()
+        return True
 
     def _put(self, queue: deque[Task], task: Task) -> Task:
         with self._work:
+            self._mend()
             queue.append(task)
             self._work.notify()
         return task
+
+    def _started(self, name: str) -> threading.Thread:
+        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        thread.start()
+        return thread
 
     def _serve(self) -> None:
         while (task := self._next()) is not None:
             try:
                 task.job()
             except BaseException as error:  # the one who asked is told
-                task.error = error
-            self._over(task)
+                task.error = error if isinstance(error, Exception) else _ended(error)
+            with self._work:
+                self._over(threading.current_thread(), task)
             if task.on_end is not None:
                 task.on_end()
+
+    def _mend(self) -> None:
+        """Put others in the place of threads that something has ended, and tell who asked for what they were at."""
+        for i, thread in enumerate(self._threads):
+            if self._open and not thread.is_alive():
+                if (task := self._held.get(thread)) is not None:
+                    task.error = _ended(SystemExit())
+                    self._over(thread, task)
+                self._threads[i] = self._started(thread.name)
 
     def _next(self) -> Task | None:
         """Wait for a job that may run now; None when closed."""
@@ -109,6 +132,7 @@ class Readers:
                 if task is None and self._guess_may_run():
                     task = self._take(self._guessed)
                 if task is not None:
+                    self._held[threading.current_thread()] = task
                     self._count(task, 1)
                     return task
                 self._work.wait()
@@ -126,13 +150,13 @@ class Readers:
                 return task
         return None
 
-    def _over(self, task: Task) -> None:
-        with self._work:
-            task.state = State.OVER
-            self._count(task, -1)
-            if self._guessed and self._guess_may_run():
-                self._work.notify_all()
-            self._end.notify_all()
+    def _over(self, thread: threading.Thread, task: Task) -> None:
+        task.state = State.OVER
+        del self._held[thread]
+        self._count(task, -1)
+        if self._guessed and self._guess_may_run():
+            self._work.notify_all()
+        self._end.notify_all()
 
     def _count(self, task: Task, change: int) -> None:
         if task.demanded:
@@ -153,3 +177,10 @@ class Readers:
         for thread in self._threads:
             thread.join(max(0.0, ends - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+
+def _ended(error: BaseException) -> BadModel:
+    """What the one who asked hears: what ends a thread must not end theirs."""
+    return BadModel(
+        f"A thread that reads pages was ended in the middle of one ({type(error).__name__}): ask again."
+    )

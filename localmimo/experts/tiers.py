@@ -170,14 +170,14 @@ class DiskTier:
                 )
             done += n
 
-    def _read_some(self, page: PageAt, into: memoryview, offset: int) -> int:
+    def _read_some(self, page: PageAt, into: memoryview, offset: int, *, again: bool = False) -> int:
         descriptor = self._open(page.file)
         try:
             return os.preadv(descriptor, [into], offset)
         except OSError as error:
-            if error.errno == errno.EINVAL and self.direct:  # opens for direct reads, and then refuses them
+            if error.errno == errno.EINVAL and not again:  # opened for direct reads, and now refuses this one
                 self._reopen_buffered(page.file)
-                return self._read_some(page, into, offset)
+                return self._read_some(page, into, offset, again=True)
             raise BadModel(
                 f"{_where(page)} cannot be read: {error.strerror}. Check the disk, then: localmimo verify."
             ) from error

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmimo.errors import BadRequest
+from localmimo.lines import Lines
 
 MAX_LINE_BYTES = 1 << 16
 MAX_REQUESTS = 1 << 24  # 44,000 tokens of MiMo-V2-Flash
@@ -26,14 +27,11 @@ class TraceWriter:
     """Writes a trace, line by line."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._lines = Lines(path, "--record", append=False)
 
     def write(self, step: int, layer: int, experts: Sequence[int]) -> None:
         """The experts that one token (the `step`-th) uses in one layer."""
-        self._file.write(json.dumps({"step": step, "layer": layer, "experts": [*map(int, experts)]}) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+        self._lines.write({"step": step, "layer": layer, "experts": [*map(int, experts)]})
 
     def __enter__(self) -> Self:
         return self
@@ -41,7 +39,7 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._lines.__exit__(kind, error, trace)
 
 
 @dataclass(slots=True)

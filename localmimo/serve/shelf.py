@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 LEAST_TOKENS = 32  # a shorter read says little about the rate
 FIRST_RATE = 300e6  # bytes per second of files, assumed until one was written or read
 WEIGHT = 0.3  # of the newest measurement
+_OURS = re.compile(r"[0-9a-f]{32}\.kv")
 log = logging.getLogger("localmimo.serve")
 
 
@@ -68,6 +70,9 @@ class Shelf:
         self.n_loaded = 0
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._saved = [saved for path in folder.glob("*.kv") if (saved := _found(path)) is not None]
+        for path in {*folder.glob("*.kv")} - {saved.path for saved in self._saved}:
+            if _OURS.fullmatch(path.name):  # of a server that was killed before it had written what is in it
+                _delete(path)
         for saved in sorted(self._saved, key=lambda saved: saved.used):
             self._take_notes(saved)
         self._make_room(0)
@@ -127,9 +132,10 @@ class Shelf:
             self._write_notes(path, held)
         except (BadSession, OSError) as error:
             log.warning("A session was not saved: %s", error)
+            _delete(path)
             return
         self._measure(written, time.perf_counter() - began)
-        self._saved.append(Saved(path, held, tuple(session.places), written, time.time()))
+        self._saved.append(Saved(path, held, tuple(session.places), written, self._now()))
         self.n_saved += 1
 
     def _write_notes(self, path: Path, held: NDArray[np.int32]) -> None:
@@ -145,6 +151,8 @@ class Shelf:
             notes = read_json(_notes(saved.path))
             rates = float(notes["prefill_tps"]), float(notes["bytes_per_s"])
             turns = [Turn.of_dict(value, saved.tokens.tolist()) for value in notes["turns"]]
+            if not all(0 < rate < float("inf") for rate in rates):
+                raise ValueError(f"rates of {rates}")
         except (LocalMimoError, OSError, KeyError, TypeError, ValueError, OverflowError):
             return
         self.prefill_tps, self.bytes_per_s = rates
@@ -160,10 +168,14 @@ class Shelf:
             self._drop(saved)
             return
         self._measure(saved.n_bytes, time.perf_counter() - began)
-        saved.used = time.time()
+        saved.used = self._now()
         with suppress(OSError):
             os.utime(saved.path)
         self.n_loaded += 1
+
+    def _now(self) -> float:
+        """The time, later than every use so far, whatever was done to the clock."""
+        return max([time.time(), *(saved.used + 1e-3 for saved in self._saved)])
 
     def _measure(self, n_bytes: int, seconds: float) -> None:
         self.bytes_per_s += WEIGHT * (n_bytes / max(seconds, 1e-6) - self.bytes_per_s)
@@ -177,8 +189,7 @@ class Shelf:
 
     def _drop(self, saved: Saved) -> None:
         self._saved = [other for other in self._saved if other is not saved]
-        for path in (saved.path, _index(saved.path), _notes(saved.path)):
-            path.unlink(missing_ok=True)
+        _delete(saved.path)
 
 
 def reach(held: NDArray[np.int32], places: Sequence[int], wanted: NDArray[np.int32]) -> int:
@@ -196,6 +207,12 @@ def _begins(longer: NDArray[np.int32], shorter: NDArray[np.int32]) -> bool:
     return len(shorter) <= len(longer) and bool((longer[: len(shorter)] == shorter).all())
 
 
+def _delete(path: Path) -> None:
+    for file in (path, _index(path), _notes(path)):
+        with suppress(OSError):
+            file.unlink()
+
+
 def _index(path: Path) -> Path:
     return path.with_suffix(".tokens.npy")
 
@@ -207,10 +224,7 @@ def _notes(path: Path) -> Path:
 def _write_index(path: Path, tokens: NDArray[np.int32], places: Sequence[int]) -> None:
     """What a file holds, beside it, so that a server that starts need not open them all."""
     facts = np.concatenate([np.asarray([len(places), *places], np.int32), tokens])
-    descriptor = os.open(
-        _index(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600
-    )  # private text, as the session
-    with os.fdopen(descriptor, "wb") as file:
+    with written_aside(_index(path), 0o600) as file:  # private text, as the session
         np.save(file, facts, allow_pickle=False)
 
 
@@ -219,9 +233,15 @@ def _found(path: Path) -> Saved | None:
     try:
         facts = np.load(_index(path), allow_pickle=False)
         status = path.stat()
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, MemoryError):
         return None
-    if facts.ndim != 1 or facts.dtype != np.int32 or not len(facts) or not 0 <= facts[0] < len(facts):
+    if (
+        not isinstance(facts, np.ndarray)
+        or facts.ndim != 1
+        or facts.dtype != np.int32
+        or not len(facts)
+        or not 0 <= facts[0] < len(facts)
+    ):
         return None
     n_places = int(facts[0])
     places = tuple(int(place) for place in facts[1 : 1 + n_places])

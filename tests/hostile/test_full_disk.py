@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 
 from localmimo import load
+from localmimo.cli.plot import draw_lines
 from localmimo.conversation import Conversation
 from localmimo.conversation import _write as write_conversation
 from localmimo.engine import Engine
-from localmimo.errors import BadSession
+from localmimo.errors import BadRequest, BadSession
 from localmimo.experts.profile import Profile, write_profile
+from localmimo.experts.trace import TraceWriter, read_trace
+from localmimo.lines import Lines
+from localmimo.serve.shelf import _found, _write_index
 from tests.packs import make_pack
 
 
@@ -79,3 +83,38 @@ def test_a_profile(tmp_path: Path) -> None:
     profile = Profile.empty(2, 6)
     profile.recent[:] = np.float32(0.5)
     never_half(path, lambda: write_profile(path, profile), OSError)
+
+
+def test_a_servers_note_on_a_session(tmp_path: Path) -> None:
+    path = tmp_path / "a.kv"
+    never_half(
+        path.with_suffix(".tokens.npy"),
+        lambda: _write_index(path, np.arange(900, dtype=np.int32), [3]),
+        OSError,
+    )
+    path.touch()
+    found = _found(path)
+    assert found is not None and len(found.tokens) == 900
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    never_half(
+        tmp_path / "a.png", lambda: draw_lines(tmp_path / "a.png", [1, 2], {"a": [1, 2]}, ("x", "y")), OSError
+    )
+
+
+def test_lines_end_with_the_last_whole_one(tmp_path: Path) -> None:
+    """A log, and a trace: what was there stays, half a line does not."""
+    path = tmp_path / "log"
+    with Lines(path, "--stats-json", append=True) as log:
+        log.write({"a": 1})
+    before = path.read_bytes()
+    with Lines(path, "--stats-json", append=True) as log, full_after(len(before) + 5):
+        with pytest.raises(BadRequest, match="--stats-json: .*log cannot be written"):
+            log.write({"b": "x" * 100})
+        assert path.read_bytes() == before
+    with TraceWriter(tmp_path / "t") as trace, full_after(100), pytest.raises(BadRequest, match="--record"):
+        for step in range(100):
+            trace.write(step, 1, [1, 2])
+    assert read_trace(tmp_path / "t").n_steps == 2
