@@ -77,7 +77,7 @@ class Call {
   void run() {
     const int64_t states = rows() * stride_;
     // Per thread: the states so far, those of the section at hand, and what a section uses.
-    pool_.reserve(sizeof(float) * static_cast<size_t>(2 * states) + static_cast<size_t>(section_scratch(rows(), c_.d_k)));
+    pool_.reserve(static_cast<size_t>(4 * 2 * states + section_scratch(rows(), c_.d_k)));
     each(c_.n, c_.n * width_ * 4, [&](int64_t t, int) { prepare(t); });
     const int64_t units = c_.kv_heads * batches_;
     const int64_t seen = std::min(c_.position + c_.n, c_.window + c_.n);

@@ -40,10 +40,10 @@ struct Queries {
 constexpr int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 constexpr int64_t state_floats(int64_t d_v) { return padded16(d_v) + 16; }
 // Bytes that attend_section may use for so many rows of queries: four times sixteen lanes of values, queries and
-// weights by groups of sixteen rows, keys, scores; no number takes more than four bytes.
+// weights by groups of sixteen rows with three numbers to a row, keys, scores; no number takes more than four bytes.
 constexpr int64_t section_scratch(int64_t rows, int64_t d_k) {
   const int64_t lanes = padded16(rows);
-  return 4 * (kKeys * (4 * 16 + lanes + 16 + d_k + 3) + lanes * (d_k + 3));
+  return 4 * (kKeys * (4 * 16 + lanes + 16 + d_k + 3) + lanes * (d_k + 3 + 3));
 }
 
 // One past the last position of the section that p lies in: 512 positions, later 1/16 to 1/32 of the position.

@@ -1,8 +1,8 @@
 // Attention's inner loop, written once over a policy V that names the vector operations of one instruction set, and
 // over what the cache holds (attention_store.h). Included by isa_*.cpp only, and kept in an unnamed namespace.
 //
-// Beyond what product.h asks for, V has: widen_bf16, widen_int8, nearest_bf16, maximum, seen, ByPairs (products of
-// two bf16), and of a product's tile kKeyRows, keys of scores, and kSums, sums of values.
+// Beyond what product.h asks for, V has: widen_bf16, nearest_bf16, maximum, seen, ByPairs and ByQuads (products of
+// two bf16 and of four bytes), and of a product's tile kKeyRows, keys of scores, and kSums, sums of values.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -49,9 +49,10 @@ class Section {
         states_(states),
         cells_(static_cast<typename S::Cell*>(scratch)),
         queries_(cells_ + 4 * kKeys / S::kPer),
-        keys_(reinterpret_cast<float*>(queries_ + groups() * depth_)),
-        scores_(keys_ + kKeys * words_),
-        weights_(scores_ + kKeys * 16) {}
+        scores_(reinterpret_cast<float*>(queries_ + groups() * depth_)),
+        weights_(scores_ + kKeys * 16),
+        units_(weights_ + groups() * kWeights),
+        keys_(units_ + groups() * 48) {}
 
   void run(int64_t begin, int64_t end) {
     std::memset(queries_, 0, sizeof(typename S::Cell) * static_cast<size_t>(groups() * depth_));
@@ -60,9 +61,10 @@ class Section {
       states_[row * stride_ + wide_ + 1] = kNothing;
       float* const words = keys_;
       words[words_ - 1] = 0.0f;
-      S::query(q_.q + row * h_.d_k, h_.d_k, words);
+      units(row / 16)[row % 16] = S::query(q_.q + row * h_.d_k, h_.d_k, words);
       float* const lanes = reinterpret_cast<float*>(queries_ + row / 16 * depth_) + row % 16;
-      for (int64_t w = 0; w < words_; ++w) lanes[16 * w] = words[w];
+      for (int64_t w = 0; w < words_; ++w) std::memcpy(lanes + 16 * w, words + w, sizeof(float));
+      if (S::kIntegers) above(row / 16)[row % 16] = 128 * sum_of(words);
     }
     for (int64_t start = begin; start < end; start += kKeys) block(start, end);
   }
@@ -71,6 +73,18 @@ class Section {
   static constexpr int64_t kWeights = kKeys / S::kPer * S::kWords * 16;  // words of a group's weights in a block
 
   int64_t groups() const { return (rows_ + 15) / 16; }
+
+  // Of integers: what those of each query are worth and by how much their products are too large; those of its weights.
+  float* units(int64_t group) const { return units_ + 48 * group; }
+  int32_t* above(int64_t group) const { return reinterpret_cast<int32_t*>(units(group) + 16); }
+  float* weight_units(int64_t group) const { return units(group) + 32; }
+
+  int32_t sum_of(const float* codes) const {
+    const int8_t* const bytes = reinterpret_cast<const int8_t*>(codes);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < h_.d_k; ++i) sum += bytes[i];
+    return sum;
+  }
 
   // The tokens that see any of the block's positions, up to `end`, and those positions.
   void block(int64_t start, int64_t end) {
@@ -81,6 +95,7 @@ class Section {
     if (first >= last || begin >= end) return;
     const int64_t from = first * q_.group / 16, to = (last * q_.group + 15) / 16;
     const Keys keys = keys_of(start, begin, end);
+    if (S::kIntegers) read_scales(start, begin, end);
     for (int64_t group = from; group < to; ++group) {
       score(keys, start, begin - start, end - start, group, group == from);
       for (int64_t row = group * 16; row < lesser(rows_, group * 16 + 16); ++row)
@@ -92,7 +107,7 @@ class Section {
 
   struct Keys { const float* words; int64_t stride; };
 
-  // The words of the block's keys, where they lie if they can be read there; those beyond begin to end - 1 are not touched.
+  // The words of keys begin to end - 1, where they lie if they can be read there.
   Keys keys_of(int64_t start, int64_t begin, int64_t end) {
     const int64_t size = row_bytes(S::kStore, h_.d_k), row = h_.row(begin);
     if (S::kAsStored && h_.d_k % S::kPer == 0 && row + end - begin <= h_.rows)
@@ -105,12 +120,24 @@ class Section {
     return {keys_, words_};
   }
 
+  // The scales of the block's keys and values; none where there are none.
+  void read_scales(int64_t start, int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < kKeys; ++i) key_scales_[i] = value_scales_[i] = 0.0f;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t row = h_.row(p);
+      std::memcpy(key_scales_ + p - start, h_.keys + row * row_bytes(S::kStore, h_.d_k) + h_.d_k, sizeof(float));
+      std::memcpy(value_scales_ + p - start, h_.values + row * row_bytes(S::kStore, h_.d_v) + h_.d_v, sizeof(float));
+    }
+  }
+
   // scores [kKeys][16] = keys begin to end - 1 times sixteen queries; meanwhile the next block may come nearer.
   void score(const Keys& keys, int64_t start, int64_t begin, int64_t end, int64_t group, bool ahead) {
-    const int64_t row = h_.row(start + begin) - begin + kKeys, key = row_bytes(S::kStore, h_.d_k), value = row_bytes(S::kStore, h_.d_v);
+    const int64_t key = row_bytes(S::kStore, h_.d_k), value = row_bytes(S::kStore, h_.d_v);
+    const int64_t row = h_.row(start + begin) - begin + kKeys;
     const Soon next{h_.keys + row * key, ahead ? (key + depth_ - 1) / depth_ : 0};
     const Soon after{h_.values + row * value, ahead ? (value + depth_ - 1) / depth_ : 0};
-    const Product<S> p{keys.words, keys.stride, queries_ + group * depth_, scores_, 16, depth_, false, {next, after}};
+    const Units worth{key_scales_, units(group), above(group)};
+    const Product<S> p{keys.words, keys.stride, queries_ + group * depth_, scores_, 16, depth_, {next, after}, worth};
     product_rows<V, S, false, 1, V::kKeyRows>(p, begin, end - begin);
     for (int64_t i = 0; i < 16 * begin; ++i) scores_[i] = kNothing;
     for (int64_t i = 16 * end; i < 16 * kKeys; ++i) scores_[i] = kNothing;
@@ -150,13 +177,35 @@ class Section {
       for (int j = 0; j < 4; ++j) p[j] = exponential<V>(V::sub(V::load(scores_ + 16 * (k + j)), now));
       if (!whole)
         for (int j = 0; j < 4; ++j) p[j] = V::seen(V::load(scores_ + 16 * (k + j)), kNothing, p[j]);
-      for (int j = 0; j < 4; j += S::kPer) S::weights(p + j, weights + (k + j) / S::kPer * S::kWords * 16);
+      if constexpr (S::kIntegers)
+        for (int j = 0; j < 4; ++j) V::store(scores_ + 16 * (k + j), p[j]);
+      else
+        for (int j = 0; j < 4; j += S::kPer) S::weights(p + j, weights + (k + j) / S::kPer * S::kWords * 16);
       for (int j = 0; j < 4; ++j) sum[j] = V::add(sum[j], p[j]);
     }
     V::store(sums, V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
     for (int64_t i = 0; i < n; ++i) {
       float& total = states[i * stride_ + wide_];
       total = total * factors[i] + sums[i];
+    }
+    if constexpr (S::kIntegers) quantise_weights(group);
+  }
+
+  // From scores_, times the values' scales, to bytes with a unit for each row; what is not finite shows in the unit.
+  void quantise_weights(int64_t group) {
+    typename V::F high = V::zero(), odd = V::zero();
+    for (int64_t k = 0; k < kKeys; ++k) {
+      const typename V::F scaled = V::mul(V::load(scores_ + 16 * k), V::set1(value_scales_[k]));
+      V::store(scores_ + 16 * k, scaled);
+      high = V::maximum(high, scaled);
+      odd = V::add(odd, V::sub(scaled, scaled));
+    }
+    V::store(weight_units(group), V::fma(high, V::set1(1.0f / 255.0f), odd));
+    const typename V::F by = V::div(V::set1(255.0f), V::maximum(high, V::set1(1e-30f)));
+    for (int64_t k = 0; k < kKeys; k += 4) {
+      typename V::F p[4];
+      for (int j = 0; j < 4; ++j) p[j] = V::mul(V::load(scores_ + 16 * (k + j)), by);
+      S::weights(p, weights_ + group * kWeights + 4 * k);
     }
   }
 
@@ -178,7 +227,8 @@ class Section {
       for (int64_t c = 0; c < cells; ++c) values.pack(d + 16 * c, count, cells, cells_ + c);
       for (int64_t group = from; group < to; ++group) {
         const float* weights = weights_ + group * kWeights + first * S::kWords * 16;
-        const Product<S> p{weights, 0, cells_, states_ + group * 16 * stride_ + d, stride_, count, true, {}};
+        const Units worth{weight_units(group), nullptr, nullptr};
+        const Product<S> p{weights, 0, cells_, states_ + group * 16 * stride_ + d, stride_, count, {}, worth};
         const int64_t rows = lesser(rows_ - group * 16, 16);
         if (cells == 4) product_rows<V, S, true, 4, V::kSums / 4>(p, 0, rows);
         else if (cells == 2) product_rows<V, S, true, 2, V::kSums / 2>(p, 0, rows);
@@ -197,8 +247,6 @@ class Section {
       for (int64_t i = 0; i < n; ++i) {
         const bool seen = from + i >= begin && from + i < end;
         rows_[i] = seen ? h.values + h.row(from + i) * size : zeros;
-        scales_[i] = 0.0f;
-        if (S::kStore == Store::int8 && seen) std::memcpy(scales_ + i, rows_[i] + d_v_, sizeof(float));
       }
     }
 
@@ -208,7 +256,7 @@ class Section {
       for (int64_t t = 0; t < count; ++t) {
         const uint8_t* at[S::kPer];
         for (int64_t i = 0; i < S::kPer; ++i) at[i] = rows_[t * S::kPer + i] + d * S::kBytes;
-        S::value(at, scales_ + t * S::kPer, out + t * apart);
+        S::value(at, out + t * apart);
       }
     }
 
@@ -223,7 +271,6 @@ class Section {
 
     const int64_t d_v_, n_;
     const uint8_t* rows_[kKeys];
-    float scales_[kKeys];
     float tails_[kKeys][16];  // floats, because they may be read as such
   };
 
@@ -233,9 +280,11 @@ class Section {
   float* const states_;
   typename S::Cell* const cells_;    // [kKeys / kPer][4]
   typename S::Cell* const queries_;  // [groups][depth]
-  float* const keys_;                // [kKeys][words]
   float* const scores_;              // [kKeys][16]
   float* const weights_;             // [groups][kWeights]
+  float* const units_;               // [groups][3][16]
+  float* const keys_;                // [kKeys][words]
+  float key_scales_[kKeys], value_scales_[kKeys];
 };
 
 // The states of all rows over the positions from `begin`, on a block's boundary, to `end`.
@@ -243,7 +292,7 @@ template <class V>
 void attend_section(const Head& h, const Queries& q, int64_t begin, int64_t end, float* states, void* scratch) {
   if (h.store == Store::f32) Section<V, Exact<V>>(h, q, states, scratch).run(begin, end);
   else if (h.store == Store::bf16) Section<V, Pairs<typename V::ByPairs>>(h, q, states, scratch).run(begin, end);
-  else Section<V, Widened<V>>(h, q, states, scratch).run(begin, end);
+  else Section<V, Quads<V, typename V::ByQuads>>(h, q, states, scratch).run(begin, end);
 }
 
 // Merges a row's state over later positions into the one over earlier positions.

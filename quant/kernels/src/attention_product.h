@@ -1,5 +1,5 @@
-// c [rows][16 cells] (+)= a [rows][depth] b [depth][cells], where every element of c is one chain over depth; what a
-// and b hold and how they are multiplied is up to the policy S (attention_store.h).
+// c [rows][16 cells] = or, where a lies in columns, += a [rows][depth] b [depth][cells]. Every element of c is one
+// chain over depth; what a and b hold and how they are multiplied is up to the policy S (attention_store.h).
 #pragma once
 #include <cstdint>
 
@@ -14,26 +14,33 @@ struct Soon {
   int64_t portion;
 };
 
+// What sums of integers are worth: a factor for each row, and where rows are keys one for each lane, which is also too
+// large by `above` to begin with.
+struct Units {
+  const float *rows, *lanes;
+  const int32_t* above;
+};
+
 // Of a each row is either a row in memory, or one of sixteen columns (`lda` is then 0, and nothing is fetched ahead).
 template <class S>
 struct Product {
   const float* a;  // words: [rows][lda], or [depth * S::kWords][16]
   int64_t lda;
   const typename S::Cell* b;
-  typename S::Out* c;
+  float* c;
   int64_t ldc, depth;
-  bool add;
   Soon soon[2];
+  Units units;
 };
 
 template <class V, class S, bool columns, int cells, int rows>
 void product_tile(const Product<S>& p, int64_t row) {
   const int64_t lda = columns ? 1 : p.lda;
   const float* a = p.a + row * lda;
-  typename S::Out* c = p.c + row * p.ldc;
+  float* c = p.c + row * p.ldc;
   typename S::Sum sum[rows][cells];
   for (int r = 0; r < rows; ++r)
-    for (int j = 0; j < cells; ++j) sum[r][j] = p.add ? S::load(c + r * p.ldc + 16 * j) : S::none();
+    for (int j = 0; j < cells; ++j) sum[r][j] = S::template begin<columns>(c + r * p.ldc + 16 * j);
   const uint8_t *first = nullptr, *second = nullptr;
   if (!columns) first = p.soon[0].from + row * p.depth * p.soon[0].portion;
   if (!columns) second = p.soon[1].from + row * p.depth * p.soon[1].portion;
@@ -48,7 +55,7 @@ void product_tile(const Product<S>& p, int64_t row) {
       for (int j = 0; j < cells; ++j) sum[r][j] = S::template add<columns ? 16 : 1>(sum[r][j], a + r * lda, right[j]);
   }
   for (int r = 0; r < rows; ++r)
-    for (int j = 0; j < cells; ++j) S::store(c + r * p.ldc + 16 * j, sum[r][j]);
+    for (int j = 0; j < cells; ++j) S::template end<columns>(sum[r][j], p.units, row + r, c + r * p.ldc + 16 * j);
 }
 
 template <class V, class S, bool columns, int cells, int most>

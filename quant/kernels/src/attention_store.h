@@ -7,12 +7,14 @@
 //   Pairs    bf16: queries and weights are rounded to bf16, like the keys and values that they meet; products of two
 //            are then exact. Two numbers at a time, the odd one first, one rounding each: what vdpbf16ps does (apart
 //            from numbers below 2^-126, which it takes for zero), and what two fma do elsewhere.
-//   Widened  int8: keys and values times their row's scale as float32, one fma per number.
+//   Quads    int8: queries are rounded to 8 bits with one scale each, and weights times their values' scales to 8 bits
+//            with a scale per query and block of keys; sums of products are exact.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 #include "attention.h"
+#include "attention_product.h"
 #include "inline.h"
 
 namespace localmimo {
@@ -20,11 +22,12 @@ namespace {
 
 template <class V>
 struct Floats {
-  using Out = float;
   using Sum = typename V::F;
-  static LM_INLINE Sum none() { return V::zero(); }
-  static LM_INLINE Sum load(const float* p) { return V::load(p); }
-  static LM_INLINE void store(float* p, Sum x) { V::store(p, x); }
+  static constexpr bool kIntegers = false;
+  template <bool onto>
+  static LM_INLINE Sum begin(const float* c) { return onto ? V::load(c) : V::zero(); }
+  template <bool onto>
+  static LM_INLINE void end(const Sum& sum, const Units&, int64_t, float* c) { V::store(c, sum); }
 };
 
 template <class V>
@@ -37,8 +40,10 @@ struct Singles : Floats<V> {
   static LM_INLINE typename V::F add(typename V::F sum, const float* l, const Right& r) {
     return V::fma(V::set1(*l), r, sum);
   }
-  static LM_INLINE void query(const float* q, int64_t n, float* out) {
+  // The words of a query; returns what one of them is worth.
+  static LM_INLINE float query(const float* q, int64_t n, float* out) {
     std::memcpy(out, q, sizeof(float) * static_cast<size_t>(n));
+    return 1.0f;
   }
   // The weights of kPer keys as their words; returns the weights as they will be used.
   static LM_INLINE void weights(typename V::F* p, float* out) { V::store(out, p[0]); }
@@ -53,26 +58,8 @@ struct Exact : Singles<V> {
   static LM_INLINE void key(const uint8_t* row, int64_t n, float* out) {
     std::memcpy(out, row, static_cast<size_t>(n * kBytes));
   }
-  static LM_INLINE void value(const uint8_t* const* rows, const float*, Cell* out) {
+  static LM_INLINE void value(const uint8_t* const* rows, Cell* out) {
     V::store(out->v, V::load(reinterpret_cast<const float*>(rows[0])));
-  }
-};
-
-template <class V>
-struct Widened : Singles<V> {
-  using typename Singles<V>::Cell;
-  static constexpr Store kStore = Store::int8;
-  static constexpr int64_t kBytes = 1;
-  static constexpr bool kAsStored = false;
-  static LM_INLINE void key(const uint8_t* row, int64_t n, float* out) {
-    float scale;
-    std::memcpy(&scale, row + n, sizeof scale);
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) V::store(out + i, V::mul(V::widen_int8(row + i), V::set1(scale)));
-    for (; i < n; ++i) out[i] = static_cast<float>(static_cast<int8_t>(row[i])) * scale;
-  }
-  static LM_INLINE void value(const uint8_t* const* rows, const float* scales, Cell* out) {
-    V::store(out->v, V::mul(V::widen_int8(rows[0]), V::set1(scales[0])));
   }
 };
 
@@ -98,7 +85,7 @@ struct TwoSteps : Floats<V> {
     V::store(last, V::widen_bf16(tail));
     std::memcpy(out + i, last, sizeof(float) * static_cast<size_t>(n - i));
   }
-  static LM_INLINE void query(const float* q, int64_t n, float* out) {
+  static LM_INLINE float query(const float* q, int64_t n, float* out) {
     for (int64_t i = 0; i < n; i += 16) {
       float some[16] = {};
       const size_t bytes = sizeof(float) * static_cast<size_t>(n - i < 16 ? n - i : 16);
@@ -106,11 +93,12 @@ struct TwoSteps : Floats<V> {
       V::store(some, V::nearest_bf16(V::load(some)));
       std::memcpy(out + i, some, bytes);
     }
+    return 1.0f;
   }
   static LM_INLINE void weights(typename V::F* p, float* out) {
     for (int i = 0; i < 2; ++i) V::store(out + 16 * i, p[i] = V::nearest_bf16(p[i]));
   }
-  static LM_INLINE void value(const uint8_t* const* rows, const float*, Cell* out) {
+  static LM_INLINE void value(const uint8_t* const* rows, Cell* out) {
     V::store(out->even, V::widen_bf16(rows[0]));
     V::store(out->odd, V::widen_bf16(rows[1]));
   }
@@ -121,6 +109,44 @@ template <class D>
 struct Pairs : D {
   static constexpr Store kStore = Store::bf16;
   static constexpr int64_t kBytes = 2, kPer = 2;
+};
+
+// D: exact sums of four products of bytes, the ones of keys and weights (plus 128, so) unsigned, the others signed.
+template <class V, class D>
+struct Quads : D {
+  static constexpr Store kStore = Store::int8;
+  static constexpr int64_t kBytes = 1, kPer = 4, kWords = 1;
+  static constexpr bool kAsStored = false, kIntegers = true;
+  template <bool onto>
+  static LM_INLINE typename D::Sum begin(const float*) { return D::none(); }
+  template <bool onto>
+  static LM_INLINE void end(const typename D::Sum& sum, const Units& units, int64_t row, float* c) {
+    const typename V::F by = V::set1(units.rows[row]);
+    if (onto) V::store(c, V::fma(D::to_float(sum), by, V::load(c)));
+    else V::store(c, V::mul(V::mul(D::to_float(D::less(sum, units.above)), V::load(units.lanes)), by));
+  }
+  static LM_INLINE void key(const uint8_t* row, int64_t n, float* out) {
+    uint8_t* const bytes = reinterpret_cast<uint8_t*>(out);
+    for (int64_t i = 0; i < n; ++i) bytes[i] = row[i] ^ 0x80;
+  }
+  // Codes of a query and their scale, which is NaN if any number of the query is not finite.
+  static LM_INLINE float query(const float* q, int64_t n, float* out) {
+    float lanes[16] = {}, most = 0.0f, odd = 0.0f;
+    int8_t* const codes = reinterpret_cast<int8_t*>(out);
+    for (int64_t i = 0; i < n; ++i) {
+      const float size = q[i] < 0.0f ? -q[i] : q[i];
+      most = size > most ? size : most;
+      odd += q[i] - q[i];
+    }
+    const float inverse = most > 1e-30f && odd == 0.0f ? 127.0f / most : 0.0f;
+    for (int64_t i = 0; i < n; i += 16) {
+      const int64_t count = n - i < 16 ? n - i : 16;
+      std::memcpy(lanes, q + i, sizeof(float) * static_cast<size_t>(count));
+      V::store(lanes, V::rint(V::mul(V::load(lanes), V::set1(inverse))));
+      for (int64_t j = 0; j < count; ++j) codes[i + j] = odd == 0.0f ? static_cast<int8_t>(lanes[j]) : int8_t{0};
+    }
+    return most / 127.0f + odd;
+  }
 };
 
 }  // namespace

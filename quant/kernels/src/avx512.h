@@ -102,9 +102,38 @@ struct Avx512 {
     const __m512i w = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
     return high_half(_mm512_add_epi32(w, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
   }
-  static LM_INLINE F widen_int8(const uint8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
+  struct ByQuads {
+    struct Cell { alignas(64) int32_t v[16]; };
+    using Right = __m512i;
+    using Sum = __m512i;
+    static LM_INLINE Sum none() { return _mm512_setzero_si512(); }
+    static LM_INLINE Sum less(Sum a, const int32_t* b) { return _mm512_sub_epi32(a, _mm512_loadu_si512(b)); }
+    static LM_INLINE F to_float(Sum a) { return _mm512_cvtepi32_ps(a); }
+    static LM_INLINE Right right(const Cell& c) { return _mm512_load_si512(c.v); }
+    template <int64_t apart>
+    static LM_INLINE Sum add(Sum sum, const float* l, Right r) {
+      int32_t four;
+      std::memcpy(&four, l, sizeof four);
+      return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), r);
+    }
+    static LM_INLINE __m512i code(F x, int place) { return _mm512_slli_epi32(_mm512_cvtps_epi32(x), 8 * place); }
+    static LM_INLINE void weights(const F* p, float* out) {
+      const __m512i low = _mm512_or_si512(code(p[0], 0), code(p[1], 1));
+      const __m512i high = _mm512_or_si512(code(p[2], 2), code(p[3], 3));
+      _mm512_storeu_si512(out, _mm512_or_si512(low, high));
+    }
+    static LM_INLINE void value(const uint8_t* const* rows, Cell* out) {
+      const auto row = [&](int i) LM_INLINE_LAMBDA {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i]));
+      };
+      const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
+      const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(row(2)), row(3), 1);
+      const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+      const __m512i fours = _mm512_permutexvar_epi32(order, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+      const __m512i turn = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+      _mm512_store_si512(out->v, _mm512_shuffle_epi8(fours, turn));
+    }
+  };
 
   using Word = __m512i;
   static LM_INLINE void exclusive_or(Word& sum, const uint8_t* p) {

@@ -149,10 +149,54 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static LM_INLINE F nearest_bf16(F x) { return {nearest_bf16(x.a), nearest_bf16(x.b)}; }
-  static LM_INLINE __m256 widen_bytes(const uint8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  }
-  static LM_INLINE F widen_int8(const uint8_t* p) { return {widen_bytes(p), widen_bytes(p + 8)}; }
+  struct ByQuads {  // by 16-bit numbers: sums of two products of bytes would not fit into them
+    struct Cell { alignas(32) int32_t v[16]; };
+    struct Right { __m256i even[2], odd[2]; };
+    struct Sum { __m256i v[2]; };
+    static LM_INLINE __m256i ints(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static LM_INLINE Sum none() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+    static LM_INLINE Sum less(const Sum& a, const int32_t* b) {
+      return {{_mm256_sub_epi32(a.v[0], ints(b)), _mm256_sub_epi32(a.v[1], ints(b + 8))}};
+    }
+    static LM_INLINE F to_float(const Sum& a) { return {_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}; }
+    static LM_INLINE Right right(const Cell& c) {
+      Right r;
+      for (int i = 0; i < 2; ++i) {
+        r.even[i] = _mm256_srai_epi16(_mm256_slli_epi16(ints(c.v + 8 * i), 8), 8);
+        r.odd[i] = _mm256_srai_epi16(ints(c.v + 8 * i), 8);
+      }
+      return r;
+    }
+    template <int64_t apart>
+    static LM_INLINE Sum add(Sum sum, const float* l, const Right& r) {
+      int32_t four;
+      std::memcpy(&four, l, sizeof four);
+      const __m256i even = _mm256_set1_epi32(four & 0xff00ff), odd = _mm256_set1_epi32((four >> 8) & 0xff00ff);
+      for (int i = 0; i < 2; ++i) {
+        const __m256i two = _mm256_add_epi32(_mm256_madd_epi16(even, r.even[i]), _mm256_madd_epi16(odd, r.odd[i]));
+        sum.v[i] = _mm256_add_epi32(sum.v[i], two);
+      }
+      return sum;
+    }
+    static LM_INLINE __m256i code(__m256 x, int place) { return _mm256_slli_epi32(_mm256_cvtps_epi32(x), 8 * place); }
+    static LM_INLINE __m256i codes(__m256 a, __m256 b, __m256 c, __m256 d) {
+      return _mm256_or_si256(_mm256_or_si256(code(a, 0), code(b, 1)), _mm256_or_si256(code(c, 2), code(d, 3)));
+    }
+    static LM_INLINE void weights(const F* p, float* out) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes(p[0].a, p[1].a, p[2].a, p[3].a));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), codes(p[0].b, p[1].b, p[2].b, p[3].b));
+    }
+    static LM_INLINE void value(const uint8_t* const* rows, Cell* out) {
+      __m128i r[4];
+      for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i]));
+      const __m128i low[2] = {_mm_unpacklo_epi8(r[0], r[1]), _mm_unpackhi_epi8(r[0], r[1])};
+      const __m128i high[2] = {_mm_unpacklo_epi8(r[2], r[3]), _mm_unpackhi_epi8(r[2], r[3])};
+      for (int i = 0; i < 2; ++i) {
+        _mm_store_si128(reinterpret_cast<__m128i*>(out->v + 8 * i), _mm_unpacklo_epi16(low[i], high[i]));
+        _mm_store_si128(reinterpret_cast<__m128i*>(out->v + 8 * i + 4), _mm_unpackhi_epi16(low[i], high[i]));
+      }
+    }
+  };
 
   struct Word { __m256i a, b; };
   static LM_INLINE void exclusive_or(Word& sum, const uint8_t* p) {

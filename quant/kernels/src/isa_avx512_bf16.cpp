@@ -24,13 +24,14 @@ struct Avx512Bf16 : Avx512 {
     static LM_INLINE void key(const uint8_t* row, int64_t n, float* out) {
       std::memcpy(out, row, static_cast<size_t>(2 * n));
     }
-    static LM_INLINE void query(const float* q, int64_t n, float* out) {
+    static LM_INLINE float query(const float* q, int64_t n, float* out) {
       for (int64_t i = 0; i < n; i += 16) {
         float some[16] = {};
         std::memcpy(some, q + i, sizeof(float) * static_cast<size_t>(n - i < 16 ? n - i : 16));
         const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(load(some));
         std::memcpy(out + i / 2, &rounded, sizeof(float) * static_cast<size_t>(n - i < 16 ? (n - i + 1) / 2 : 8));
       }
+      return 1.0f;
     }
     static LM_INLINE __m512i zipped(__m512i both) {
       const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
@@ -43,7 +44,7 @@ struct Avx512Bf16 : Avx512 {
       p[0] = low_half(pairs);
       p[1] = high_half(pairs);
     }
-    static LM_INLINE void value(const uint8_t* const* rows, const float*, Cell* out) {
+    static LM_INLINE void value(const uint8_t* const* rows, Cell* out) {
       const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0]));
       const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[1]));
       _mm512_store_si512(out->v, zipped(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1)));

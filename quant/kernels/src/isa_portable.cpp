@@ -123,9 +123,35 @@ struct Portable {
       return as_float((bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u);
     });
   }
-  static LM_INLINE F widen_int8(const uint8_t* p) {
-    return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
-  }
+  struct ByQuads {
+    struct Cell { int8_t v[kLanes][4]; };
+    using Right = const Cell*;
+    using Sum = Portable::Sum;
+    static LM_INLINE Sum none() { return {}; }
+    static LM_INLINE Sum less(Sum a, const int32_t* b) {
+      for (int i = 0; i < kLanes; ++i) a.v[i] -= b[i];
+      return a;
+    }
+    static LM_INLINE F to_float(const Sum& a) { return Portable::to_float(a); }
+    static LM_INLINE Right right(const Cell& c) { return &c; }
+    template <int64_t apart>
+    static LM_INLINE Sum add(Sum sum, const float* l, Right r) {
+      uint8_t four[4];
+      std::memcpy(four, l, sizeof four);
+      for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < 4; ++j) sum.v[i] += four[j] * r->v[i][j];
+      return sum;
+    }
+    static LM_INLINE void weights(const F* p, float* out) {
+      uint8_t* const to = reinterpret_cast<uint8_t*>(out);
+      for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < 4; ++j) to[4 * i + j] = p[j].v[i] > 0 ? static_cast<uint8_t>(std::nearbyint(p[j].v[i])) : 0;
+    }
+    static LM_INLINE void value(const uint8_t* const* rows, Cell* out) {
+      for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < 4; ++j) out->v[i][j] = static_cast<int8_t>(rows[j][i]);
+    }
+  };
 
   struct Word { uint64_t v[8]; };
   static LM_INLINE void exclusive_or(Word& sum, const uint8_t* p) {
