@@ -33,7 +33,7 @@ Key = bytes | tuple[int, bytes]  # of a conversation or a call; of a text of so 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """One answer; `tokens` reach from the beginning of the conversation to its end."""
+    """One answer; `tokens` reach from the beginning of the conversation to its end. A bare text says nothing."""
 
     said: dict[str, Any]
     tokens: array[int]
@@ -57,7 +57,7 @@ class Turn:
     @classmethod
     def of_dict(cls, value: Mapping[str, Any], held: Sequence[int]) -> Turn:
         """What `as_dict` gave; raises BadRequest, KeyError, TypeError or ValueError where it is no such thing."""
-        (said,) = check_messages([value["said"]])
+        said = check_messages([value["said"]])[0] if value["said"] else {}
         tokens = array("I", [*held[: value["held"]], *value["ending"]])
         keys = [bytes.fromhex(key) if isinstance(key, str) else _pair(*key) for key in value["keys"]]
         return cls(said, tokens, tuple(keys))
@@ -85,6 +85,10 @@ class Turns:
         keys = keys or [list(_chain([*check_messages(messages), clean]))[-1]]
         keys += [] if text is None else [_text_key(text)]
         self.take(Turn(clean, array("I", tokens), tuple(keys)))
+
+    def keep_text(self, text: str, tokens: Sequence[int]) -> None:
+        """Keep the tokens of a bare text that was continued: its own and those that were sampled."""
+        self.take(Turn({}, array("I", tokens), (_text_key(text),)))
 
     def take(self, turn: Turn) -> None:
         """Keep a turn, in place of what was known under its keys."""
@@ -115,11 +119,15 @@ class Turns:
         """(characters, their tokens) of the longest known beginning of a rendered conversation."""
         with self._lock:
             lengths = {key[0] for key in self._known if isinstance(key, tuple) and key[0] <= len(text)}
-            for n_chars in sorted(lengths, reverse=True):
-                if (turn := self._known.get(_text_key(text[:n_chars]))) is not None:
-                    self._turns.move_to_end(turn)
-                    return n_chars, list(turn.tokens)
-            return 0, []
+            found, digest, at = None, _new_digest(), 0
+            for n_chars in sorted(lengths):  # the text is gone through once, however many lengths there are
+                digest.update(_bytes(text[at:n_chars]))
+                at = n_chars
+                found = self._known.get((n_chars, digest.digest())) or found
+            if found is None:
+                return 0, []
+            self._turns.move_to_end(found)
+            return next(key[0] for key in found.keys if isinstance(key, tuple)), list(found.tokens)
 
     def _said(self, message: Message, key: bytes) -> dict[str, Any] | None:
         if message["role"] != "assistant":
@@ -171,7 +179,17 @@ def _id_key(name: str) -> bytes:
 
 
 def _text_key(text: str) -> tuple[int, bytes]:
-    return len(text), hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    digest = _new_digest()
+    digest.update(_bytes(text))
+    return len(text), digest.digest()
+
+
+def _new_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _pair(n_chars: int, digest: str) -> tuple[int, bytes]:

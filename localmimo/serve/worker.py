@@ -71,12 +71,15 @@ class Worker:
 
     def prompt(self, ask: Ask) -> Prompt:
         """The prompt to answer. Raises BadRequest, ContextFull."""
+        prompts = self.engine.prompts
         if ask.messages is not None:
-            prompts = self.engine.prompts
             prompt = prompts.write(prompts.turns.recognise(ask.messages), ask.tools, ask.think)
+        elif ask.tokens is not None:
+            prompt = Prompt("", ask.tokens)
         else:
-            tokens = self.engine.encode(ask.text or "") if ask.tokens is None else ask.tokens
-            prompt = Prompt(ask.text or "", tokens)
+            text = ask.text or ""
+            known, tokens = prompts.turns.longest(text)
+            prompt = Prompt(text, tokens + self.engine.encode(text[known:]))
         self._check(ask, prompt.tokens)
         return prompt
 
@@ -163,7 +166,12 @@ class Worker:
         text = self.engine.decode(answer.tokens)
         found = [(text.find(stop), stop) for stop in ask.stop if stop in text]
         job.stop_text = min(found)[1] if found else None
-        if ask.messages is not None and answer.finish_reason != "cancelled":
+        if answer.finish_reason == "cancelled":
+            return
+        if ask.text is not None and text == answer.content:
+            tokens = [*job.prompt.tokens, *answer.tokens]
+            self.engine.prompts.turns.keep_text(ask.text + text, tokens)
+        if ask.messages is not None:
             whole = answer.finish_reason in ("stop", "tool_calls") and not ask.stop
             self.engine.prompts.keep(job.prompt, answer, whole=whole)
 

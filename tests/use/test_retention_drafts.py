@@ -16,7 +16,6 @@ from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
 from localmimo.engine import Engine
 from localmimo.generate import Generation
-from localmimo.kv import SLACK
 from localmimo.tools import tools_of
 from localmimo.turns import Turns as Kept
 
@@ -38,10 +37,11 @@ def get_weather(city: str, days: int) -> str:
 
 @dataclass
 class Turns:
-    """What was read and kept for each answer of a conversation."""
+    """What was read, kept and said for each answer of a conversation."""
 
     prompts: list[list[int]] = field(default_factory=list)
     reused: list[int] = field(default_factory=list)
+    said: list[int] = field(default_factory=list)
     accepted: int = 0
     drafted: int = 0
 
@@ -49,9 +49,10 @@ class Turns:
         """Each turn begins with all that was held after the one before."""
         assert len(self.prompts) == talks.N_TURNS and 0 < self.accepted < self.drafted
         for turn in range(1, talks.N_TURNS):
-            before, now, kept = self.prompts[turn - 1], self.prompts[turn], self.reused[turn]
-            assert now[: len(before)] == before and kept > len(before) - SLACK
-            assert len(now) - kept < 60, f"turn {turn}: {len(now) - kept} tokens were read"
+            before, now = self.prompts[turn - 1], self.prompts[turn]
+            held = len(before) + self.said[turn - 1] - 1  # the end token was drawn, not held
+            assert now[: len(before)] == before and self.reused[turn] == held
+            assert len(now) - held < 40, f"turn {turn}: {len(now) - held} tokens were read"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,7 @@ def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Turns:
         return token if rng.random() < 0.75 else 7
 
     def ended(self: Generation) -> Any:
+        turns.said.append(self.stats.generated_tokens)
         turns.accepted += sum(self.stats.drafts.accepted)
         turns.drafted += sum(self.stats.drafts.drafted)
         return end(self)
