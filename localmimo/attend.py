@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from localmimo.config import LayerSpec
+from quant import gpu
 from quant.kernels import attention as native
 
 WORKSPACE_BYTES = (
@@ -119,16 +120,21 @@ def extend(
     sink: Tensor | None,
     value_scale: float,
 ) -> Tensor:
-    """Rotate, write into the cache, attend: joined float32 [n, queries | keys | values] -> float32 [n, heads * d_v].
+    """Rotate, write into the cache, attend: joined [n, queries | keys | values] -> [n, heads * d_v], both float32 but
+    on a GPU, where they may be bfloat16.
 
     The first token is at `position`; everything before it that it sees lies in `rows` already.
     """
-    if not native.serves(joined):
+    head_dims = spec.head_dim, spec.v_head_dim
+    if joined.is_cuda and gpu.attends(joined, rows.keys, head_dims):
+        run = gpu.attend
+    elif native.serves(joined):
+        run = native.attend
+    else:
         return extend_reference(joined, rope, rows, position, spec, sink, value_scale)
-    return native.attend(
-        joined, *rope, rows.keys, rows.values, heads=spec.n_heads, head_dims=(spec.head_dim, spec.v_head_dim),
-        position=position, first=rows.first, window=spec.window, sink=sink, scale=spec.head_dim**-0.5,
-        value_scale=value_scale,
+    return run(
+        joined, *rope, rows.keys, rows.values, heads=spec.n_heads, head_dims=head_dims, position=position,
+        first=rows.first, window=spec.window, sink=sink, scale=spec.head_dim**-0.5, value_scale=value_scale,
     )  # fmt: skip
 
 

@@ -390,7 +390,7 @@ class Transformer:
     def _attention(self, layer: int, block: BlockWeights, x: Tensor, group: list[Piece]) -> Tensor:
         spec = self.config.layers[layer]
         joined = linear(self._norm(x, block.attn_norm), block.attention.qkv)
-        parts = joined.float().split([piece.n for piece in group])
+        parts = (joined if joined.is_cuda else joined.float()).split([piece.n for piece in group])
         mixed = [self._attend(layer, spec, block, *both) for both in zip(parts, group, strict=True)]
         return linear(torch.cat(mixed).to(self.dtype), block.attention.o)
 

@@ -53,7 +53,7 @@ class Pager:
         self.profile = None if profile is None else profile_path(pack.path, pack.id, profile)
         self._stats = _statistics(self.profile, config)
         policy = Adaptive(self._stats, room_for_all=plan.held_slots >= plan.n_pages)
-        self._pinning = None if device is None else Pinning()
+        self._pinning = None if device is None else Pinning(device)
         shelf = self._shelf(pack, plan, device, dtype) if device is not None and plan.gpu_slots else None
         self.store = ExpertStore(
             pack, plan.page_bytes, plan.n_slots, policy,

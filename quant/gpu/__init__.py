@@ -30,6 +30,7 @@ Tensor = torch.Tensor
 
 FORMATS = ("nf4", "nf4-16", "mxfp4", "int8")
 INPUTS = (torch.float32, torch.bfloat16)
+CACHES = (torch.float32, torch.bfloat16, torch.int8)
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 PARTS = {
     "codes": (torch.uint8, torch.int8),
@@ -136,6 +137,63 @@ def experts(
     run = launch.few_tokens if n <= DECODE_TOKENS else launch.many_tokens
     with _current(x.device):
         return run(x, layout, slab, slots, chosen, weights)
+
+
+def attends(joined: Tensor, keys: Tensor, head_dims: tuple[int, int]) -> bool:
+    """Whether `attend` serves such rows: int8 rows need a scale that lies on an address of four bytes."""
+    return (
+        joined.dtype in INPUTS
+        and _serves(joined.device)
+        and (keys.dtype != torch.int8 or not any(d % 4 for d in head_dims))
+    )
+
+
+def attend(
+    joined: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    heads: int,
+    head_dims: tuple[int, int],
+    position: int,
+    first: int,
+    window: int | None,
+    sink: Tensor | None,
+    scale: float,
+    value_scale: float,
+) -> Tensor:
+    """Rotate, append to the cache, attend: joined [n, queries | keys | values] -> [n, heads * d_v] in its type.
+
+    As `quant.kernels.attention.attend`, on the GPU. With joined in float32 all is float32; in bfloat16 the tensor cores
+    multiply.
+    """
+    from quant.gpu import attending
+
+    n, (d_k, d_v) = joined.shape[0], head_dims
+    kv_heads, rows, _ = keys.shape
+    extra = 4 if keys.dtype == torch.int8 else 0
+    half, device = cos.shape[-1], joined.device
+    _check_device("joined", device)
+    _check_array("joined", joined, INPUTS, (n, heads * d_k + kv_heads * (d_k + d_v)), device)
+    for name, table in (("cos", cos), ("sin", sin)):
+        _check_array(name, table, (torch.float32,), (n, half), device)
+    _check_array("keys", keys, CACHES, (kv_heads, rows, d_k + extra), device)
+    _check_array("values", values, (keys.dtype,), (kv_heads, rows, d_v + extra), device)
+    if sink is not None:
+        _check_array("sink", sink, (torch.float32,), (heads,), device)
+    fits = heads % kv_heads == 0 and 2 * half <= d_k and 0 < n <= rows and position >= first
+    if not fits or not attends(joined, keys, head_dims):
+        raise ValueError(
+            f"{n} rows at position {position} (row 0 holds {first}) with {heads} heads of {d_k} and {d_v} do not go "
+            f"with keys {list(keys.shape)} in {keys.dtype} and {2 * half} rotated dimensions."
+        )
+    with _current(device):
+        return attending.attend(
+            joined, cos, sin, keys, values, heads=heads, head_dims=head_dims, position=position, first=first,
+            window=window, sink=sink, scale=scale, value_scale=value_scale,
+        )  # fmt: skip
 
 
 def combine(rows: Tensor) -> Tensor:

@@ -57,14 +57,16 @@ def is_one(value: object) -> bool:
     return isinstance(value, int) and value == 1
 
 
-def type_of(value: torch.Tensor | int) -> str:
+def type_of(value: torch.Tensor | float) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def aligned(value: torch.Tensor | int) -> bool:
-    return isinstance(value, torch.Tensor) or value % 16 == 0
+    return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
 def spilled(cubin: bytes) -> int:
@@ -91,6 +93,29 @@ def launch_all(name: str) -> None:
         chosen = torch.zeros(n, 2, dtype=torch.int64)
         rows = run(torch.zeros(n, 512).bfloat16(), layout, slab, slots, chosen, torch.ones(n, 2))
     launch.combine(rows)
+    attend_all()
+
+
+def attend_all() -> None:
+    """V2's attention: a step in a long context and in a window's ring, a chunk of a prompt, in each type of cache."""
+    from quant.gpu import attending
+
+    cases = (
+        (1, 5000, 64, 4, None, torch.bfloat16, torch.bfloat16),
+        (1, 5000, 64, 4, None, torch.bfloat16, torch.int8),
+        (4, 700, 64, 8, 128, torch.bfloat16, torch.int8),
+        (100, 3000, 64, 4, None, torch.bfloat16, torch.bfloat16),
+        (40, 100, 64, 8, 128, torch.float32, torch.float32),
+    )
+    for n, position, heads, kv_heads, window, dtype, kv in cases:
+        extra = 4 if kv == torch.int8 else 0
+        keys, values = (torch.zeros(kv_heads, position + n, d + extra, dtype=kv) for d in (192, 128))
+        table = torch.zeros(n, 32)
+        attending.attend(
+            torch.zeros(n, heads * 192 + kv_heads * 320, dtype=dtype), table, table, keys, values, heads=heads,
+            head_dims=(192, 128), position=position, first=0, window=window, sink=torch.zeros(heads), scale=0.07,
+            value_scale=0.7,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from localmimo.experts.run import in_order
 from quant import gpu
 from quant.ffn import experts as run_pages
+from quant.kernels import attention
 from quant.matmul import linear
 from quant.page import PageLayout
 from quant.qtensor import QTensor
@@ -69,6 +70,14 @@ class There(Tensor):
 
     def contiguous(self, **_: object) -> Tensor:  # type: ignore[override]
         return self if self.here.is_contiguous() else wrapped(self.here.contiguous())  # type: ignore[no-any-return]
+
+    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
+        return torch.eq(self, other)  # type: ignore[call-overload,no-any-return]
+
+    __hash__ = Tensor.__hash__
+
+    def nonzero(self) -> Tensor:
+        return wrapped(self.here.nonzero())  # type: ignore[no-any-return]
 
     def __invert__(self) -> Tensor:
         return torch.bitwise_not(self)
@@ -237,6 +246,17 @@ def native_linear(x: Tensor, q: QTensor) -> Tensor | None:
     return wrapped(linear(unwrapped(x), plain))  # type: ignore[no-any-return]
 
 
+def native_attends(joined: Tensor, keys: Tensor, head_dims: tuple[int, int]) -> bool:
+    """`quant.gpu.attends` where the CPU's kernels attend."""
+    return True
+
+
+def native_attend(joined: Tensor, *tables: Tensor, sink: Tensor | None, **facts: Any) -> Tensor:
+    """`quant.gpu.attend` by the CPU's kernels."""
+    rows = attention.attend(unwrapped(joined).float(), *map(unwrapped, tables), sink=unwrapped(sink), **facts)
+    return wrapped(rows.to(joined.dtype))  # type: ignore[no-any-return]
+
+
 def native_experts(
     x: Tensor, layout: PageLayout, slab: Tensor, slots: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
@@ -317,7 +337,7 @@ def device(
 
             stack.enter_context(patch.object(GridExecutor, "__call__", _run_here(GridExecutor.__call__)))
         else:
-            for name in ("linear", "experts", "combine"):
+            for name in ("linear", "experts", "combine", "attends", "attend"):
                 stack.enter_context(patch.object(gpu, name, globals()[f"native_{name}"]))
         gpu._capable.cache_clear()
         stack.enter_context(Factories())

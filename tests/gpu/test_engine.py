@@ -1,7 +1,7 @@
 """The whole engine on a pretended GPU says what it says on the CPU, wherever its experts lie."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,7 +11,10 @@ import torch
 from localmimo import Engine, Sampling, load
 from localmimo.errors import DoesNotFit
 from localmimo.experts.share import SharedRunner
+from quant import Recipe
 from tests.gpu import pretended
+from tests.gpu.pages import relative
+from tests.packs import make_pack
 
 GREEDY = Sampling(temperature=0)
 SHORT = "Once upon a time, there was a little"
@@ -52,6 +55,35 @@ def test_answers_are_the_same(share: float, said: dict[str, list[int]]) -> None:
         found = engine.traffic
         assert (found.gpu_pages > 0) == (share > 0)
         assert (found.ram_pages + found.disk_pages > 0) == (share < 1)
+
+
+@pytest.mark.slow  # half a minute each in the interpreter
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    [
+        ("float32", Recipe("nf4", "int8")),
+        ("bfloat16", Recipe("mxfp4", "nf4")),
+        ("float32", Recipe("bf16", "bf16")),
+    ],
+    ids=["nf4", "mxfp4", "unpacked"],
+)
+def test_the_kernels_of_the_gpu_in_their_place(dtype: str, recipe: Recipe, tmp_path: Path) -> None:
+    """A tiny model on Triton's interpreter, experts of one layer and a half on the GPU: the logits of the CPU."""
+    pack, tokens = make_pack(tmp_path, recipe=recipe, seed=3), [3, 4, 5]
+    found = []
+    for on in (nullcontext(), pretended.device(triton=True)):
+        with (
+            on as device,
+            load(
+                pack, context=64, profile=None, dtype=dtype, device="cuda" if device else "cpu", draft=0
+            ) as engine,
+            engine.session() as session,
+        ):
+            if device:
+                engine._store.lift([(1, e) for e in range(8)] + [(2, e) for e in range(4)])
+            found.append(torch.stack([session.sync(tokens), session.step(12)]))
+    assert relative(found[1], found[0]) < (3e-2 if dtype == "bfloat16" else 1e-2)
+    assert torch.equal(found[1].argmax(-1), found[0].argmax(-1))
 
 
 def test_drafts_rewinds_and_batches(said: dict[str, list[int]]) -> None:
