@@ -74,10 +74,10 @@ def answer(
 
     turn, cancel = Answer(), threading.Event()
     options = manner.stream_options()
-    screen.begin()
-    if manner.log is not None:
-        manner.log.begin()
     try:
+        screen.begin()
+        if manner.log is not None:
+            manner.log.begin()
         with stopping(cancel):
             for step in engine.stream(
                 messages, cancel=cancel, progress=screen.reading, tools=tools, **options

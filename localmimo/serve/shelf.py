@@ -150,7 +150,8 @@ class Shelf:
         try:
             notes = read_json(_notes(saved.path))
             rates = float(notes["prefill_tps"]), float(notes["bytes_per_s"])
-            turns = [Turn.of_dict(value, saved.tokens.tolist()) for value in notes["turns"]]
+            held = saved.tokens.tolist()
+            turns = [Turn.of_dict(value, held) for value in notes["turns"]]
             if not all(0 < rate < float("inf") for rate in rates):
                 raise ValueError(f"rates of {rates}")
         except (LocalMimoError, OSError, KeyError, TypeError, ValueError, OverflowError):
