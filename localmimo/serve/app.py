@@ -31,6 +31,7 @@ from localmimo.serve.openapi import description
 from localmimo.serve.responses import Responses
 from localmimo.serve.service import Service
 
+MODEL = "/v1/models/{model}"
 DIALECTS = (Chat, Completions, Responses, Messages, CountTokens)
 
 
@@ -100,6 +101,7 @@ PATHS = frozenset(
         "/health",
         "/metrics",
         "/v1/models",
+        MODEL,
         "/openapi.json",
     }
 )
@@ -126,6 +128,12 @@ def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S)
     async def models(request: Request) -> Response:
         return _json(_models(service))
 
+    async def model(request: Request) -> Response:
+        name = request.path_params["model"]
+        if name != service.model:
+            raise Failure("missing", f"There is no model {name[:80]!r} here; there is {service.model!r}.")
+        return _json(_model(service))
+
     async def described(request: Request) -> Response:
         return _json(description())
 
@@ -140,6 +148,7 @@ def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S)
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
+        Route(MODEL, model),
         Route("/openapi.json", described),
         *pages.ROUTES,
     ]
@@ -170,9 +179,15 @@ def _refusal(error: Exception, request: Request) -> Failure:
 
 
 def _models(service: Service) -> dict[str, Any]:
+    name = service.model
+    data = [_model(service)]
+    return {"object": "list", "data": data, "has_more": False, "first_id": name, "last_id": name}
+
+
+def _model(service: Service) -> dict[str, Any]:
     """The one model, in a shape that the clients of both OpenAI and Anthropic read."""
     name = service.model
-    model = {
+    return {
         "id": name,
         "object": "model",
         "type": "model",
@@ -182,7 +197,6 @@ def _models(service: Service) -> dict[str, Any]:
         "owned_by": "localmimo",
         "context_length": service.engine.context,
     }
-    return {"object": "list", "data": [model], "has_more": False, "first_id": name, "last_id": name}
 
 
 def _date(seconds: int) -> str:

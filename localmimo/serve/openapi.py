@@ -5,12 +5,14 @@ Knows the dialects' fields as the outside sees them; the dialects themselves dec
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from localmimo import __version__
 from localmimo.serve.ask import MOST_LOGPROBS
 
 Schema = dict[str, Any]
+PARAMETER = re.compile(r"\{(\w+)\}")  # of a path
 
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": ["boolean", "null"]}
@@ -192,14 +194,15 @@ POSTS = {
 GETS = {
     "/health": ("loading with its progress from 0 to 1, ok, busy or stopping.", "application/json"),
     "/metrics": ("Counters in Prometheus' text format.", "text/plain"),
-    "/v1/models": ("The one model.", "application/json"),
+    "/v1/models": ("The one model, in a list.", "application/json"),
+    "/v1/models/{model}": ("The one model.", "application/json"),
     "/openapi.json": ("This description.", "application/json"),
 }
 ERRORS = {
     "400": "The request makes no sense, or its prompt is longer than the context.",
     "401": "The API key is missing or wrong.",
     "403": "The host name or the web page's origin is not allowed.",
-    "404": "A response that is not kept (any more).",
+    "404": "A response that is not kept (any more), or another model.",
     "408": "The body did not come in time.",
     "413": "The body is too large.",
     "429": "As many requests are waiting as may; Retry-After says when to ask again.",
@@ -224,10 +227,15 @@ def description() -> dict[str, Any]:
     }
     for path, (summary, kind) in GETS.items():
         ok = {"description": summary, "content": {kind: {"schema": ANYTHING}}}
+        named = [
+            {"name": name, "in": "path", "required": True, "schema": TEXT} for name in PARAMETER.findall(path)
+        ]
+        statuses = ("401", "403", "503", *(("404",) if named else ()))
         paths[path] = {
             "get": {
                 "summary": summary,
-                "responses": {"200": ok} | _errors("OpenAiError", "401", "403", "503"),
+                "parameters": named,
+                "responses": {"200": ok} | _errors("OpenAiError", *statuses),
             }
         }
     return {

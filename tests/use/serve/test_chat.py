@@ -193,6 +193,9 @@ def test_models_health_and_metrics(server: Running) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
     (model,) = server.http.get("/v1/models").json()["data"]
     assert model["id"] == "random-tiny" and model["context_length"] == 4096
+    assert server.http.get("/v1/models/random-tiny").json() == model
+    missing = server.http.get("/v1/models/gpt")
+    assert missing.status_code == 404 and "there is 'random-tiny'" in missing.json()["error"]["message"]
     before = counters(server)
     server.post(PATH, {"messages": HELLO, "max_tokens": 3})
     after = counters(server)
