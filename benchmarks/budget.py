@@ -107,7 +107,7 @@ def random_shape(draw: random.Random) -> Shape:
         hidden=64 * draw.randrange(2, 9), layers=draw.randrange(3, 10), heads=kv * times * 2, kv_global=kv,
         kv_window=2 * kv, dense_inner=128 * draw.randrange(2, 16), experts=8 * draw.randrange(2, 17),
         expert_inner=64 * draw.randrange(2, 9), top_k=draw.choice((2, 4, 8)), vocab=8192,
-        head_dim=draw.choice((48, 96)), v_head_dim=draw.choice((32, 64)),
+        head_dim=128, v_head_dim=128,
     )  # fmt: skip
 
 

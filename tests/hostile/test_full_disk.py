@@ -88,7 +88,7 @@ def test_a_profile(tmp_path: Path) -> None:
 def test_a_servers_note_on_a_session(tmp_path: Path) -> None:
     path = tmp_path / "a.kv"
     never_half(
-        path.with_suffix(".tokens.npy"),
+        path.with_suffix(".tokens"),
         lambda: _write_index(path, np.arange(900, dtype=np.int32), [3]),
         OSError,
     )

@@ -168,5 +168,5 @@ def test_damaged_files_are_left_out(
         prompt, cached, _ = talker.ask(server)
         assert cached < prompt and not path.exists()
     (tmp_path / "x.kv").write_bytes(b"nonsense")
-    (tmp_path / "x.tokens.npy").write_bytes(b"nonsense")
+    (tmp_path / "x.tokens").write_bytes(b"nonsense")
     assert len(Shelf(tmp_path, PLENTY, Turns())) == 0
