@@ -19,7 +19,7 @@ from quant import gpu
 from quant.ffn import experts as run_pages
 from quant.page import PageLayout
 
-EVERY = 8  # tokens between two looks at who should be here
+EVERY = 8  # tokens between two looks at who should be here, once no slot is free
 
 Chances = Callable[[Sequence[Page]], Mapping[Page, float]]
 Fits = Callable[[Page], bool]
@@ -95,10 +95,9 @@ class GpuShelf:
         return self._fits(page) and page not in self._held
 
     def turn(self, ram: Slots, token_s: float) -> int:
-        """A new token begins: let pages come that pay back; the number of copies begun."""
-        self.settle_in(ram)
+        """A new token begins, and all have `left`: let pages come that pay back; the number of copies begun."""
         self._tokens += 1
-        if self._tokens % EVERY or not self._tier.n_slots:
+        if not self._tier.n_slots or (self._tokens % EVERY and not self._free):
             return 0
         swaps = choose(
             self._chances([page for page in ram if self._fits(page)]),
@@ -115,14 +114,13 @@ class GpuShelf:
             self._leaving.append(swap.page)
         return len(swaps)
 
-    def settle_in(self, ram: Slots) -> None:
-        """The copies of the last turn are done: their places in RAM are free."""
-        if self._leaving:
-            self._tier.settle()
-            for page in self._leaving:
-                if page in ram:
-                    ram.give(ram.evict(page))
-            self._leaving.clear()
+    def left(self) -> list[Page]:
+        """The pages whose copies of the last turn are done: their places in RAM are free."""
+        if not self._leaving:
+            return []
+        self._tier.settle()
+        left, self._leaving = self._leaving, []
+        return left
 
     def _fill(self, slot: int, page: Page, here: Tensor) -> None:
         self._tier.fill(slot, here)

@@ -240,10 +240,16 @@ class ExpertStore:
         if layer <= self._layer and self.gpu is not None:
             self._count_prompt()
             self.resident.count()
+            self._let_go()
             now = time.perf_counter()
             self._traffic.uploads += self.gpu.turn(self._slots, now - self._turned_s)
             self._turned_s = now
         self._layer = layer
+
+    def _let_go(self) -> None:
+        """Free the slots of pages that have arrived on the GPU."""
+        for page in () if self.gpu is None else self.gpu.left():
+            self._slots.give(self._evict(page))
 
     def without_gpu(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Those of the experts that do not lie on the GPU; the others are counted as found there."""
@@ -282,8 +288,7 @@ class ExpertStore:
     def _must_take_slot(self) -> int:
         """A slot where nothing but guesses and reads that nobody wants any more stand in the way."""
         self._guesses.routed.clear()
-        if self.gpu is not None:
-            self.gpu.settle_in(self._slots)
+        self._let_go()
         self._disk.wait([*self._slots.owed, *self._guesses.tasks], self._stall_s)
         self._guesses.note_all_done()
         self._take_in_guesses()

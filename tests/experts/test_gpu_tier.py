@@ -125,6 +125,20 @@ def test_free_slots_are_filled_and_then_nothing_moves_where_it_does_not_pay(pack
     store.close()
 
 
+def test_pages_that_a_prompt_streamed_through_may_go_to_the_gpu(pack: Pack) -> None:
+    """They leave the ring with their slots: what takes slots afterwards must not find them there."""
+    assert pack.page is not None
+    store = ExpertStore(pack, pack.page.bytes, 8, Lru(5, 8), gpu=shelf(pack, 16, {}))
+    shared = SharedRunner(store, pack.page.bytes, torch.device("cpu"))
+    plain = ExpertRunner(ExpertStore(pack, pack.page.bytes, 8, Lru(5, 8)))
+    for step in range(30):
+        for layer in (1, 2, 3, 4):
+            asked = layer, *routed(40 if step % 5 == 0 else 1, 10 * step + layer)
+            assert torch.equal(shared.run(*asked), plain.run(*asked))
+    assert store.traffic.uploads == 16
+    store.close()
+
+
 def test_where_every_expert_of_a_layer_lies_here_the_host_is_not_asked(pack: Pack) -> None:
     assert pack.page is not None
     gpu = shelf(pack, 8, {})

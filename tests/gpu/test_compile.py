@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"80": 166_912, "89": 101_376, "90": 232_448}  # bytes of one program
 
-SPILL_LIMIT = 128  # bytes per thread; 0 for 9.0, up to 72 in the largest tile for 8.0 and 8.9
+SPILL_LIMIT = 256  # bytes per thread; 0 where attention is in bfloat16, up to 216 in float32 for 8.9
 
 
 @pytest.mark.parametrize(
