@@ -1,12 +1,13 @@
 """A model of any shape with random weights made in place, on a GPU: no checkpoint, no pack, no download.
 
-Every layer's pages are those of one file, which lies in memory (tmpfs): "disk" here means that file. The router's bias
-is skewed, so that some experts are asked for more often than others. What is measured is the engine's own: the same
-Transformer, Session, store, shelf and runner that `localmimo.load` puts together.
+Every layer's pages are those of one file, which lies in memory (tmpfs) where that has room: "disk" here means that
+file. The router's bias is skewed, so that some experts are asked for more often than others. What is measured is the
+engine's own: the same Transformer, Session, store, shelf and runner that `localmimo.load` puts together.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,8 +166,7 @@ def opened(
     )  # fmt: skip
     source = Placed(RandomSource(config, device), device)
     model = Transformer(config, load_weights(source, config), torch.bfloat16)
-    folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".pages") as file:
+    with tempfile.NamedTemporaryFile(dir=_folder(config.n_experts * layout.bytes), suffix=".pages") as file:
         _write(Path(file.name), layout, config.n_experts)
         pages = Pages(Path(file.name), layout, config.moe_layers, config.n_experts)
         pinning = Pinning(device)
@@ -180,6 +180,12 @@ def opened(
         finally:
             store.close()
             pinning.close()
+
+
+def _folder(n_bytes: int) -> str | None:
+    """Memory where there is room for the pages' file, else the disk."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > 1.2 * n_bytes else None
 
 
 def _write(file: Path, layout: PageLayout, n_experts: int) -> None:

@@ -209,6 +209,7 @@ def nothing_to_report(done: float) -> None:
     """The default report of progress."""
 
 
+HEAD_ROWS = 64  # whose logits a GPU holds at a time: a prompt's would take gigabytes
 GUESS_TOKENS = 8  # the most for which the next layer's experts are guessed: more want most of them anyway
 
 
@@ -382,6 +383,8 @@ class Transformer:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [n, vocab], in main memory, of hidden states [n, hidden] taken before the final norm."""
+        if hidden.is_cuda and len(hidden) > HEAD_ROWS:
+            return torch.cat([self.logits(rows) for rows in hidden.split(HEAD_ROWS)])
         return linear(self._norm(hidden, self.weights.norm), self.weights.head).float().cpu()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

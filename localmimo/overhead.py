@@ -27,7 +27,7 @@ def layer_seconds(ram_read: float, *, anew: bool = False) -> float:
 
 
 def _measure(ram_read: float) -> float:
-    with load(context=512, ram=BUDGET, profile=None) as engine:
+    with load(context=512, ram=BUDGET, device="cpu", profile=None) as engine:
         model = structure_of(engine.pack.path)
         speeds = []
         for _ in range(1 + N_RUNS):

@@ -370,18 +370,26 @@ def step_together(
         one._demand_room(1)
     try:
         hidden = first._model.forward_many(timelines, first._experts, check)
-    except BaseException as error:
-        for one in sessions:
-            one._cache.rewind(one._cache.length)
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError as error:
+        _rewind(sessions)
         if not first._give_way():
             raise out_of_memory(error) from error
+        hidden = None
+    except BaseException:
+        _rewind(sessions)
+        raise
+    if hidden is None:
         return step_together(sessions, tokens, check)
     for one, token, row in zip(sessions, tokens, hidden, strict=True):
         one._trail.append(row)
         one.tokens.append(token)
     return first._model.logits(torch.cat(hidden))
+
+
+def _rewind(sessions: Sequence[Session]) -> None:
+    """Forget a step that was stopped."""
+    for one in sessions:
+        one._cache.rewind(one._cache.length)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
