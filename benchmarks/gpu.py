@@ -320,7 +320,8 @@ def _run(bench: Bench, config: ModelConfig, ram: int, prompt: int, steps: int) -
     machine = Machine.probe()
     free = find_device(str(bench.facts)).automatic_bytes
     began = time.perf_counter()
-    torch.cuda.reset_peak_memory_stats() if not bench.interpret else None
+    if not bench.interpret:
+        torch.cuda.reset_peak_memory_stats(bench.device)
     with opened(config, bench.device, vram=free, ram=ram, context=prompt + 8 * steps) as model:
         made_s = time.perf_counter() - began
         model.prefill(min(512, prompt))  # compiles
@@ -329,10 +330,8 @@ def _run(bench: Bench, config: ModelConfig, ram: int, prompt: int, steps: int) -
         before, took = model.store.traffic.copy(), model.decode(steps)
         seen = model.store.traffic.copy().since(before)
         dense, experts = model.token_bytes
-        passed = (
-            model.plan.n_pages - model.plan.gpu_slots
-        ) * model.layout.bytes  # over the bus, once per stretch
-        moved = passed * -(-prompt // model.plan.stretch_tokens)
+        n_passed = model.plan.n_pages - model.plan.gpu_slots  # over the bus, once per stretch of the prompt
+        moved = n_passed * model.layout.bytes * -(-prompt // model.plan.stretch_tokens)
         there = seen.gpu_pages / max(1, seen.n_pages)
         token_s = median(took)
         out: Facts = {
@@ -377,6 +376,12 @@ PARTS: dict[str, Callable[[Bench], Facts]] = {
     "resident": resident, "whole": whole,
 }  # fmt: skip
 CHECKS = ("kernels", "engine", "whole")  # what --interpret runs
+AGAINST_COPIES = (
+    "products",
+    "attention",
+    "resident",
+    "whole",
+)  # held against the speeds that `copies` measures
 LEAST_S = {"resident": 60, "whole": 150}  # a part is left out where less is left
 
 
@@ -389,6 +394,8 @@ def carry_out(bench: Bench, names: list[str]) -> dict[str, Facts]:
             found[name] = {"left_out": f"{bench.left_s:.0f} s were left"}
         else:
             try:
+                if name in AGAINST_COPIES and not bench.hbm and not bench.interpret:
+                    copies(bench)
                 with simulated(bench, name):
                     found[name] = PARTS[name](bench)
             except Exception as error:  # the other parts are worth having

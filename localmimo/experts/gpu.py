@@ -35,15 +35,13 @@ class GpuShelf:
         n_experts: Mapping[int, int],
         chances: Chances,
         costs: Costs,
-        fits: Fits = lambda page: True,
     ) -> None:
-        """fits: whether a page is of the layout."""
+        self.fits: Fits = lambda page: True  # whether a page is of the layout
         self._tier = tier
         self._layout = layout
         self._n_experts = n_experts
         self._chances = chances
         self._costs = costs
-        self._fits = fits
         self._tables = {  # expert -> slot, on the device; -1: elsewhere
             layer: torch.full((n,), -1, dtype=torch.int32, device=tier.device)
             for layer, n in n_experts.items()
@@ -92,7 +90,7 @@ class GpuShelf:
 
     def takes(self, page: Page) -> bool:
         """Whether a page could lie here."""
-        return self._fits(page) and page not in self._held
+        return self.fits(page) and page not in self._held
 
     def turn(self, ram: Slots, token_s: float) -> int:
         """A new token begins, and all have `left`: let pages come that pay back; the number of copies begun."""
@@ -100,7 +98,7 @@ class GpuShelf:
         if not self._tier.n_slots or (self._tokens % EVERY and not self._free):
             return 0
         swaps = choose(
-            self._chances([page for page in ram if self._fits(page)]),
+            self._chances([page for page in ram if self.fits(page)]),
             self._chances(list(self._held)),
             len(self._free),
             min(

@@ -73,10 +73,10 @@ class Pager:
         assert layout is not None
         tier = GpuTier(plan.gpu_slots, plan.page_bytes, device)
         costs = measured_costs(tier, layout, dtype)
-        return GpuShelf(
-            tier, layout, experts_of(pack), self._chances, costs,
-            fits=lambda page: pack.page_at(*page).codec == layout.codec,
-        )  # fmt: skip
+        shelf = GpuShelf(tier, layout, experts_of(pack), self._chances, costs)
+        if len(pack.layouts) > 1:
+            shelf.fits = lambda page: pack.page_at(*page).codec == layout.codec
+        return shelf
 
     def _chances(self, pages: Sequence[Page]) -> Mapping[Page, float]:
         chances, row = self._stats.chances(), self._stats.row

@@ -86,6 +86,26 @@ def test_the_kernels_of_the_gpu_in_their_place(dtype: str, recipe: Recipe, tmp_p
     assert torch.equal(found[1].argmax(-1), found[0].argmax(-1))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+def test_answers_on_a_gpu_that_is_there(share: float, said: dict[str, list[int]]) -> None:
+    """Other last bits, and nearly the same answers."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    asked = PLAIN | {"device": "cuda", "draft": 0}
+    with load(**asked) as engine:  # type: ignore[arg-type]
+        vram, page = engine.plan.vram, engine.plan.page_bytes
+    assert vram is not None
+    with load(**asked, vram=vram.used_bytes - round((1 - share) * vram.n_slots) * page) as engine:  # type: ignore[arg-type]
+        for text, tokens in said.items():
+            with engine.session() as session:
+                logits, same = session.sync(engine.encode(text)), 0
+                for token in tokens:
+                    same += int(logits.argmax()) == token
+                    logits = session.step(token)
+            assert same >= N - 1
+
+
 def test_drafts_rewinds_and_batches(said: dict[str, list[int]]) -> None:
     with on_gpu(draft=3, max_batch=2) as engine:
         answer = engine.generate(SHORT, max_tokens=N, sampling=GREEDY)
