@@ -24,9 +24,13 @@ namespace localmimo {
 namespace {
 
 // Bytes of codes by which prefetching runs ahead: into the level-2 cache, or into the first where one token of int8
-// leaves the arithmetic units idle. Measured on Zen 4, one core, GB/s of small / huge pages: nf4 13 / 22 without
-// prefetching, 13 / 24 at 16 KiB, 17 / 24 at 8; int8 at 8 KiB 18 / 21 into the second level, 17 / 26 into the first.
-constexpr int64_t kAhead = 8192;
+// leaves the arithmetic units idle. Measured on Zen 4, one core, GB/s, huge pages, where a plain read makes 32: nf4 21
+// without prefetching, 21 at 4 KiB, 27 at 8, 29 at 16, 28 at 32; int8 26 without, into the first level 26 at 4 KiB, 27 at
+// 8, 25 at 12 and 16, into the second 22 at 8. Both levels one after the other gain nothing with one token.
+template <Format f, int tokens>
+constexpr bool kNear = f == Format::int8 && tokens == 1;
+template <Format f, int tokens>
+constexpr int64_t kAhead = kNear<f, tokens> ? 8192 : 16384;
 constexpr int64_t kAheadScales = 512;
 constexpr int kStepCodes = 64;               // int16 weights of one step: 16 rows x 4 columns
 constexpr int kPanelBlocks = 8;              // blocks unpacked at a time: 2 x 8 KiB of weights stay in L1
@@ -104,7 +108,7 @@ void direct(const Matrix& w, int64_t group, const Rows& x, float* out, const Str
     for (int t = 0; t < n; ++t)
       for (int h = 0; h < kHalves; ++h) sum[t][h] = V::no_sum();
     const uint8_t* block = codes + b * codes_per_block(f);
-    V::template prefetch<codes_per_block(f), f == Format::int8 && n == 1>(stretch.ahead(block, kAhead));
+    V::template prefetch<codes_per_block(f), kNear<f, n>>(stretch.ahead(block, kAhead<f, n>));
     V::template prefetch<1>(scales + b * scales_per_block(f) + kAheadScales);
     R::template steps<V>(block, table, [&](const typename V::Step& step, int column) LM_INLINE_LAMBDA {
       for (int t = 0; t < n; ++t)
