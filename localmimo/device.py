@@ -6,9 +6,13 @@ say; no model and no budget. Imports torch only to look.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
@@ -85,8 +89,6 @@ def out_of_memory(error: BaseException) -> DoesNotFit:
 
 def _driver_is_there() -> bool:
     """Whether somebody installed an NVIDIA driver: then it is worth a line that it is not used."""
-    from pathlib import Path
-
     return Path("/proc/driver/nvidia/version").exists()
 
 
@@ -104,8 +106,7 @@ def _gpu(index: int) -> Device:
         raise NoDevice(f"There is no cuda:{index}: this machine has {n} (cuda:0 to cuda:{n - 1}).")
     facts = torch.cuda.get_device_properties(index)
     _check_capability(facts.name, (facts.major, facts.minor))
-    if find_spec("triton") is None:
-        raise NoDevice(f"The GPU kernels need triton, which is not installed: pip install triton, {INSTEAD}.")
+    _check_triton()
     try:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
@@ -140,6 +141,20 @@ def _check_capability(title: str, found: tuple[int, int]) -> None:
         raise NoDevice(
             f"The {title} has compute capability {has}, and the kernels need {needs} or more (from 2020 on): "
             f"{INSTEAD[3:]}."
+        )
+
+
+def _check_triton() -> None:
+    """Raise NoDevice where the kernels cannot be built: Triton, and a C compiler with Python's headers for it."""
+    if find_spec("triton") is None:
+        raise NoDevice(f"The GPU kernels need triton, which is not installed: pip install triton, {INSTEAD}.")
+    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+        raise NoDevice(
+            f"Triton needs a C compiler, and there is neither gcc nor clang: apt install gcc, {INSTEAD}."
+        )
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file():
+        raise NoDevice(
+            f"Triton needs Python's headers, and there is no Python.h: apt install python3-dev, {INSTEAD}."
         )
 
 

@@ -1,5 +1,6 @@
 """What is said of a GPU before anything is read: that it is not there, too old, too small, or lacks something."""
 
+import os
 from unittest.mock import patch
 
 import pytest
@@ -53,6 +54,11 @@ def test_what_is_wrong_with_a_gpu_is_a_sentence() -> None:
         refused("There is no cuda:3: this machine has 1 ", "cuda:3")
         with patch("localmimo.device.find_spec", return_value=None):
             refused("need triton, which is not installed: pip install triton")
+        with patch("localmimo.device.shutil.which", return_value=None), patch.dict("os.environ"):
+            os.environ.pop("CC", None)
+            refused("neither gcc nor clang: apt install gcc")
+        with patch("localmimo.device.sysconfig.get_path", return_value="/nowhere"):
+            refused("no Python.h: apt install python3-dev")
         with patch.object(torch.cuda, "device_count", return_value=0):
             refused("no GPU that CUDA can see")
         too_old = RuntimeError(
