@@ -50,6 +50,12 @@ class Device:
 
         return torch.device(self.kind, self.index) if self.is_gpu else torch.device("cpu")
 
+    def peak_bytes(self) -> int:
+        """The most of a GPU's memory that this process has held."""
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.index) if self.is_gpu else 0
+
     def __str__(self) -> str:
         return f"cuda:{self.index}" if self.is_gpu else "cpu"
 

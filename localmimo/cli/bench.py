@@ -233,6 +233,10 @@ class Sheet:
         over = format_bytes(max(0, most - bench.library_bytes))
         budget = format_bytes(self._engine.plan.ram_bytes)
         self._show(f" peak memory {peak}, {over} of it over Python and its libraries; the budget: {budget}")
+        if (device := self._engine.device).is_gpu:
+            vram = self._engine.plan.vram
+            budget = format_bytes(vram.budget_bytes if vram else 0)
+            self._show(f" peak VRAM {format_bytes(device.peak_bytes())}; the budget: {budget}")
         useful, wasted = (
             sum(found["decode"][f"prefetch_{name}"] for found in results) for name in ("useful", "wasted")
         )
@@ -290,6 +294,7 @@ class Sheet:
         if self.request.as_json:
             peak = max((found["peak_rss_bytes"] for found in results), default=None)
             memory = {"peak_rss_bytes": peak, "library_bytes": bench.library_bytes}
+            memory["peak_vram_bytes"] = self._engine.device.peak_bytes() if self._facts else 0
             end = {"results": results, **memory, "finished": finished, "elapsed_s": round(spent, 3)}
             self.ui.json(self._facts | end)
 

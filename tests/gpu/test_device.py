@@ -112,3 +112,24 @@ def test_vram_wants_a_gpu() -> None:
     if torch.version.cuda is None:
         with pytest.raises(NoDevice, match="vram was given, and this machine has no GPU"):
             load(vram="2GiB")
+
+
+def test_bench_says_what_the_gpu_held() -> None:
+    import json
+
+    from localmimo.cli.bench import Request, run_bench
+    from localmimo.cli.opener import OpenFlags
+    from tests.use.scripted import Capture
+
+    shown = Capture()
+    opening = OpenFlags(profile=None, device="cuda", context="64", vram="2GiB")
+    with pretended.device():
+        assert (
+            run_bench(
+                Request(prompt_tokens=8, max_tokens=2, repeat=1, opening=opening, as_json=True), shown.ui
+            )
+            == 0
+        )
+    found = json.loads(shown.out.splitlines()[-1])
+    assert found["peak_vram_bytes"] == 4 << 30 and found["effective"]["device"] == "cuda:0"
+    assert "peak VRAM 4.3 GB; the budget: 2.1 GB" in shown.err and "(Pretended GPU)" in shown.err
