@@ -97,15 +97,12 @@ class GpuShelf:
         self._tokens += 1
         if not self._tier.n_slots or (self._tokens % EVERY and not self._free):
             return 0
-        swaps = choose(
-            self._chances([page for page in ram if self.fits(page)]),
-            self._chances(list(self._held)),
-            len(self._free),
-            min(
-                most_uploads(token_s * EVERY, self._costs), 1 + len(ram) // 2
-            ),  # the others' slots are needed
-            self._costs,
-        )
+        since_s = token_s if self._free else token_s * EVERY
+        most = min(
+            most_uploads(since_s, self._costs), 1 + len(ram) // 2
+        )  # the others' slots in RAM are needed
+        coming = self._chances([page for page in ram if self.fits(page)])
+        swaps = choose(coming, self._chances(list(self._held)), len(self._free), most, self._costs)
         for swap in swaps:
             slot = self._free.pop() if swap.instead is None else self._evict(swap.instead)
             self._fill(slot, swap.page, ram.tensor(swap.page))
