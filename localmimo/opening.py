@@ -76,7 +76,9 @@ class Opening:
         """
         device = find_device(self.device)
         if self.vram is not None and not device.is_gpu:
-            raise NoDevice(device.note or "vram was given, and this machine has no GPU that CUDA can see.")
+            raise NoDevice(
+                device.note or "vram was given and CUDA sees no GPU on this machine: leave vram out."
+            )
         try:
             return self.on(device), device, self.on(device).plan(pack, config, device)
         except DoesNotFit as error:

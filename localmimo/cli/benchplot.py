@@ -92,4 +92,6 @@ def chart(results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> Iterator[st
     for start in range(0, len(steps), size):
         shares = _shares(steps[start : start + size])
         held = 1.0 - shares.get("disk", 0.0)
-        yield f" {f'{start + 1}–{min(start + size, len(steps))}':>9}  {bar(held, 30)}  {held:.0%}"
+        stop = min(start + size, len(steps))
+        span = str(stop) if stop == start + 1 else f"{start + 1}–{stop}"
+        yield f" {span:>9}  {bar(held, 30)}  {held:.0%}"
