@@ -364,7 +364,7 @@ def resident(bench: Bench) -> Facts:
 def whole(bench: Bench) -> Facts:
     """All layers, over both budgets."""
     if bench.interpret:
-        return _run(bench, _config(bench), 100 << 20, 300, 3)
+        return _run(bench, _config(bench), 100 << 20, 24, 2)
     ram = Machine.probe().automatic_ram_bytes - 6 * BIG  # the pages' file lies in memory too
     return _run(bench, _config(bench), ram, 8192, 32)
 
