@@ -5,7 +5,6 @@ It must not know what is written.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -42,13 +41,19 @@ def _clear(path: Path) -> None:
     for other in path.parent.iterdir():
         if ours.fullmatch(other.name):
             with suppress(OSError), other.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                other.unlink()
+                if _lock(file.fileno()):
+                    other.unlink()
 
 
-def _lock(descriptor: int) -> None:
-    with suppress(OSError):  # no locks on this file system: nobody else can take one either
+def _lock(descriptor: int) -> bool:
+    """Lock a file for this process; False where another has it, or there are no locks here."""
+    try:
+        import fcntl
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

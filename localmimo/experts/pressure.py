@@ -6,6 +6,7 @@ for what other programs do afterwards.
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 INTERVAL_S = 1.0
@@ -62,10 +63,14 @@ class Pressure:
 
     def _watch(self) -> None:
         while not self._over.wait(self._interval_s):
-            now = self._slots.n_slots
-            wanted = slots_wanted(now, self._n_full, self._free_bytes(), self._page_bytes, self._low)
-            if wanted != now:
-                self._slots.resize(wanted)
+            with suppress(Exception):  # what can not be had or done now may be in a second: the watch goes on
+                self._look()
+
+    def _look(self) -> None:
+        now = self._slots.n_slots
+        wanted = slots_wanted(now, self._n_full, self._free_bytes(), self._page_bytes, self._low)
+        if wanted != now:
+            self._slots.resize(wanted)
 
     def close(self) -> None:
         """Stop looking."""

@@ -21,6 +21,7 @@ import pytest
 from localmimo import LocalMimoError, load, speeds
 from localmimo.engine import Engine
 from localmimo.experts.policy import Lru
+from localmimo.experts.pressure import Pressure
 from localmimo.experts.profile import read_profile
 from localmimo.experts.readers import Readers
 from localmimo.experts.store import ExpertStore
@@ -229,6 +230,28 @@ def test_a_reader_whose_report_fails_is_replaced() -> None:
     asked = readers.demand(lambda: None)
     assert readers.wait([asked], 5) and not asked.error
     assert readers.close()
+
+
+def test_a_look_at_the_memory_that_fails_is_followed_by_others() -> None:
+    class Few:
+        n_slots = 8
+
+        def resize(self, n_slots: int) -> None:
+            self.n_slots = n_slots
+
+    answers = iter([OSError("no /proc"), RuntimeError("odd"), 0])
+    slots, looked = Few(), threading.Event()
+
+    def free_bytes() -> int:
+        answer = next(answers, None)
+        if isinstance(answer, Exception):
+            raise answer
+        looked.set() if answer is None else None
+        return answer or 0
+
+    pressure = Pressure(slots, 100, 200, free_bytes, interval_s=0.01)
+    assert looked.wait(5) and slots.n_slots < 8
+    pressure.close()
 
 
 # ---- processes ----

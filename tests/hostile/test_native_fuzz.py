@@ -40,7 +40,7 @@ def fuzz(body: Callable[[Random], None]) -> Callable[[int], None]:
         body(Random(seed))
 
     run.__name__, run.__doc__ = body.__name__, body.__doc__
-    return settings(max_examples=150, deadline=None, database=None)(given(seed=SEEDS)(run))
+    return settings(max_examples=100, deadline=None, database=None)(given(seed=SEEDS)(run))
 
 
 def raw(shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:

@@ -145,7 +145,11 @@ struct Portable {
     static LM_INLINE void weights(const F* p, float* out) {
       uint8_t* const to = reinterpret_cast<uint8_t*>(out);
       for (int i = 0; i < kLanes; ++i)
-        for (int j = 0; j < 4; ++j) to[4 * i + j] = p[j].v[i] > 0 ? static_cast<uint8_t>(std::nearbyint(p[j].v[i])) : 0;
+        for (int j = 0; j < 4; ++j) to[4 * i + j] = byte_of(p[j].v[i]);
+    }
+    // As a vector's conversion and saturation have it: lanes that nobody reads may hold anything.
+    static LM_INLINE uint8_t byte_of(float x) {
+      return x > 0 && x < 2147483648.0f ? static_cast<uint8_t>(std::nearbyint(x < 255.0f ? x : 255.0f)) : 0;
     }
     static LM_INLINE void value(const uint8_t* const* rows, Cell* out) {
       for (int i = 0; i < kLanes; ++i)
