@@ -110,7 +110,7 @@ def test_vram_wants_a_gpu() -> None:
     with pytest.raises(BadRequest, match="not a size"):
         Opening(vram="much")
     if torch.version.cuda is None:
-        with pytest.raises(NoDevice, match="vram was given, and this machine has no GPU"):
+        with pytest.raises(NoDevice, match="vram was given and CUDA sees no GPU"):
             load(vram="2GiB")
 
 
