@@ -11,7 +11,7 @@ from localmimo.experts.stats import RouterStats
 OLDEST = 256  # tokens; pages unused for longer, or never used, are alike
 HALF_LIFE = 64  # tokens, of what was learnt
 PRIOR = 4.0  # pages' worth of belief in the base chance
-# 1, 2, 3 ... 8 tokens each have a bucket, then steps of about a fifth
+# 1, 2, 3 ... 8 tokens each have a bucket, then steps of about a quarter
 EDGES = np.unique(np.concatenate((np.arange(1, 9), np.geomspace(9, OLDEST, 16).astype(np.intp))))
 _BUCKET = np.searchsorted(EDGES, np.arange(OLDEST + 1), side="right")
 N_BUCKETS = int(_BUCKET.max()) + 2  # the last one: never

@@ -5,7 +5,7 @@ The file stands beside the profile while the engine is open: `stats` reads it. K
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from quant.smallfile import read_small
 
 LETTERS = {"ram": "r", "gpu": "g"}  # of a page's tier; any other letter: on disk alone
 MOST_BYTES = 1 << 20
+UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +46,25 @@ def publish(profile: Path, where: Mapping[Page, str], n_experts: Mapping[int, in
 
 
 def withdraw(profile: Path) -> None:
-    """This process holds nothing any more."""
-    with suppress(OSError):
-        _path(profile, os.getpid()).unlink()
+    """This process holds nothing any more; nor do those that were killed before they could say so."""
+    for pid, path in _files(profile):
+        if pid == os.getpid() or not psutil.pid_exists(pid):
+            with suppress(OSError):
+                path.unlink()
 
 
 def running(profile: Path, n_experts: Mapping[int, int]) -> list[Placement]:
     """What the processes that have this profile open hold now; files of dead ones and unusable files do not count."""
-    found = [_read(path, n_experts) for path in sorted(profile.parent.glob(f"{profile.stem}.*.placement"))]
+    found = [_read(path, n_experts) for _, path in sorted(_files(profile))]
     return [placement for placement in found if placement is not None]
+
+
+def _files(profile: Path) -> Iterator[tuple[int, Path]]:
+    """Every process that said something of this profile; "code.2" is a profile of its own beside "code"."""
+    for path in profile.parent.glob(f"{profile.stem}.*.placement"):
+        pid = path.name.removeprefix(f"{profile.stem}.").removesuffix(".placement")
+        if pid.isascii() and pid.isdecimal():
+            yield int(pid), path
 
 
 def _path(profile: Path, pid: int) -> Path:
@@ -65,16 +76,7 @@ def _read(path: Path, n_experts: Mapping[int, int]) -> Placement | None:
         said = json.loads(read_small(path, MOST_BYTES))
         pid, tiers = int(said["pid"]), {int(layer): str(row) for layer, row in said["tiers"].items()}
         lives = _began(pid) == said["began"]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        psutil.Error,
-    ):
+    except (*UNUSABLE, psutil.Error):
         return None
     fits = {layer: len(row) for layer, row in tiers.items()} == dict(n_experts)
     return Placement(pid, tiers) if lives and fits else None

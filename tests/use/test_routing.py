@@ -10,7 +10,7 @@ import pytest
 
 from localmimo import load
 from localmimo.cli.app import run
-from localmimo.experts.placement import running
+from localmimo.experts.placement import running, withdraw
 from localmimo.experts.profile import profile_path
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.trace import TraceWriter
@@ -183,6 +183,15 @@ def test_where_the_experts_lie_now(
 def test_leftovers_and_nonsense_hold_nothing(tmp_path: Path, said: bytes) -> None:
     (tmp_path / "default.1.placement").write_bytes(said)
     assert running(tmp_path / "default.safetensors", {1: 2}) == []
+
+
+def test_what_a_killed_process_said_is_cleared_away(tmp_path: Path) -> None:
+    profile, gone = tmp_path / "default.safetensors", subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for pid in (gone.pid, os.getppid(), os.getpid()):
+        (tmp_path / f"default.{pid}.placement").write_text("{}")
+    withdraw(profile)
+    assert [path.name for path in tmp_path.iterdir()] == [f"default.{os.getppid()}.placement"]
 
 
 def test_a_map_of_experts(pack: Path, tmp_path: Path) -> None:
