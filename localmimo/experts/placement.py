@@ -18,6 +18,7 @@ from quant.smallfile import read_small
 
 LETTERS = {"ram": "r", "gpu": "g"}  # of a page's tier; any other letter: on disk alone
 MOST_BYTES = 1 << 20
+MOST_PID = (1 << 31) - 1  # larger numbers are no process's
 UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
@@ -63,7 +64,7 @@ def _files(profile: Path) -> Iterator[tuple[int, Path]]:
     """Every process that said something of this profile; "code.2" is a profile of its own beside "code"."""
     for path in profile.parent.glob(f"{profile.stem}.*.placement"):
         pid = path.name.removeprefix(f"{profile.stem}.").removesuffix(".placement")
-        if pid.isascii() and pid.isdecimal():
+        if pid.isascii() and pid.isdecimal() and int(pid[:11]) <= MOST_PID:
             yield int(pid), path
 
 

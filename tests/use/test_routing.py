@@ -190,8 +190,12 @@ def test_what_a_killed_process_said_is_cleared_away(tmp_path: Path) -> None:
     gone.wait()
     for pid in (gone.pid, os.getppid(), os.getpid()):
         (tmp_path / f"default.{pid}.placement").write_text("{}")
+    strange = [f"default.{name}.placement" for name in ("9" * 30, "-1", "2.7", "x")]
+    for name in strange:
+        (tmp_path / name).write_text("{}")
     withdraw(profile)
-    assert [path.name for path in tmp_path.iterdir()] == [f"default.{os.getppid()}.placement"]
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {f"default.{os.getppid()}.placement", *strange}
 
 
 def test_a_map_of_experts(pack: Path, tmp_path: Path) -> None:
