@@ -64,7 +64,7 @@ def _files(profile: Path) -> Iterator[tuple[int, Path]]:
     """Every process that said something of this profile; "code.2" is a profile of its own beside "code"."""
     for path in profile.parent.glob(f"{profile.stem}.*.placement"):
         pid = path.name.removeprefix(f"{profile.stem}.").removesuffix(".placement")
-        if pid.isascii() and pid.isdecimal() and int(pid[:11]) <= MOST_PID:
+        if pid.isascii() and pid.isdecimal() and len(pid) <= 10 and int(pid) <= MOST_PID:
             yield int(pid), path
 
 

@@ -190,7 +190,7 @@ def test_what_a_killed_process_said_is_cleared_away(tmp_path: Path) -> None:
     gone.wait()
     for pid in (gone.pid, os.getppid(), os.getpid()):
         (tmp_path / f"default.{pid}.placement").write_text("{}")
-    strange = [f"default.{name}.placement" for name in ("9" * 30, "-1", "2.7", "x")]
+    strange = [f"default.{name}.placement" for name in ("9" * 30, "0" * 12 + "9" * 30, "-1", "2.7", "x")]
     for name in strange:
         (tmp_path / name).write_text("{}")
     withdraw(profile)
