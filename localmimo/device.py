@@ -10,7 +10,9 @@ import os
 import re
 import shutil
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,6 +156,7 @@ def _check_triton() -> None:
     """Raise NoDevice where the kernels cannot be built: Triton, and a C compiler with Python's headers for it."""
     if find_spec("triton") is None:
         raise NoDevice(f"The GPU kernels need triton, which is not installed: pip install triton, {INSTEAD}.")
+    _check_triton_version(_triton_version())
     if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
         raise NoDevice(
             f"Triton needs a C compiler, and there is neither gcc nor clang: apt install gcc, {INSTEAD}."
@@ -161,6 +164,24 @@ def _check_triton() -> None:
     if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file():
         raise NoDevice(
             f"Triton needs Python's headers, and there is no Python.h: apt install python3-dev, {INSTEAD}."
+        )
+
+
+def _triton_version() -> str:
+    for name in ("triton", "pytorch-triton"):  # the latter comes with nightly builds of torch
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return "of unknown version"
+
+
+def _check_triton_version(found: str) -> None:
+    from quant.gpu import LEAST_TRITON
+
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers and tuple(map(int, numbers.groups())) < LEAST_TRITON:
+        raise NoDevice(
+            f"triton {found} is installed and the GPU kernels need {'.'.join(map(str, LEAST_TRITON))} or more, which "
+            f"comes with torch 2.7: pip install -U torch, {INSTEAD}."
         )
 
 

@@ -41,6 +41,7 @@ GEMV_TOKENS = {torch.bfloat16: 2, torch.float32: 8}  # beyond, bfloat16 goes to 
 PACKED_TOKENS = {torch.bfloat16: 256, torch.float32: 8}  # beyond, W is unpacked and the library multiplies
 DECODE_TOKENS = 8  # up to here an expert kernel runs one program per token and expert
 LEAST_CAPABILITY = (8, 0)
+LEAST_TRITON = (3, 3)  # the first whose functions return tuples of tuples; torch 2.7 brings it
 ALIGNMENT = 16  # of an address, for the widest loads
 _checked: WeakSet[QTensor] = WeakSet()  # see `_check_parts`
 

@@ -54,6 +54,10 @@ def test_what_is_wrong_with_a_gpu_is_a_sentence() -> None:
         refused("There is no cuda:3: this machine has 1 ", "cuda:3")
         with patch("localmimo.device.find_spec", return_value=None):
             refused("need triton, which is not installed: pip install triton")
+        with patch("localmimo.device.version", return_value="3.2.0"):
+            refused(
+                "triton 3.2.0 is installed and the GPU kernels need 3.3 or more, which comes with torch 2.7"
+            )
         with patch("localmimo.device.shutil.which", return_value=None), patch.dict("os.environ"):
             os.environ.pop("CC", None)
             refused("neither gcc nor clang: apt install gcc")
