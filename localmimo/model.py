@@ -8,6 +8,7 @@ projections run in the dtype their input is cast to. Sources: arXiv 2601.02780 a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -210,6 +211,7 @@ def nothing_to_report(done: float) -> None:
 
 
 HEAD_ROWS = 64  # whose logits a GPU holds at a time: a prompt's would take gigabytes
+ROPE_TABLE = 1024  # positions whose rotations are worked out together: a token alone costs as much
 GUESS_TOKENS = 8  # the most for which the next layer's experts are guessed: more want most of them anyway
 
 
@@ -236,11 +238,28 @@ def pieces_of(
             if n > room:
                 groups.append([])
                 room = PREFILL_CHUNK
-            positions = torch.arange(cache.length + at, cache.length + at + n, device=device)
-            tables = {rope: rope_table(positions, *rope) for rope in ropes}
-            groups[-1].append(Piece(cache, first, n, cache.length + at, tables))
+            position = cache.length + at
+            tables = {rope: rope_rows(position, n, *rope, device) for rope in ropes}
+            groups[-1].append(Piece(cache, first, n, position, tables))
             first, room = first + n, room - n
     return groups
+
+
+def rope_rows(
+    position: int, n: int, rotary_dim: int, theta: float, device: torch.device | None = None
+) -> Rope:
+    """`rope_table` of n positions from one on: rows of a kept table where they lie in one."""
+    table, first = divmod(position, ROPE_TABLE)
+    if first + n > ROPE_TABLE:
+        return rope_table(torch.arange(position, position + n, device=device), rotary_dim, theta)
+    cos, sin = _kept_table(table, rotary_dim, theta, device)
+    return cos[first : first + n], sin[first : first + n]
+
+
+@lru_cache(maxsize=16)
+def _kept_table(table: int, rotary_dim: int, theta: float, device: torch.device | None) -> Rope:
+    positions = torch.arange(table * ROPE_TABLE, (table + 1) * ROPE_TABLE, device=device)
+    return rope_table(positions, rotary_dim, theta)
 
 
 class Transformer:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localmimo.kv import KVCache
+from localmimo.kv import SLACK, KVCache
 from localmimo.model import DenseSource, Guess, Transformer, Weights, load_block, rms_norm
 from localmimo.trail import Trail
 from quant import QTensor, linear
@@ -31,15 +31,23 @@ class DraftHead:
 
     @torch.inference_mode()
     def run(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
-        """Take rows of hidden states [n, hidden], and the tokens [n] further on, in; logits [vocab] of the last."""
+        """Take rows of hidden states [n, hidden], and the tokens [n] further on, in; logits [vocab] of the last.
+
+        So many rows at a time as the ring takes without a copy: more would also wake torch's threads, which keep
+        each other waiting where the processor is busy.
+        """
+        for some, of_them in zip(tokens.split(SLACK), hidden.split(SLACK), strict=True):
+            last = self._take_in(some, of_them, cache)[-1:]
+        return self.block.logits(last)[0]
+
+    def _take_in(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
         eps = self.block.config.eps
         parts = (
             rms_norm(self.block.embed(tokens), self.embed_norm, eps),
             rms_norm(hidden, self.hidden_norm, eps),
         )
         x = linear(torch.cat(parts, -1).to(self.block.dtype), self.proj).float()
-        out = self.block.through(x, [(len(tokens), cache)], _NoExperts())[0]
-        return self.block.logits(out[-1:])[0]
+        return self.block.through(x, [(len(tokens), cache)], _NoExperts())[0]
 
 
 class _NoExperts:

@@ -13,6 +13,7 @@ from torch import Tensor
 from localmimo.experts.store import Arrival, ExpertStore
 from localmimo.model import Guess
 from quant.ffn import experts as run_pages
+from quant.ffn import in_order
 
 # Up to so many tokens are a decode step, its pages as they come; more are a prompt, its pages in file order.
 STEP_TOKENS = 16
@@ -102,8 +103,8 @@ def grouped(chosen: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:
 
     Experts ascend. A place is the number of an entry: token * k + its number in the row.
     """
-    if len(chosen) == 1:
-        return torch.arange(chosen.numel()), {e: (i, i + 1) for i, e in enumerate(chosen[0].tolist())}
+    if len(chosen) <= STEP_TOKENS:
+        return _few_grouped(chosen.reshape(-1).tolist())
     experts, counts = chosen.unique(return_counts=True)
     stops = counts.cumsum(0).tolist()
     return chosen.reshape(-1).argsort(stable=True), dict(
@@ -111,8 +112,21 @@ def grouped(chosen: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:
     )
 
 
-def by_layout(arrivals: Sequence[Arrival]) -> Iterator[list[Arrival]]:
+def _few_grouped(chosen: list[int]) -> tuple[Tensor, dict[int, tuple[int, int]]]:
+    """`grouped` of a step's choices: for so few of them torch takes longer than Python."""
+    places = sorted(range(len(chosen)), key=chosen.__getitem__)
+    spans: dict[int, tuple[int, int]] = {}
+    for i, place in enumerate(places):
+        expert = chosen[place]
+        spans[expert] = spans.get(expert, (i,))[0], i + 1
+    return torch.tensor(places), spans
+
+
+def by_layout(arrivals: Sequence[Arrival]) -> Iterator[Sequence[Arrival]]:
     """The arrivals, those of one layout together."""
+    if all(arrival.layout is arrivals[0].layout for arrival in arrivals):
+        yield from (arrivals,) if arrivals else ()
+        return
     for layout in {arrival.layout for arrival in arrivals}:
         yield [arrival for arrival in arrivals if arrival.layout == layout]
 
@@ -134,11 +148,3 @@ def _groups(arrivals: Sequence[Arrival], spans: Mapping[int, tuple[int, int]]) -
 def _fits(group: Sequence[Piece], piece: Piece) -> bool:
     rows = sum(stop - start for _, start, stop in (*group, piece))
     return rows <= ROWS_AT_A_TIME and group[0][0].layout == piece[0].layout
-
-
-def in_order(outputs: Tensor) -> Tensor:
-    """The sum of outputs [n, k, hidden] over k, first to last, as a prompt's experts are added."""
-    total = outputs[:, 0]
-    for place in range(1, outputs.shape[1]):
-        total = total + outputs[:, place]
-    return total

@@ -19,14 +19,13 @@ from localmimo.experts.run import (
     Record,
     by_layout,
     grouped,
-    in_order,
 )
 from localmimo.experts.store import Arrival, ExpertStore
 from localmimo.model import Guess
 from localmimo.plan import SHARED_TOKENS
 from quant import gpu
 from quant.ffn import experts as run_pages
-from quant.ffn import run_expert
+from quant.ffn import in_order, run_expert
 
 
 def runner_of(store: ExpertStore, slot_bytes: int, gpu: torch.device | None) -> "ExpertRunner | SharedRunner":

@@ -11,8 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice, pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -37,8 +37,7 @@ GUESS_SHARE = 4  # and one in so many holds a router's guesses at the most
 MOST = 0.9  # a prompt that wants so many of a layer's pages will want those of the next layer too
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):  # made for every page of every token
     """A page that can be used now."""
 
     expert: int

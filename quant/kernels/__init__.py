@@ -176,6 +176,19 @@ def routed(
     )  # fmt: skip
 
 
+def add_in_order(terms: Tensor) -> Tensor:
+    """terms float32 [n, k, width] added over k, first to last -> [n, width]."""
+    n, k, width = terms.shape
+    if terms.dtype is not torch.float32 or not terms.is_contiguous() or not terms.is_cpu or not k:
+        raise ValueError(
+            f"terms are {terms.dtype} {list(terms.shape)} on {terms.device}; contiguous torch.float32 [n, k, width] "
+            "in main memory, with a k of 1 at least, was expected."
+        )
+    out = torch.empty(n, width)
+    _module().add_in_order(terms.data_ptr(), n, k, width, out.data_ptr())
+    return out
+
+
 def crc32(data: Tensor, value: int = 0) -> int:
     """zlib.crc32 of a contiguous uint8 tensor, continuing `value`; several times as fast where native."""
     if data.dtype != torch.uint8 or not data.is_contiguous() or data.device.type != "cpu":

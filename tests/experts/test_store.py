@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from localmimo import BadModel, load
 from localmimo.experts.policy import Lru
-from localmimo.experts.run import ExpertRunner
+from localmimo.experts.run import STEP_TOKENS, ExpertRunner, grouped
 from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import DiskTier
 from quant import Pack, Recipe
@@ -298,6 +298,17 @@ def routed(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(n)
     chosen = torch.stack([torch.randperm(8, generator=generator)[:2].sort().values for _ in range(n)])
     return torch.randn(n, 64, generator=generator), chosen, torch.rand(n, 2, generator=generator)
+
+
+def test_few_tokens_are_grouped_as_many_are() -> None:
+    chosen = routed(STEP_TOKENS)[1]
+    places, spans = grouped(chosen)
+    of_many, many = grouped(torch.cat((chosen, chosen)))
+    assert torch.equal(places, of_many[of_many < chosen.numel()])
+    assert list(spans) == list(many) and [2 * stop for _, stop in spans.values()] == [
+        stop for _, stop in many.values()
+    ]
+    assert places[spans[3][0] : spans[3][1]].tolist() == (chosen.view(-1) == 3).nonzero().view(-1).tolist()
 
 
 def test_same_tokens_whatever_the_budget(pack: Pack) -> None:

@@ -21,9 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from localmimo.experts.run import in_order
 from quant import gpu
 from quant.ffn import experts as run_pages
+from quant.ffn import in_order
 from quant.kernels import attention
 from quant.matmul import linear
 from quant.page import PageLayout

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from quant import kernels
+from quant.ffn import in_order_reference
 from quant.kernels import FORMATS
 from quant.page import PageLayout
 from quant.qtensor import quantize
@@ -209,3 +210,12 @@ def test_nothing_to_do() -> None:
     none = torch.empty(0, dtype=torch.int64)
     kernels.experts(case.x, case.layout, case.pages, [none], [torch.empty(0)], out)
     assert torch.equal(out, torch.ones(4, 64))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 4, 70), (16, 8, 2048)])
+def test_terms_are_added_first_to_last(shape: tuple[int, int, int]) -> None:
+    terms = torch.randn(shape) * torch.rand(shape).exp2() ** 9  # so that the order shows
+    assert torch.equal(kernels.add_in_order(terms), in_order_reference(terms))
+    for bad in (terms.double(), torch.randn(3, 4, 70)[:, :, 1:], terms[:, :0]):
+        with pytest.raises(ValueError, match="expected"):
+            kernels.add_in_order(bad)

@@ -1,6 +1,7 @@
 """The ring equals a full cache with a mask, for any chunking and any rewind within its slack."""
 
 import psutil
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from localmimo.attend import Rows, extend, rope_table
 from localmimo.config import LayerSpec
 from localmimo.kv import GlobalKV, KVCache, WindowKV, row_bytes, row_width
+from localmimo.model import ROPE_TABLE, rope_rows
 
 WINDOW, SLACK = 8, 5
 SPEC = LayerSpec("window", "dense", 4, 2, 6, 4, 2, 1e4, WINDOW, True)
@@ -122,3 +124,10 @@ def test_cache_snapshot_and_clear() -> None:
     torch.testing.assert_close(extended(30), first, rtol=0, atol=1e-6)
     cache.clear()
     assert cache.length == 0 and cache.layers[0].length == 0 and cache.layers[1].length == 0
+
+
+@pytest.mark.parametrize("position", [0, 5, ROPE_TABLE - 3, ROPE_TABLE - 4, ROPE_TABLE, 987_654_321])
+def test_kept_rotations_are_those_worked_out(position: int) -> None:
+    for n in (1, 4):
+        expected = rope_table(torch.arange(position, position + n), 32, 10000.0)
+        assert all(map(torch.equal, rope_rows(position, n, 32, 10000.0), expected))

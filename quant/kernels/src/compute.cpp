@@ -244,6 +244,18 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, void* y) {
   }, w.rows * w.cols * n <= kAlone);
 }
 
+void add_in_order(const float* terms, int64_t n, int64_t k, int64_t width, float* out) {
+  Pool& pool = Pool::instance();
+  std::lock_guard<std::mutex> turn(pool.turn());
+  pool.run(n, [&](int64_t row, int64_t, int) {
+    const float* from = terms + row * k * width;
+    float* to = out + row * width;
+    std::memcpy(to, from, sizeof(float) * static_cast<size_t>(width));
+    for (int64_t i = 1; i < k; ++i)
+      for (int64_t j = 0; j < width; ++j) to[j] += from[i * width + j];
+  }, n * k * width <= kAlone);
+}
+
 double encode(const Book& book, Format f, const float* w, int64_t rows, int64_t cols, float scale, uint8_t* codes,
               uint8_t* scales) {
   Pool& pool = Pool::instance();

@@ -32,6 +32,9 @@ struct Routing {
 // of the experts in `routing`, whatever the threads do.
 void experts(const PageShape& shape, const Routing& routing, const void* x, bool half, int64_t n, float* out);
 
+// out [n, width] = terms [n, k, width] added over k, first to last.
+void add_in_order(const float* terms, int64_t n, int64_t k, int64_t width, float* out);
+
 // Packs w [rows, cols] float32 divided by `scale` with a 4-bit codec; returns the squared error, in
 // units of scale^2, the same for any number of threads.
 double encode(const Book& book, Format f, const float* w, int64_t rows, int64_t cols, float scale, uint8_t* codes,

@@ -181,6 +181,11 @@ void py_route(int64_t n, int64_t hidden, int64_t n_experts, int64_t top_k, Addre
   route(call);
 }
 
+void py_add_in_order(Address terms, int64_t n, int64_t k, int64_t width, Address out) {
+  nb::gil_scoped_release release;
+  add_in_order(at<float>(terms), n, k, width, at<float>(out));
+}
+
 // tables: values, code_of_rank, position, midpoint, rough, scale_of_byte, covers.
 double py_encode(int format, const std::vector<Address>& tables, int n_covers, float per_unit, float centre,
                  const std::vector<int32_t>& steps, Address w, int64_t rows, int64_t cols, float scale, Address codes,
@@ -233,6 +238,7 @@ NB_MODULE(_native, m) {
   m.def("attend", &py_attend);
   m.def("rms_norm", &py_rms_norm);
   m.def("route", &py_route);
+  m.def("add_in_order", &py_add_in_order);
   m.def("encode", &py_encode);
   m.def("read_all", [](Address data, size_t n) {
     nb::gil_scoped_release release;
