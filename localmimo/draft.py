@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from math import log
 from statistics import median
 from typing import Any, Literal, Protocol
 
@@ -84,86 +85,113 @@ class Steady:
 class Measured:
     """Finds the depth that gives the most tokens per second, and risks little to find it.
 
-    What it knows of a depth are its last passes: seconds, tokens. It starts without drafts, tries one more
-    draft for a few passes, and moves where that was faster; then it looks at no drafts again, first soon, then
-    less often, since the caches of a model grow warm while it speaks. Time lost to tries, against passes without
-    drafts, may reach ALLOWANCE tokens' time; then it goes back to none and waits, longer each time.
+    Two depths are compared pass by pass in turns, by the median of the ratios of a pass to its neighbours: a machine
+    whose speed changes from one second to the next, or that stalls now and then, does not change those. It starts
+    without drafts, tries one draft, and then one more for as long as that pays; later it looks at no drafts again,
+    first soon, then less often. Passes with drafts may lose ALLOWANCE tokens' time, against passes without; then it
+    goes back to none and waits, longer each time.
     """
 
-    COLD, WARM, TRY = 2, 5, 5  # passes: not counted, before the first try, of a try
-    STAY_FIRST, STAY = 8, 64  # passes between looks at other depths
+    COLD = 2  # passes that are not counted
+    LEAST, MOST = 3, 8  # ratios for a verdict
+    CLEAR = 0.6  # a verdict before there are MOST: the logarithm of the gain, times the root of their number
+    GAIN = 1.02  # tokens per second by which a depth must be better to be moved to
+    STAY_FIRST, STAY = 8, 64  # passes between two comparisons
     WAIT = 64  # passes without drafts after they did not pay
-    ALLOWANCE, FORGIVEN = (
-        2.5,
-        0.004,
-    )  # tokens' time (1 % of 256 tokens), and what a pass without drafts gives back
+    ALLOWANCE = 1.5  # tokens' time: 0.6 % of 256 tokens; a try that is under way may go beyond it
+    FORGIVEN = 0.004  # what a pass without drafts gives back of it
     CREDIT = 8.0  # tokens' time that were gained and may be lost again
-    SAMPLES = 16
-    GAIN = 0.98  # a depth must take at most so much of another's time to be moved to
+    MEMORY = 48  # passes over which a head's drafts are counted
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.current = 0
-        self._cold = self.COLD
-        self._passes: list[deque[tuple[float, int]]] = [deque(maxlen=self.SAMPLES) for _ in range(most + 1)]
-        self._left = self.WARM  # passes until something is decided
-        self._trying: int | None = None
-        self._looks = 0  # at other depths, since the last move
-        self._lost = 0.0  # seconds
+        self._rival: int | None = None  # compared with the current depth, in turns
+        self._left = self.COLD  # passes until the next comparison
+        self._looks = 0  # comparisons since the last move
+        self._passes: deque[tuple[int, float]] = deque(maxlen=3)  # the last ones: depth, seconds
+        self._ratios: list[float] = []  # the rival's seconds over the current depth's
+        self._costs: list[float | None] = [1.0] + [
+            None
+        ] * most  # passes without drafts that one of a depth costs
+        self._drawn: list[deque[bool]] = [
+            deque(maxlen=self.MEMORY) for _ in range(most)
+        ]  # of those it came to
+        self._lost = 0.0  # tokens' time
         self._wait = self.WAIT
 
     def depth(self) -> int:
-        return self.current if self._trying is None else self._trying
+        if self._rival is None or (self._passes and self._passes[-1][0] != self.current):
+            return self.current
+        return self._rival
 
     def took(self, depth: int, seconds: float, tokens: int) -> None:
         if depth != self.depth():  # cut short by the end of something: says nothing
             return
-        if self._cold:
-            self._cold -= 1
-            return
-        usual = self.token_s(0)
-        self._passes[depth].append((seconds, tokens))
+        self._passes.append((depth, seconds))
+        for head in range(min(depth, tokens)):
+            self._drawn[head].append(head + 1 < tokens)
+        if self._rival is not None:
+            self._compare(self._rival)
+        self._count_loss(depth, tokens)
         self._left -= 1
-        if (
-            usual is not None
-        ):  # n drafts cost at most n passes, and the heads: what is more is the machine's hiccup
-            seconds = min(seconds, (depth + 1.3) * usual)
-            lost = seconds - tokens * usual if depth else -self.FORGIVEN * seconds
-            self._lost = max(-self.CREDIT * usual if self.current else 0.0, self._lost + lost)
-        if usual is not None and self._lost > self.ALLOWANCE * usual:
+        if self._lost > self.ALLOWANCE and (self.current or self._rival):
             self._doubt()
+        elif self._rival is not None:
+            self._judge(self._rival)
         elif self._left <= 0:
-            self._decide()
+            self._look()
 
-    def token_s(self, depth: int) -> float | None:
-        """Seconds per token at a depth, None where nothing is known of it."""
-        if not self._passes[depth]:
-            return None
-        seconds, tokens = self._usual(depth)
-        return seconds / tokens
+    def tokens(self, depth: int) -> float:
+        """Tokens that a pass gives; a head that was not tried is as often right as the one before it."""
+        given = chance = right = 1.0
+        for drawn in self._drawn[:depth]:
+            right = sum(drawn) / len(drawn) if drawn else right
+            chance *= right
+            given += chance
+        return given
 
-    def _decide(self) -> None:
-        if self._trying is not None:
-            self._end_of_try(self._trying)
-        elif (other := self._other()) is not None:
-            self._passes[other].clear()
-            self._trying, self._left = other, self.TRY
+    def cost(self, depth: int) -> float:
+        """Passes without drafts that one of a depth takes as long as; at first as many as it has tokens."""
+        known = self._costs[depth]
+        return depth + 1.0 if known is None else known
+
+    def _compare(self, rival: int) -> None:
+        """The last pass but one against both its neighbours."""
+        if len(self._passes) < 3:
+            return
+        (before, a), (depth, b), (after, c) = self._passes
+        if before == after != depth:
+            ratio = b / (a * c) ** 0.5
+            self._ratios.append(ratio if depth == rival else 1 / ratio)
+            if rival > self.current:
+                self._costs[rival] = self.cost(self.current) * median(self._ratios)
+            elif rival == 0:
+                self._costs[self.current] = 1 / median(self._ratios)
+
+    def _count_loss(self, depth: int, tokens: int) -> None:
+        lost = min(self.cost(depth), depth + 1.3) - tokens if depth else -self.FORGIVEN
+        self._lost = max(-self.CREDIT if self.current else 0.0, self._lost + lost)
+
+    def _judge(self, rival: int) -> None:
+        """End the comparison once it is clear enough."""
+        n = len(self._ratios)
+        if n < self.LEAST:
+            return
+        gain = self.tokens(rival) / self.tokens(self.current) / median(self._ratios)
+        if n < self.MOST and abs(log(gain)) < self.CLEAR / n**0.5:
+            return
+        self._rival = None
+        if gain > self.GAIN and rival:
+            self._move(rival)
+        elif gain > self.GAIN or not self.current:
+            self._give_up()
         else:
             self._stay()
 
-    def _end_of_try(self, tried: int) -> None:
-        ours, theirs = self.token_s(self.current), self.token_s(tried)
-        self._trying = None
-        if ours is None or theirs is None or theirs >= self.GAIN * ours:
-            self._stay() if self.current else self._give_up()
-        elif tried:
-            self._move(tried)
-        else:
-            self._give_up()
-
     def _move(self, depth: int) -> None:
         self.current, self._looks, self._wait = depth, 0, self.WAIT
-        self._left = 1 if 0 < depth < self.most else self.STAY_FIRST
+        self._left = 1 if depth < self.most else self.STAY_FIRST
 
     def _stay(self) -> None:
         self._left = min(self.STAY, self.STAY_FIRST << self._looks)
@@ -171,41 +199,39 @@ class Measured:
 
     def _doubt(self) -> None:
         """Too much was lost: a depth that has paid is held against none once more, as the machine is now."""
-        if not self.current or self._trying is not None:
+        if self.current and self._rival != 0:
+            self._lost = 0.0
+            self._hold_against(0)
+        else:
             self._give_up()
-            return
-        here = self._passes[self.current]
-        recent = list(here)[-self.TRY :]
-        here.clear()
-        here.extend(recent)
-        self._passes[0].clear()
-        self._trying, self._left, self._lost = 0, self.TRY, 0.0
 
     def _give_up(self) -> None:
-        self._trying, self.current, self._looks, self._lost = None, 0, 0, max(0.0, self._lost)
-        self._left = self._wait
-        self._wait = min(8 * self.WAIT, 2 * self._wait)
-        for passes in self._passes[1:]:
-            passes.clear()
+        gained = self._lost < 0
+        self._rival, self.current, self._looks, self._lost = None, 0, 0, max(0.0, self._lost)
+        self._left = self.STAY_FIRST if gained else self._wait
+        if not gained:
+            self._wait = min(8 * self.WAIT, 2 * self._wait)
 
-    def _other(self) -> int | None:
-        """The depth to look at next: in turn one more, where that may pay, and none."""
+    def _look(self) -> None:
+        """Compare with the next depth: in turn one more, where that may pay, and none."""
         deeper = self.current + 1
         if deeper <= self.most and self._looks % 2 == 0 and self._may_pay(deeper):
-            return deeper
-        return 0 if self.current else None
+            self._hold_against(deeper)
+        elif self.current:
+            self._hold_against(0)
+        else:
+            self._left = self.STAY_FIRST
+
+    def _hold_against(self, rival: int) -> None:
+        self._rival, self._ratios = rival, []
 
     def _may_pay(self, deeper: int) -> bool:
         """Whether a depth can be faster, one more draft costing and giving what the last one did."""
-        if deeper == 1 or not self._passes[deeper - 2] or not self._passes[deeper - 1]:
+        if deeper == 1:
             return True
-        before, here = self._usual(deeper - 2), self._usual(deeper - 1)
-        return (2 * here[0] - before[0]) / (2 * here[1] - before[1]) < here[0] / here[1]
-
-    def _usual(self, depth: int) -> tuple[float, float]:
-        """Seconds (the median: a busy machine stalls now and then) and tokens (the mean) of a pass."""
-        passes = self._passes[depth]
-        return median(seconds for seconds, _ in passes), sum(n for _, n in passes) / len(passes)
+        here = self.cost(self.current)
+        step = (here - 1) / self.current
+        return self.tokens(deeper) / (here + step) > self.tokens(self.current) / here
 
 
 def pace_of(draft: Draft, n_heads: int) -> Pace:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from localmimo import BadRequest, DoesNotFit, Sampling, load
-from localmimo.draft import Draft, Lookahead, Measured, Steady
+from localmimo.draft import Draft, Lookahead, Measured, Pace, Steady
 from localmimo.engine import Engine
 from localmimo.generate import Generation
 from localmimo.sample import candidates, pick
@@ -192,39 +192,94 @@ def test_settings(engine: Engine) -> None:
 # ---- the pace, on a simulated machine ----
 
 
+class SimulatedMachine:
+    """Passes take cost(depth), noisily; the machine may stall, and may change its speed every now and then."""
+
+    def __init__(
+        self,
+        cost: Callable[[int], float],
+        right: tuple[float, float, float],
+        seed: int,
+        *,
+        noise: float = 0.25,
+        stalls: float = 0.0,
+        drift: float = 0.0,
+    ) -> None:
+        """right: each head's chance; stalls: a pass's chance; drift: how long a speed lasts, in the mean."""
+        self.cost, self.right, self.noise, self.stalls, self.drift = cost, right, noise, stalls, drift
+        self.rng, self.weather = random.Random(seed), random.Random(seed + 10_000)
+        self.seconds, self._slow, self._until = 0.0, 1.0, 0.0
+
+    def run(self, pace: Pace, tokens: int) -> list[int]:
+        """Say so many tokens; the depths."""
+        said, depths = 0, []
+        while said < tokens:
+            depth = pace.depth()
+            given = 1 + next((k for k in range(depth) if self.rng.random() >= self.right[k]), depth)
+            took = self._slowness() * self.cost(depth)
+            took *= self.rng.lognormvariate(-(self.noise**2) / 2, self.noise)
+            took *= 6 if self.rng.random() < self.stalls else 1
+            pace.took(depth, took, given)
+            self.seconds, said = self.seconds + took, said + given
+            depths.append(depth)
+        return depths
+
+    def _slowness(self) -> float:
+        while self.drift and self.seconds >= self._until:
+            self._until += self.weather.expovariate(1 / self.drift)
+            self._slow = self.weather.choice((1.0, 1.3, 2.0, 3.0))
+        return self._slow
+
+
 def simulate(
     cost: Callable[[int], float],
     right: tuple[float, float, float],
     tokens: int,
     seed: int,
-    noise: float = 0.25,
     stalls: float = 0.0,
 ) -> tuple[float, list[int]]:
-    """Seconds to say so many tokens where a pass costs cost(depth) and head k is right with a chance; the depths."""
-    rng, pace, seconds, said, depths = random.Random(seed), Measured(3), 0.0, 0, []
-    while said < tokens:
-        depth = pace.depth()
-        right_run = next((k for k in range(depth) if rng.random() >= right[k]), depth)
-        took = cost(depth) * rng.lognormvariate(-(noise**2) / 2, noise)
-        took *= 6 if rng.random() < stalls else 1
-        pace.took(depth, took, right_run + 1)
-        seconds, said = seconds + took, said + right_run + 1
-        depths.append(depth)
-    return seconds, depths
+    """Seconds to say so many tokens, and the depths."""
+    machine = SimulatedMachine(cost, right, seed, stalls=stalls)
+    depths = machine.run(Measured(3), tokens)
+    return machine.seconds, depths
 
 
-def mean_seconds(cost: Callable[[int], float], right: tuple[float, float, float], tokens: int = 256) -> float:
-    return sum(simulate(cost, right, tokens, seed)[0] for seed in range(60)) / 60
+def speed(cost: Callable[[int], float], right: tuple[float, float, float], **machine: float) -> float:
+    """Of `auto` over that without drafts: 256 tokens, 60 machines."""
+    seconds = {0: 0.0, 1: 0.0}
+    for seed in range(60):
+        for adaptive in seconds:
+            here = SimulatedMachine(cost, right, seed, **machine)
+            here.run(Measured(3) if adaptive else Steady(0), 256)
+            seconds[adaptive] += here.seconds
+    return seconds[0] / seconds[1]
 
 
-@pytest.mark.parametrize(
-    ("step", "right"),
-    [(0.9, (0.9, 0.7, 0.6)), (1.0, (0.5, 0.3, 0.2)), (0.95, (0.0, 0.0, 0.0)), (0.3, (0.1, 0.1, 0.1))],
+UNSTEADY = pytest.mark.parametrize(
+    "machine",
+    [
+        {"noise": 0.1},
+        {"noise": 0.25},
+        {"noise": 0.05, "drift": 30.0},
+        {"noise": 0.25, "drift": 60.0, "stalls": 0.03},
+    ],
+    ids=["quiet", "noisy", "drifting", "all of it"],
 )
-def test_where_drafts_do_not_pay_they_cost_less_than_two_percent(
-    step: float, right: tuple[float, float, float]
-) -> None:
-    assert mean_seconds(lambda depth: 1 + step * depth, right) < 1.02 * 256
+
+
+@UNSTEADY
+def test_most_of_a_small_gain_is_found_on_any_machine(machine: dict[str, float]) -> None:
+    """Drafts that pay 1.2 times at the best depth, on a machine that may change its speed from second to second."""
+    assert speed(lambda depth: 1 + 0.617 * depth, (0.94, 0.79, 0.78), **machine) >= 1.12
+
+
+@UNSTEADY
+@pytest.mark.parametrize(
+    "costs", [(0.9, 0.9, 0.7, 0.6), (1.0, 0.5, 0.3, 0.2), (0.95, 0.0, 0.0, 0.0), (0.3, 0.1, 0.1, 0.1)]
+)
+def test_where_drafts_do_not_pay_nobody_notices(costs: tuple[float, ...], machine: dict[str, float]) -> None:
+    step, *right = costs
+    assert speed(lambda depth: 1 + step * depth, tuple(right), **machine) > 0.98
 
 
 def test_where_drafts_pay_they_are_used() -> None:
@@ -237,7 +292,7 @@ def test_where_drafts_pay_they_are_used() -> None:
 def test_a_machine_that_stalls_does_not_hide_that_they_pay() -> None:
     runs = [simulate(lambda d: 1 + 0.11 * d, (0.95, 0.75, 0.7), 1000, seed, stalls=0.2) for seed in range(20)]
     used = [sum(depth > 0 for depth in depths) / len(depths) for _, depths in runs]
-    assert sorted(used)[len(used) // 2] > 0.8 and min(used) > 0.3
+    assert sorted(used)[len(used) // 2] > 0.8 and min(used) > 0.2
 
 
 def test_the_pace_follows_when_the_machine_changes() -> None:
