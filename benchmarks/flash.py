@@ -174,7 +174,13 @@ def opened(
         try:
             runner = SharedRunner(store, layout.bytes, device)
             session = Session(
-                model, runner, context, torch.bfloat16, stretch=plan.stretch_tokens, give_way=runner.give_way
+                model,
+                runner,
+                context,
+                torch.bfloat16,
+                stretch=plan.stretch_tokens,
+                give_way=runner.give_way,
+                lender=store.gpu,
             )
             yield Flash(config, plan, store, session, layout)
         finally:
@@ -210,8 +216,8 @@ def _store(
 
     shelf = None
     n_experts = dict.fromkeys(config.moe_layers, config.n_experts)
-    if plan.gpu_slots:
-        tier = GpuTier(plan.gpu_slots, pages.layout.bytes, device)
+    if plan.vram is not None and plan.vram.n_slots:
+        tier = GpuTier(plan.vram.n_slots, pages.layout.bytes, device)
         costs = measured_costs(tier, pages.layout, torch.bfloat16)
         shelf = GpuShelf(tier, pages.layout, n_experts, chances, costs)
     policy = Adaptive(stats, room_for_all=plan.held_slots >= plan.n_pages)

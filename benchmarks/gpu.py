@@ -126,7 +126,8 @@ def kernels(bench: Bench) -> Facts:
             wanted = extend_reference(joined.float(), tables, Rows(*caches), 0, spec, sink, 0.7)
             there = _there(bench, joined, *tables, *(torch.zeros_like(cache) for cache in caches))
             got = gpu.attend(
-                *there, heads=spec.n_heads, head_dims=(192, 128), position=0, first=0, window=spec.window,
+                *there, positions=torch.arange(n, device=bench.device), heads=spec.n_heads, head_dims=(192, 128),
+                first=0, window=spec.window,
                 sink=sink.to(bench.device), scale=192**-0.5, value_scale=0.7,
             )  # fmt: skip
             errors[f"attention {spec.attention} {kv}"] = relative(got, wanted)
@@ -280,14 +281,15 @@ def attention(bench: Bench) -> Facts:
         extra = 4 if kv == torch.int8 else 0
         for n, depth in ((1, 8192), (1, 262_000), (4, 32_000), (1024, 8192)):
             caches = [torch.zeros(4, depth + n, d + extra, dtype=kv, device=bench.device) for d in (192, 128)]
+            positions = torch.arange(depth, depth + n, device=bench.device)
             joined = torch.randn(n, 64 * 192 + 4 * 320, device=bench.device).bfloat16()
             tables = [torch.ones(n, 32, device=bench.device) for _ in range(2)]
 
             def run(
-                joined: Tensor = joined, tables: Any = tables, caches: Any = caches, depth: int = depth
+                joined: Tensor = joined, tables: Any = tables, caches: Any = caches, at: Tensor = positions
             ) -> Tensor:
                 return gpu.attend(
-                    joined, *tables, *caches, heads=64, head_dims=(192, 128), position=depth, first=0, window=None,
+                    joined, *tables, *caches, positions=at, heads=64, head_dims=(192, 128), first=0, window=None,
                     sink=None, scale=192**-0.5, value_scale=0.7,
                 )  # fmt: skip
 

@@ -82,16 +82,34 @@ class Rows:
     """Keys and values as they lie in a cache: position p in row (p - first) mod rows.
 
     keys [kv_heads, rows, d_k], values [kv_heads, rows, d_v] in float32 or bfloat16; or in int8, where the last four
-    bytes of each row are a float32 scale.
+    bytes of each row are a float32 scale. With a table int32 [blocks] they are [slots, kv_heads, rows, d], and position
+    p lies in row p mod rows of slot table[p // rows].
     """
 
     keys: Tensor
     values: Tensor
     first: int = 0
+    table: Tensor | None = None
 
-    def at(self, begin: int, end: int) -> Tensor:
-        """The rows of positions begin to end - 1."""
-        return (torch.arange(begin, end, device=self.keys.device) - self.first) % self.keys.shape[1]
+    def put(self, begin: int, keys: Tensor, values: Tensor) -> None:
+        """Write rows [kv_heads, n, d] of the positions from `begin` on."""
+        at = self._at(begin, begin + keys.shape[1])
+        for there, new in ((self.keys, keys), (self.values, values)):
+            there[at] = new if self.table is None else new.transpose(0, 1)
+
+    def get(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [kv_heads, n, d] of positions begin to end - 1."""
+        at = self._at(begin, end)
+        keys, values = self.keys[at], self.values[at]
+        return (keys, values) if self.table is None else (keys.transpose(0, 1), values.transpose(0, 1))
+
+    def _at(self, begin: int, end: int) -> tuple[slice | Tensor, ...]:
+        """What picks the rows of positions begin to end - 1."""
+        positions = torch.arange(begin, end, device=self.keys.device)
+        rows = (positions - self.first) % self.keys.shape[-2]
+        if self.table is None:
+            return slice(None), rows
+        return self.table[positions // self.keys.shape[-2]].long(), slice(None), rows
 
 
 def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,23 +137,28 @@ def extend(
     spec: LayerSpec,
     sink: Tensor | None,
     value_scale: float,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Rotate, write into the cache, attend: joined [n, queries | keys | values] -> [n, heads * d_v], both float32 but
     on a GPU, where they may be bfloat16.
 
-    The first token is at `position`; everything before it that it sees lies in `rows` already.
+    The first token is at `position`; everything before it that it sees lies in `rows` already. positions: of all
+    tokens, int64 [n], where a GPU is to read them.
     """
     head_dims = spec.head_dim, spec.v_head_dim
+    facts = {
+        "heads": spec.n_heads, "head_dims": head_dims, "first": rows.first, "window": spec.window, "sink": sink,
+        "scale": spec.head_dim**-0.5, "value_scale": value_scale,
+    }  # fmt: skip
     if joined.is_cuda and gpu.attends(joined, rows.keys, head_dims):
-        run = gpu.attend
-    elif native.serves(joined):
-        run = native.attend
-    else:
-        return extend_reference(joined, rope, rows, position, spec, sink, value_scale)
-    return run(
-        joined, *rope, rows.keys, rows.values, heads=spec.n_heads, head_dims=head_dims, position=position,
-        first=rows.first, window=spec.window, sink=sink, scale=spec.head_dim**-0.5, value_scale=value_scale,
-    )  # fmt: skip
+        if positions is None:
+            positions = torch.arange(position, position + len(joined), device=joined.device)
+        return gpu.attend(
+            joined, *rope, rows.keys, rows.values, positions=positions, table=rows.table, **facts
+        )
+    if native.serves(joined):
+        return native.attend(joined, *rope, rows.keys, rows.values, position=position, **facts)
+    return extend_reference(joined, rope, rows, position, spec, sink, value_scale)
 
 
 def extend_reference(
@@ -150,17 +173,15 @@ def extend_reference(
     """`extend` in torch, a block of queries at a time."""
     q, k, v = split_heads(joined, rope, spec, value_scale)
     end = position + len(joined)
-    rows.keys[:, rows.at(position, end)] = stored(k, rows.keys.dtype)
-    rows.values[:, rows.at(position, end)] = stored(v, rows.values.dtype)
+    rows.put(position, stored(k, rows.keys.dtype), stored(v, rows.values.dtype))
     step = max(1, WORKSPACE_BYTES // (4 * spec.n_heads * (end if spec.window is None else spec.window)))
     blocks = []
     for first in range(position, end, step):
         last = min(first + step, end)
         lowest = 0 if spec.window is None else max(0, first - spec.window + 1)
-        at = rows.at(lowest, last)
         positions = torch.arange(lowest, last, device=q.device)
         seen = window_mask(positions[first - lowest :], positions, spec.window)
-        k, v = loaded(rows.keys[:, at]), loaded(rows.values[:, at])
+        k, v = map(loaded, rows.get(lowest, last))
         blocks.append(attend(q[:, first - position : last - position], k, v, seen, sink, spec.head_dim**-0.5))
     return torch.cat(blocks)
 

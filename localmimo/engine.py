@@ -459,6 +459,7 @@ class Engine:
             identity=self.identity,
             heads=self._heads,
             give_way=self._experts.give_way,
+            lender=self._store.gpu,
         )
 
     def close(self) -> None:

@@ -1,12 +1,14 @@
 """Keys and values of one sequence: a ring per window layer, a growing cache per global layer.
 
+On a GPU the growing ones lie in blocks, slots of the slab that holds the experts' pages.
+
 Knows positions and bytes, nothing of tokens, weights or attention. How a ring is laid out never leaves this file:
 whoever writes and reads gets `Rows`, which say where a position lies, and a snapshot lists rows in position order.
 """
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from localmimo.attend import Rows
+from localmimo.blocks import Blocks, Lender, Scattered
 from localmimo.config import LayerSpec
+from localmimo.plan import positions_per_slot
 from quant.kernels.attention import SCALE_BYTES
 
 CPU = torch.device("cpu")
@@ -40,16 +44,12 @@ def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
 class GlobalKV:
     """Keys and values of a global layer: room for the whole context in address space, memory only where written.
 
-    Anonymous memory costs nothing until it is touched, so growing never copies and nothing is reserved. A GPU has no
-    such memory: there the whole context is reserved, as it is counted.
+    Anonymous memory costs nothing until it is touched, so growing never copies and nothing is reserved.
     """
 
-    def __init__(
-        self, spec: LayerSpec, capacity: int, dtype: torch.dtype, device: torch.device = CPU
-    ) -> None:
-        make = partial(_untouched if device.type == "cpu" else torch.empty, dtype=dtype, device=device)
-        self._keys = make((spec.n_kv_heads, capacity, row_width(spec.head_dim, dtype)))
-        self._values = make((spec.n_kv_heads, capacity, row_width(spec.v_head_dim, dtype)))
+    def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype) -> None:
+        self._keys = _untouched((spec.n_kv_heads, capacity, row_width(spec.head_dim, dtype)), dtype)
+        self._values = _untouched((spec.n_kv_heads, capacity, row_width(spec.v_head_dim, dtype)), dtype)
         self.length = 0
 
     @staticmethod
@@ -77,6 +77,65 @@ class GlobalKV:
         """Become `length` long; the views that the caller fills with what `held` gave."""
         self.length = length
         return self.held()
+
+
+class BlockKV:
+    """Keys and values of a global layer on a GPU: a part of every block of the sequence."""
+
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype, blocks: Blocks, offset: int) -> None:
+        """offset: of the layer's part in a slot, in bytes."""
+        self._spec = spec
+        self._dtype = dtype
+        self._blocks = blocks
+        self._offset = offset
+        self._slab: Tensor | None = None  # that the views below are of
+        self.length = 0
+
+    def place(self, n: int) -> Rows:
+        """Where the next n tokens' rows go; all that they see is there already."""
+        return Rows(*self._parts(), table=self._blocks.table)
+
+    def commit(self, rows: Rows, n: int) -> None:
+        """The n tokens that `rows` was for are written."""
+        self.length += n
+
+    def rewind(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        self.length = length
+
+    def held(self) -> tuple[Scattered, Scattered]:
+        """Keys and values of every position, in position order: views of their pieces."""
+        keys, values = (self._scattered(i) for i in range(2))
+        return keys, values
+
+    def make_room(self, length: int) -> tuple[Scattered, Scattered]:
+        """Become `length` long; the views that the caller fills with what `held` gave."""
+        self._blocks.reach(length)
+        self.length = length
+        return self.held()
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, [slots, kv_heads, positions, d]; those of others among them."""
+        slab = self._blocks.lender.slab
+        if slab is not self._slab:
+            self._slab, at, views = slab, self._offset, []
+            for d in (self._spec.head_dim, self._spec.v_head_dim):
+                shape = self._spec.n_kv_heads, self._blocks.positions, row_width(d, self._dtype)
+                end = at + math.prod(shape) * self._dtype.itemsize
+                views.append(slab[:, at:end].view(self._dtype).unflatten(1, shape))
+                at = end
+            self._views = views[0], views[1]
+        return self._views
+
+    def _scattered(self, part: int) -> Scattered:
+        length, (heads, _, width) = self.length, self._parts()[part].shape[1:]
+        return Scattered(self._dtype, (heads, length, width), lambda: self._pieces(part, length))
+
+    def _pieces(self, part: int, length: int) -> Iterator[Tensor]:
+        view, n = self._parts()[part], self._blocks.positions
+        for head in range(view.shape[1]):
+            for i, slot in enumerate(self._blocks.slots[: -(-length // n)]):
+                yield view[slot, head, : min(n, length - i * n)]
 
 
 class WindowKV:
@@ -169,7 +228,7 @@ class WindowKV:
         self._write(keys, values)
 
 
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Main memory that costs nothing until it is written."""
     count = math.prod(shape)
     size = count * dtype.itemsize
@@ -192,7 +251,7 @@ class Snapshot:
 
 
 class KVCache:
-    """The KV of one sequence: one GlobalKV or WindowKV per layer, all of the same length."""
+    """The KV of one sequence: a GlobalKV, BlockKV or WindowKV per layer, all of the same length."""
 
     def __init__(
         self,
@@ -201,15 +260,34 @@ class KVCache:
         dtype: torch.dtype,
         slack: int = SLACK,
         device: torch.device = CPU,
+        lender: Lender | None = None,
     ) -> None:
+        """lender: of slots for the global layers, which a GPU must have."""
         self.capacity = capacity
-        self.layers: list[GlobalKV | WindowKV] = [
-            GlobalKV(spec, capacity, dtype, device)
-            if spec.window is None
-            else WindowKV(spec, dtype, slack, device)
-            for spec in specs
-        ]
+        whole = [spec for spec in specs if spec.window is None]
+        self._blocks = _blocks(whole, capacity, dtype, lender) if lender is not None and whole else None
+        self.layers: list[GlobalKV | BlockKV | WindowKV] = []
+        offset = 0  # of the next layer's part in a slot
+        for spec in specs:
+            if spec.window is not None:
+                self.layers.append(WindowKV(spec, dtype, slack, device))
+            elif self._blocks is None:
+                assert device.type == "cpu"
+                self.layers.append(GlobalKV(spec, capacity, dtype))
+            else:
+                self.layers.append(BlockKV(spec, dtype, self._blocks, offset))
+                offset += self._blocks.positions * row_bytes(spec, dtype)
         self.length = 0
+
+    def reach(self, n: int) -> None:
+        """Have room for n more tokens: where slots are lent, their owner may have to move something."""
+        if self._blocks is not None:
+            self._blocks.reach(self.length + n)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is there still: a lender that loses its memory loses what was in it."""
+        return self._blocks is None or self._blocks.holds(self.length)
 
     @staticmethod
     def nbytes(specs: Sequence[LayerSpec], tokens: int, dtype: torch.dtype, slack: int = SLACK) -> int:
@@ -232,10 +310,15 @@ class KVCache:
         """
         if not all(layer.can_rewind(length) for layer in self._windows()):
             return False
+        self._cut(length)
+        return True
+
+    def _cut(self, length: int) -> None:
         for layer in self.layers:
             layer.rewind(length)
+        if self._blocks is not None:
+            self._blocks.cut(length)
         self.length = length
-        return True
 
     def clear(self) -> None:
         """Become empty."""
@@ -253,9 +336,12 @@ class KVCache:
         """Come back to a snapshot of this sequence: everything before it is as it was."""
         for layer, (keys, values) in zip(self._windows(), snapshot.windows, strict=True):
             layer.restore(snapshot.length, keys, values)
-        for layer in self.layers:
-            layer.rewind(snapshot.length)
-        self.length = snapshot.length
+        self._cut(snapshot.length)
 
     def _windows(self) -> list[WindowKV]:
         return [layer for layer in self.layers if isinstance(layer, WindowKV)]
+
+
+def _blocks(specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, lender: Lender) -> Blocks:
+    row = sum(row_bytes(spec, dtype) for spec in specs)
+    return Blocks(lender, positions_per_slot(lender.slab.shape[1], row), capacity)

@@ -184,6 +184,8 @@ class Cache(Protocol):
     @property
     def layers(self) -> Sequence[LayerKV]: ...
 
+    def reach(self, n: int) -> None: ...
+
     def advance(self, n: int) -> None: ...
 
 
@@ -223,6 +225,7 @@ class Piece:
     first: int  # row in the batch
     n: int
     position: int  # of the first row
+    positions: Tensor | None  # of all rows, int64 [n], where a GPU is to read them
     ropes: dict[tuple[int, float], Rope]  # by LayerSpec.rope
 
 
@@ -240,7 +243,9 @@ def pieces_of(
                 room = PREFILL_CHUNK
             position = cache.length + at
             tables = {rope: rope_rows(position, n, *rope, device) for rope in ropes}
-            groups[-1].append(Piece(cache, first, n, position, tables))
+            on_gpu = device is not None and device.type == "cuda"
+            positions = torch.arange(position, position + n, device=device) if on_gpu else None
+            groups[-1].append(Piece(cache, first, n, position, positions, tables))
             first, room = first + n, room - n
     return groups
 
@@ -338,6 +343,8 @@ class Transformer:
         report: Callable[[float], None] = nothing_to_report,
     ) -> list[Tensor]:
         """Take rows x [n, hidden] of timelines through the layers, so many rows of each; x is overwritten."""
+        for n, cache in timelines:
+            cache.reach(n)
         groups = pieces_of(timelines, {spec.rope for spec in self.config.layers}, self.device)
         for layer in range(len(self.config.layers)):
             self._layer(layer, x, groups, experts, check)
@@ -421,7 +428,8 @@ class Transformer:
     ) -> Tensor:
         kv, rope = piece.cache.layers[layer], piece.ropes[spec.rope]
         rows, sink = kv.place(piece.n), block.attention.sink
-        mixed = extend(joined, rope, rows, piece.position, spec, sink, self.config.value_scale)
+        scale = self.config.value_scale
+        mixed = extend(joined, rope, rows, piece.position, spec, sink, scale, piece.positions)
         kv.commit(rows, piece.n)
         return mixed
 

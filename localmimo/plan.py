@@ -1,12 +1,16 @@
 """Plan: dense weights + KV + workspace + expert slots against one budget or two, or the reason they do not fit.
 
-Without a GPU all of it is RAM's. With one, VRAM has the dense weights, the KV, the workspace of a prompt and expert
-slots with the rest; RAM has the embeddings, a small workspace and slots for the other experts.
+Without a GPU all of it is RAM's. With one, VRAM has the dense weights, the windows' KV, the workspace of a prompt and
+slots with the rest: for experts, which give way to the global layers' KV as the context grows. RAM has the embeddings,
+a small workspace and slots for the other experts.
 
 Arithmetic only: knows shapes and bytes, loads no torch and opens no file.
 """
 
-from dataclasses import asdict, dataclass
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from localmimo.config import LayerSpec, ModelConfig
@@ -31,6 +35,7 @@ UNPACKED_BYTES = 2 << 26  # of one matrix at a time, in bfloat16, and its produc
 EXPERT_ROWS = 2048  # rows of a prompt that experts work on at a time (experts/run.py)
 SCALE_BYTES = 4  # behind each int8 row of keys or values
 LINEAR_WORKSPACE_BYTES = 8 << 20  # packed weights unpacked at a time
+KV_ROWS = 16  # rows of the KV that begin on a boundary for wide loads, in any type
 DEFAULT_CONTEXT = 32_768
 
 
@@ -40,14 +45,29 @@ class Vram:
 
     budget_bytes: int
     dense_bytes: int
-    kv_bytes: int
+    kv_bytes: int  # of the window layers, their snapshots included
     workspace_bytes: int
     slots_bytes: int
-    n_slots: int
+    n_slots: int  # of a page each: for experts and for the global layers' KV
+    kv_slots: int  # of them, that the KV has taken when every context is full; none at first
+    slot_tokens: int  # positions that a slot has room for
 
     @property
     def used_bytes(self) -> int:
         return self.dense_bytes + self.kv_bytes + self.workspace_bytes + self.slots_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slots_bytes // self.n_slots if self.n_slots else 0
+
+    def __str__(self) -> str:
+        grown = self.kv_bytes + self.kv_slots * self.slot_bytes
+        grows = f" growing to {format_bytes(grown)}" if self.kv_slots else ""
+        return _said("VRAM", self.used_bytes, self.budget_bytes, [
+            f"dense {format_bytes(self.dense_bytes)}",
+            f"kv {format_bytes(self.kv_bytes)}{grows}",
+            f"workspace {format_bytes(self.workspace_bytes)}",
+        ])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +89,24 @@ class Plan:
 
     @property
     def gpu_slots(self) -> int:
-        """Experts that fit on the GPU."""
-        return 0 if self.vram is None else self.vram.n_slots
+        """Experts that fit on the GPU at first."""
+        return self.gpu_slots_at(0)
+
+    def gpu_slots_at(self, tokens: int) -> int:
+        """Experts that fit on the GPU when every timeline holds so many tokens."""
+        if self.vram is None:
+            return 0
+        taken = min(self.vram.kv_slots, self.max_batch * -(-tokens // max(1, self.vram.slot_tokens)))
+        return min(self.n_pages, self.vram.n_slots - taken)
 
     @property
     def held_slots(self) -> int:
-        """Experts that fit in memory of either kind."""
-        return min(self.n_pages, self.n_slots + self.gpu_slots)
+        """Experts that fit in memory of either kind at first."""
+        return self.held_slots_at(0)
+
+    def held_slots_at(self, tokens: int) -> int:
+        """Experts that fit in memory of either kind when every timeline holds so many tokens."""
+        return min(self.n_pages, self.n_slots + self.gpu_slots_at(tokens))
 
     @property
     def slots_bytes(self) -> int:
@@ -89,24 +120,28 @@ class Plan:
         return asdict(self) | {"slots_bytes": self.slots_bytes, "used_bytes": self.used_bytes}
 
     def __str__(self) -> str:
-        ram = _spent("RAM", self.used_bytes, self.ram_bytes, self, self.n_pages)
-        if self.vram is None:
-            return ram
-        return (
-            f"{_spent('VRAM', self.vram.used_bytes, self.vram.budget_bytes, self.vram, self.n_pages)} · {ram}"
-        )
+        parts = [
+            f"dense {format_bytes(self.dense_bytes)}",
+            *([f"kv {format_bytes(self.kv_bytes)}"] if self.kv_bytes else []),
+            f"workspace {format_bytes(self.workspace_bytes)}",
+            self._experts(self.n_slots),
+        ]
+        ram = _said("RAM", self.used_bytes, self.ram_bytes, parts)
+        return ram if self.vram is None else f"{self.vram} · {self._gpu_experts()} · {ram}"
+
+    def _gpu_experts(self) -> str:
+        first, full = self.gpu_slots, self.gpu_slots_at(self.context)
+        after = f", then {full:,} at {self.context:,} tokens" if full < first else ""
+        return self._experts(first) + after
+
+    def _experts(self, n: int) -> str:
+        share = 100 * n / self.n_pages
+        return f"experts {format_bytes(n * self.page_bytes)} ({n:,} of {self.n_pages:,}, {share:.0f}%)"
 
 
-def _spent(name: str, used: int, budget: int, part: Plan | Vram, n_pages: int) -> str:
+def _said(name: str, used: int, budget: int, parts: Sequence[str]) -> str:
     """One budget for people."""
-    parts = [
-        f"{name} {format_bytes(used)} of {format_bytes(budget)}: dense {format_bytes(part.dense_bytes)}",
-        *([f"kv {format_bytes(part.kv_bytes)}"] if part.kv_bytes else []),
-        f"workspace {format_bytes(part.workspace_bytes)}",
-        f"experts {format_bytes(part.slots_bytes)} ({part.n_slots:,} of {n_pages:,}, "
-        f"{100 * part.n_slots / n_pages:.0f}%)",
-    ]
-    return " · ".join(parts)
+    return " · ".join([f"{name} {format_bytes(used)} of {format_bytes(budget)}: {parts[0]}", *parts[1:]])
 
 
 def make_plan(
@@ -129,20 +164,20 @@ def make_plan(
 
     Raises DoesNotFit where less than one token's experts would fit.
     """
-    kv = max_batch * (
-        kv_bytes(config, context, kv_item_bytes, slack) + draft_bytes(config, kv_item_bytes, slack, n_drafts)
-    )
+    drafts = max_batch * draft_bytes(config, kv_item_bytes, slack, n_drafts)
     if vram_bytes is None:
+        kv = max_batch * kv_bytes(config, context, kv_item_bytes, slack) + drafts
         return _in_ram(config, dense_bytes, kv, page_bytes, context, ram_bytes, n_drafts, max_batch)
-    vram, stretch = _on_gpu(config, dense_bytes - lookup_bytes, kv, page_bytes, context, vram_bytes)
+    kv_there = device_kv(config, context, kv_item_bytes, slack, page_bytes, max_batch)
+    kv_there = replace(kv_there, fixed_bytes=kv_there.fixed_bytes + drafts)
+    vram, stretch = _on_gpu(config, dense_bytes - lookup_bytes, kv_there, page_bytes, context, vram_bytes)
     n_pages = config.n_experts * len(config.moe_layers)
     workspace = host_workspace_bytes(config)
     least = lookup_bytes + workspace
     if ram_bytes < least + config.pages_per_token * page_bytes:
         raise DoesNotFit(_too_small(config, least, lookup_bytes, 0, page_bytes, context, ram_bytes))
-    wanted = max(
-        n_pages - vram.n_slots, min(n_pages, config.pages_per_token)
-    )  # what comes is read into a slot of RAM
+    least_there = min(n_pages, vram.n_slots - vram.kv_slots)
+    wanted = max(n_pages - least_there, min(n_pages, config.pages_per_token))  # what comes is read into RAM
     slots = min(wanted, (ram_bytes - least) // page_bytes)
     return Plan(
         context, ram_bytes, lookup_bytes, 0, workspace, page_bytes, n_pages, slots, stretch, n_drafts, max_batch, vram
@@ -173,22 +208,30 @@ def _in_ram(
 
 
 def _on_gpu(
-    config: ModelConfig, dense_bytes: int, kv: int, page_bytes: int, context: int, vram_bytes: int
+    config: ModelConfig,
+    dense_bytes: int,
+    kv: DeviceKv,
+    page_bytes: int,
+    context: int,
+    vram_bytes: int,
 ) -> tuple[Vram, int]:
     """How VRAM is spent, and the tokens of a stretch of prompt."""
-    least = dense_bytes + kv + device_workspace_bytes(config, context, PREFILL_CHUNK, page_bytes)
+    grown = kv.fixed_bytes + kv.n_slots * page_bytes
+    least = dense_bytes + grown + device_workspace_bytes(config, context, PREFILL_CHUNK, page_bytes)
     if vram_bytes < least:
         raise DoesNotFit(
             f"This model needs {format_bytes(least)} of VRAM at the least and the budget is "
             f"{format_bytes(vram_bytes)}: dense weights {format_bytes(dense_bytes)}, KV for {context:,} tokens "
-            f"{format_bytes(kv)}, workspace {format_bytes(least - dense_bytes - kv)}. "
+            f"{format_bytes(grown)}, workspace {format_bytes(least - dense_bytes - grown)}. "
             f"Give --vram {-(-least // (1 << 20))}MiB, a shorter --context, or --device cpu."
         )
     stretch = stretch_tokens(config, context, vram_bytes - least)
     workspace = device_workspace_bytes(config, context, stretch, page_bytes)
     n_pages = config.n_experts * len(config.moe_layers)
-    n_slots = min(n_pages, (vram_bytes - dense_bytes - kv - workspace) // page_bytes)
-    return Vram(vram_bytes, dense_bytes, kv, workspace, n_slots * page_bytes, n_slots), stretch
+    room = vram_bytes - dense_bytes - kv.fixed_bytes - workspace
+    n_slots = min(n_pages + kv.n_slots, room // page_bytes)
+    slots = n_slots * page_bytes, n_slots, kv.n_slots, kv.slot_tokens
+    return Vram(vram_bytes, dense_bytes, kv.fixed_bytes, workspace, *slots), stretch
 
 
 def _too_small(
@@ -217,6 +260,41 @@ def kv_row_bytes(spec: LayerSpec, item_bytes: int) -> int:
     """Keys and values of one position of one layer."""
     scales = 2 * SCALE_BYTES if item_bytes == 1 else 0
     return spec.n_kv_heads * ((spec.head_dim + spec.v_head_dim) * item_bytes + scales)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKv:
+    """What a GPU needs for keys and values: bytes for the windows, and slots when every context is full."""
+
+    fixed_bytes: int
+    n_slots: int
+    slot_tokens: int  # positions of a sequence in each slot; 0 where no layer is global
+
+
+def device_kv(
+    config: ModelConfig, context: int, item_bytes: int, slack: int, page_bytes: int, max_batch: int = 1
+) -> DeviceKv:
+    """The KV of `max_batch` timelines. Raises DoesNotFit where a slot has no room for a token."""
+    windows = kv_bytes(config, 0, item_bytes, slack)
+    row_bytes = kv_bytes(config, 1, item_bytes, slack) - windows
+    if not row_bytes:
+        return DeviceKv(max_batch * windows, 0, 0)
+    tokens = positions_per_slot(page_bytes, row_bytes)
+    return DeviceKv(max_batch * windows, max_batch * -(-context // tokens), tokens)
+
+
+def positions_per_slot(slot_bytes: int, row_bytes: int) -> int:
+    """Positions of a sequence whose rows of `row_bytes` lie in a slot: a multiple of 16 where there is room for it.
+
+    Raises DoesNotFit where there is no room for one.
+    """
+    if slot_bytes < row_bytes:
+        raise DoesNotFit(
+            f"An expert of this model takes {slot_bytes:,} bytes and a token's keys and values {row_bytes:,}: on a GPU "
+            "they share equal slots, which would be too small. Give --device cpu."
+        )
+    n = slot_bytes // row_bytes
+    return n - n % KV_ROWS if n >= KV_ROWS else n
 
 
 def draft_bytes(config: ModelConfig, item_bytes: int, slack: int, n_drafts: int) -> int:

@@ -3,7 +3,7 @@
 Knows files, bytes and whom a file belongs to. Must not know what the tensors mean, nor hold a model or a cache.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +12,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from localmimo.blocks import Scattered
 from localmimo.errors import BadSession
 from quant import kernels
 from quant.aside import written_aside
@@ -61,7 +62,9 @@ class Identity:
                 )
 
 
-def write(path: Path, identity: Identity, facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
+def write(
+    path: Path, identity: Identity, facts: Mapping[str, str], tensors: Mapping[str, Tensor | Scattered]
+) -> int:
     """Write the file whole or not at all; its bytes. Raises BadSession where the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ def write(path: Path, identity: Identity, facts: Mapping[str, str], tensors: Map
         raise BadSession(f"The session cannot be written to {path}: {error.strerror or error}.") from error
 
 
-def _write(file: BinaryIO, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
+def _write(file: BinaryIO, metadata: Mapping[str, str], tensors: Mapping[str, Tensor | Scattered]) -> int:
     plan = _plan(metadata, tensors, _NO_CHECKSUM)
     file.write(plan.header)
     checksum = 0
@@ -84,14 +87,14 @@ def _write(file: BinaryIO, metadata: Mapping[str, str], tensors: Mapping[str, Te
     return plan.n_bytes
 
 
-def _plan(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], checksum: str) -> ShardPlan:
+def _plan(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | Scattered], checksum: str) -> ShardPlan:
     specs = {name: PartSpec(_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     return plan_shard("", specs, metadata={**metadata, "crc32": checksum})
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+def _pieces(tensor: Tensor | Scattered) -> Iterator[Tensor]:
     """The tensor's bytes in order, flat, in main memory; no copy of the whole where its first axis is strided."""
-    for part in [tensor] if tensor.is_contiguous() else tensor.unbind(0):
+    for part in _parts(tensor):
         yield part.cpu().contiguous().view(-1).view(torch.uint8)
 
 
@@ -139,7 +142,7 @@ class SavedSession:
             "the conversation has to be read again."
         )
 
-    def read(self, targets: Mapping[str, Tensor]) -> None:
+    def read(self, targets: Mapping[str, Tensor | Scattered]) -> None:
         """Fill every tensor of the file into its target; raises BadSession where the checksum disagrees."""
         checksum = 0
         for stored in sorted(self._shard.tensors.values(), key=lambda stored: stored.offset):
@@ -163,10 +166,17 @@ class SavedSession:
         return self._shard.tensors[name]
 
 
-def _views(tensor: Tensor) -> Iterator[Tensor]:
+def _views(tensor: Tensor | Scattered) -> Iterator[Tensor]:
     """The tensor's own bytes in order, flat, to be filled: contiguous, or so behind its first axis."""
-    for part in [tensor] if tensor.is_contiguous() else tensor.unbind(0):
+    for part in _parts(tensor):
         yield part.view(-1).view(torch.uint8)
+
+
+def _parts(tensor: Tensor | Scattered) -> Iterable[Tensor]:
+    """What of the tensor lies side by side, in order."""
+    if isinstance(tensor, Scattered):
+        return tensor.pieces()
+    return [tensor] if tensor.is_contiguous() else tensor.unbind(0)
 
 
 def _said(facts: tuple[str, tuple[int, ...]] | None) -> str:

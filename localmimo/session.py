@@ -6,13 +6,15 @@ Knows tokens, not text; holds no weights. The cache is only ever touched here.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from localmimo.blocks import Lender, Scattered
 from localmimo.device import out_of_memory
 from localmimo.errors import BadRequest, BadSession, ContextFull
-from localmimo.kv import SLACK, GlobalKV, KVCache, Snapshot, WindowKV
+from localmimo.kv import SLACK, KVCache, Snapshot, WindowKV
 from localmimo.model import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.mtp import Choose, Drafter, DraftHead
 from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
@@ -52,8 +54,12 @@ class Session:
         identity: Identity | None = None,
         heads: Sequence[DraftHead] = (),
         give_way: Callable[[], bool] = nothing_to_give,
+        lender: Lender | None = None,
     ) -> None:
-        """give_way: gives memory of the device back where a step ran out of it; False where there is none to give."""
+        """give_way: gives memory of the device back where a step ran out of it; False where there is none to give.
+
+        lender: of slots for keys and values, on a GPU.
+        """
         self.context = context
         self.tokens: list[int] = []
         self.n_reused = 0  # tokens that the last sync did not have to read
@@ -61,7 +67,7 @@ class Session:
         self._experts = experts
         self._give_way = give_way
         self._identity = identity  # None: cannot be saved
-        self._cache = KVCache(model.config.layers, context, kv_dtype, device=model.device)
+        self._cache = KVCache(model.config.layers, context, kv_dtype, device=model.device, lender=lender)
         self._marks: list[Mark] = []
         self._stretch = stretch  # tokens of a prompt that are read layer by layer: a matter of memory alone
         # Draft heads look back over a window of hidden states; without them one gives the logits again.
@@ -191,9 +197,9 @@ class Session:
                 self._restore(None)
                 raise
 
-    def _contents(self) -> dict[str, Tensor]:
+    def _contents(self) -> dict[str, Tensor | Scattered]:
         """What a file holds, by name; the keys and values in position order."""
-        out = {
+        out: dict[str, Tensor | Scattered] = {
             "tokens": torch.tensor(self.tokens, dtype=torch.int32),
             "hidden": self._trail.tail(self._trail.rows),
             "marks": torch.tensor([mark.snapshot.length for mark in self._marks], dtype=torch.int32),
@@ -226,19 +232,19 @@ class Session:
         self.tokens = tokens
         self._marks = [self._loaded_mark(m, length, targets) for m, length in enumerate(lengths)]
 
-    def _targets(self, saved: SavedSession, n: int) -> dict[str, Tensor]:
+    def _targets(self, saved: SavedSession, n: int) -> dict[str, Any]:
         """A place for each tensor of the file: in the cache itself where it can be, else fresh and small."""
         n_marks = saved.count("marks")
         most = (self._model.config.mtp_layer.window or 1) + SLACK  # whether or not drafts are on here
         if n_marks > N_SNAPSHOTS:
             raise BadSession(f"{saved.path} holds {n_marks} marks; a session has at most {N_SNAPSHOTS}.")
-        out = {
+        out: dict[str, Any] = {
             "tokens": torch.empty(n, dtype=torch.int32),
             "marks": torch.empty(n_marks, dtype=torch.int32),
             "hidden": self._hidden(_rows(saved, "hidden", 0, min(n, most), least=0)),
         }
         for i, layer in enumerate(self._cache.layers):
-            if isinstance(layer, GlobalKV):
+            if not isinstance(layer, WindowKV):
                 out[f"layers.{i}.keys"], out[f"layers.{i}.values"] = layer.make_room(n)
         for i, window in self._windows():
             self._add_window(out, saved, f"layers.{i}", window, window.rows)
@@ -253,12 +259,12 @@ class Session:
         return torch.empty(rows, self._model.config.hidden, device=self._model.device)
 
     def _add_window(
-        self, out: dict[str, Tensor], saved: SavedSession, name: str, window: WindowKV, most: int
+        self, out: dict[str, Any], saved: SavedSession, name: str, window: WindowKV, most: int
     ) -> None:
         rows = _rows(saved, f"{name}.keys", 1, most)
         out[f"{name}.keys"], out[f"{name}.values"] = window.empty(rows)
 
-    def _loaded_mark(self, m: int, length: int, found: dict[str, Tensor]) -> Mark:
+    def _loaded_mark(self, m: int, length: int, found: dict[str, Any]) -> Mark:
         windows = tuple(
             (found[f"marks.{m}.layers.{i}.keys"], found[f"marks.{m}.layers.{i}.values"])
             for i, _ in self._windows()
@@ -273,6 +279,7 @@ class Session:
 
     def _come_back(self, tokens: Sequence[int]) -> None:
         """Go back to the longest prefix of `tokens` that can be had with the logits behind it, if it is all."""
+        self._forget_lost()
         common = _common_prefix(self.tokens, tokens)
         mark = self._mark_before(common)
         known = common < len(tokens) or self._trail.last(common) is not None
@@ -282,6 +289,11 @@ class Session:
             self._truncate(self._cache.length)
         else:
             self._restore(mark)
+
+    def _forget_lost(self) -> None:
+        """Become empty where the device has lost what was read."""
+        if not self._cache.is_whole:
+            self._restore(None)
 
     def _mark_before(self, length: int) -> Mark | None:
         """The last mark at `length` or before it."""
@@ -333,6 +345,7 @@ class Session:
             return self._pass(tokens, check, report or nothing_to_report)
         except torch.OutOfMemoryError as error:
             if not self._give_way():
+                self._forget_lost()
                 raise out_of_memory(error) from error
         return self._forward(tokens, check, report)
 
@@ -373,6 +386,8 @@ def step_together(
     except torch.OutOfMemoryError as error:
         _rewind(sessions)
         if not first._give_way():
+            for one in sessions:
+                one._forget_lost()
             raise out_of_memory(error) from error
         hidden = None
     except BaseException:

@@ -36,7 +36,7 @@ toolfile
 config machine device speeds attend sample text template
 grammar toolchoice
 chat
-kv plan structure saved trail shapes
+blocks kv plan structure saved trail shapes
 estimate
 model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic
 experts.stats experts.recall experts.trace

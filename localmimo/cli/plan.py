@@ -19,6 +19,8 @@ from localmimo.plan import (
     DEFAULT_CONTEXT,
     PREFILL_CHUNK,
     Plan,
+    Vram,
+    device_kv,
     device_workspace_bytes,
     host_workspace_bytes,
     kv_bytes,
@@ -210,7 +212,9 @@ class Desk:
         """Whether a GPU has room for the dense weights, the KV and the workspace: `load` uses none that has not."""
         model = self.model
         workspace = device_workspace_bytes(model.config, context, PREFILL_CHUNK, model.page_bytes)
-        return self.vram >= model.dense_bytes - model.lookup_bytes + self._kv(context) + workspace
+        kv = device_kv(model.config, context, self.kv_item_bytes, WINDOW_SLACK, model.page_bytes)
+        kv_there = kv.fixed_bytes + kv.n_slots * model.page_bytes
+        return self.vram >= model.dense_bytes - model.lookup_bytes + kv_there + workspace
 
     def _least(self, context: int) -> int:
         """The least RAM."""
@@ -239,8 +243,8 @@ class Desk:
     # ---- what it gives ----
 
     def _judge(self, plan: Plan) -> tuple[Tiers, Estimate]:
-        ram_slots = plan.held_slots - plan.gpu_slots
-        tiers = Tiers(plan.gpu_slots, ram_slots, plan.n_pages, *self._hits(plan))
+        held, on_gpu = plan.held_slots_at(plan.context // 2), plan.gpu_slots_at(plan.context // 2)
+        tiers = Tiers(on_gpu, held - on_gpu, plan.n_pages, *self._hits(plan))
         figures = estimate(
             self.model,
             plan,
@@ -252,18 +256,17 @@ class Desk:
         return tiers, figures
 
     def _hits(self, plan: Plan) -> tuple[Range, str]:
-        if plan.held_slots >= plan.n_pages:
+        held = plan.held_slots_at(plan.context // 2)
+        if held >= plan.n_pages:
             return (1.0, 1.0), "every expert is in memory"
         from localmimo.hits import assumed_hits, profile_hits, replayed_hits
 
         if self.trace is not None:
-            rates = replayed_hits(self.trace, self.model.config, plan.held_slots)
+            rates = replayed_hits(self.trace, self.model.config, held)
             return rates, "replayed: LRU and the adaptive policy"
         cycle = self.model.config.pages_per_token / plan.n_pages
-        low, high = assumed_hits(plan.held_slots / plan.n_pages, cycle)
-        known = (
-            profile_hits(*self.model.pack, self.model.config, plan.held_slots) if self.model.pack else None
-        )
+        low, high = assumed_hits(held / plan.n_pages, cycle)
+        known = profile_hits(*self.model.pack, self.model.config, held) if self.model.pack else None
         if known is not None:
             return (min(known, high), max(known, high)), "from this pack's profile to published caches"
         return (low, high), "assumed from published caches, no trace"
@@ -316,6 +319,8 @@ def _lines(answer: Answer, question: Question, ui: Ui) -> Iterator[str]:
     )
     yield _line("needed every token", f"{fixed} → {'GPU' if plan.vram else 'RAM'}")
     yield _line(f"experts {format_bytes(model.experts_bytes)}", _places(answer))
+    if plan.vram is not None and plan.vram.kv_slots:
+        yield _line("as the context grows", _growth(plan, plan.vram))
     yield _line("read per token", _reads(answer))
     yield _line("hit rate", f"{_percent(figures.hits)} ({tiers.origin})")
     yield _line("speed", f"{_speed(figures)} on {answer.n_cores} cores")
@@ -330,6 +335,15 @@ def _lines(answer: Answer, question: Question, ui: Ui) -> Iterator[str]:
     yield f" Structure is exact; speed is an estimate.{check}"
     if model.member and (command := model.member.serve_command()) and model.member.server:
         yield f" For many users on one server ({model.member.server.hardware}), the same checkpoint: {command}"
+
+
+def _growth(plan: Plan, vram: Vram) -> str:
+    """What gives way to the KV on a GPU."""
+    grown = format_bytes(vram.kv_slots * vram.slot_bytes)
+    return (
+        f"GPU experts {plan.gpu_slots:,} at first, {plan.gpu_slots_at(plan.context):,} at {plan.context:,} tokens "
+        f"(KV + {grown}); counted at half of it"
+    )
 
 
 def _line(name: str, text: str) -> str:

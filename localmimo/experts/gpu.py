@@ -1,16 +1,20 @@
 """GpuShelf: the pages that lie on the GPU, who comes and who goes, and their products there.
 
-A page lies on the GPU or in RAM, not in both. On the device "cpu" the same code runs with a second slab in RAM, for
-tests. Knows pages and slots; not who asks.
+A page lies on the GPU or in RAM, not in both. Slots are lent to whoever needs them more than a page does: the keys and
+values of a growing context. On the device "cpu" the same code runs with a second slab in RAM, for tests. Knows pages
+and slots; not who asks, nor what is in a slot that was lent.
 """
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from localmimo.blocks import Blocks
 from localmimo.experts.policy import Page
 from localmimo.experts.slots import Slots
 from localmimo.experts.tiers import GpuTier
@@ -47,13 +51,18 @@ class GpuShelf:
             for layer, n in n_experts.items()
         }
         self._leaving: list[Page] = []
+        self._borrowers: WeakSet[Blocks] = WeakSet()
+        self._full = tier.n_slots
         self._tokens = 0
-        self._forget_all()
+        self._hold_nothing(n_lent=0)
+        self.lock = threading.RLock()  # while it is held, no page moves for others' sake
 
-    def _forget_all(self) -> None:
+    def _hold_nothing(self, n_lent: int) -> None:
+        """Every slot behind the first ones, which are lent, is free."""
+        self._n_lent = n_lent
         self._held: dict[Page, int] = {}
         self._n_held: Counter[int] = Counter()  # by layer
-        self._free = list(range(self._tier.n_slots - 1, -1, -1))
+        self._free = list(range(self._tier.n_slots - 1, n_lent - 1, -1))
 
     def __contains__(self, page: Page) -> bool:
         return page in self._held
@@ -63,7 +72,13 @@ class GpuShelf:
 
     @property
     def n_slots(self) -> int:
-        return self._tier.n_slots
+        """Slots for pages: those that are not lent."""
+        return self._tier.n_slots - self._n_lent
+
+    @property
+    def slab(self) -> Tensor:
+        """uint8 [slots, bytes]; another one after `give_way`."""
+        return self._tier.slab
 
     @property
     def n_free(self) -> int:
@@ -95,7 +110,7 @@ class GpuShelf:
     def turn(self, ram: Slots, token_s: float) -> int:
         """A new token begins, and all have `left`: let pages come that pay back; the number of copies begun."""
         self._tokens += 1
-        if not self._tier.n_slots or (self._tokens % EVERY and not self._free):
+        if not self.n_slots or (self._tokens % EVERY and not self._free):
             return 0
         since_s = token_s if self._free else token_s * EVERY
         most = min(
@@ -133,19 +148,59 @@ class GpuShelf:
         """Pages that are being copied here: their slots in RAM must not be written yet."""
         return self._leaving
 
-    def give_way(self) -> bool:
-        """Give a quarter of the slots back to the device, with all that lies here; False where there are none.
+    # ---- memory for others ----
 
-        One slab cannot shrink, and there is no memory for a second one: its pages come again as they are used.
+    def lend(self, borrower: Blocks, n: int) -> list[int]:
+        """n slots, free ones first, then those of the pages that are least likely to be used.
+
+        Raises OutOfMemoryError where the device has taken so many back that it can not be.
         """
-        if not self._tier.n_slots:
-            return False
-        self._leaving.clear()  # copies of these are in RAM still
-        for table in self._tables.values():
-            table.fill_(-1)
-        self._tier.resize(self._tier.n_slots * 3 // 4)
-        self._forget_all()
-        return True
+        with self.lock:
+            if not self._tier.n_slots and self._tier.resize(
+                self._full, []
+            ):  # all was lost: perhaps it can be had now
+                self._hold_nothing(n_lent=0)
+            self._tier.order()  # a copy into one of them may be under way
+            n_missing = n - len(self._free)
+            if n_missing > 0:
+                chances = self._chances(list(self._held))
+                for page in sorted(chances, key=lambda page: (chances[page], page))[:n_missing]:
+                    if page in self._leaving:
+                        self._leaving.remove(page)  # it stays in RAM
+                    self._free.append(self._evict(page))
+            if len(self._free) < n:
+                raise torch.OutOfMemoryError(
+                    f"{n} slots are needed for keys and values, {len(self._free)} are left."
+                )
+            self._borrowers.add(borrower)
+            self._n_lent += n
+            return [self._free.pop() for _ in range(n)]
+
+    def take_back(self, slots: Sequence[int]) -> None:
+        """Slots that were lent."""
+        with self.lock:
+            self._free.extend(slots)
+            self._n_lent -= len(slots)
+
+    def give_way(self) -> bool:
+        """Give a quarter of the slots back to the device, with all pages that lie here; False where there are none.
+
+        One slab cannot shrink, and there is no memory for a second one: its pages come again as they are used, and what
+        lies in lent slots waits in RAM. Where even these cannot be had again it is lost.
+        """
+        with self.lock:
+            if not self.n_slots:
+                return False
+            self._leaving.clear()  # copies of these are in RAM still
+            for table in self._tables.values():
+                table.fill_(-1)
+            lent = [slot for borrower in self._borrowers for slot in borrower.slots]
+            kept = self._tier.resize(max(len(lent), self._tier.n_slots * 3 // 4), lent)
+            to = {slot: new for new, slot in enumerate(lent)} if kept else {}
+            for borrower in self._borrowers:
+                borrower.moved(to)
+            self._hold_nothing(n_lent=len(to))
+            return kept
 
     # ---- products ----
 

@@ -25,7 +25,7 @@ from localmimo.experts.stats import RouterStats
 from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import GpuTier
 from localmimo.machine import Machine
-from localmimo.plan import Plan
+from localmimo.plan import Plan, Vram
 from quant import Pack
 from quant.pack import MANIFEST, experts_of
 
@@ -52,9 +52,10 @@ class Pager:
         self._pack = pack.path
         self.profile = None if profile is None else profile_path(pack.path, pack.id, profile)
         self._stats = _statistics(self.profile, config)
-        policy = Adaptive(self._stats, room_for_all=plan.held_slots >= plan.n_pages)
+        policy = Adaptive(self._stats, room_for_all=plan.held_slots_at(plan.context) >= plan.n_pages)
         self._pinning = None if device is None else Pinning(device)
-        shelf = self._shelf(pack, plan, device, dtype) if device is not None and plan.gpu_slots else None
+        vram = plan.vram if device is not None else None
+        shelf = self._shelf(pack, vram, device, dtype) if device and vram and vram.n_slots else None
         self.store = ExpertStore(
             pack, plan.page_bytes, plan.n_slots, policy,
             prefetch=prefetch, trust=trust, gpu=shelf, pinning=self._pinning,
@@ -67,11 +68,11 @@ class Pager:
         self._published_s = -math.inf
         self._pressure = Pressure(self.store, plan.page_bytes, low, _free_ram_bytes)
 
-    def _shelf(self, pack: Pack, plan: Plan, device: torch.device, dtype: torch.dtype) -> GpuShelf:
+    def _shelf(self, pack: Pack, vram: Vram, device: torch.device, dtype: torch.dtype) -> GpuShelf:
         """Slots for pages of the largest layout; pages of others stay in RAM."""
         layout = pack.page
         assert layout is not None
-        tier = GpuTier(plan.gpu_slots, plan.page_bytes, device)
+        tier = GpuTier(vram.n_slots, layout.bytes, device)
         costs = measured_costs(tier, layout, dtype)
         shelf = GpuShelf(tier, layout, experts_of(pack), self._chances, costs)
         if len(pack.layouts) > 1:

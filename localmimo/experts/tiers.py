@@ -8,7 +8,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -88,11 +88,15 @@ class GpuTier:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def resize(self, n_slots: int) -> None:
-        """Begin anew with fewer slots, or with as many of them as the device still has room for."""
+    def resize(self, n_slots: int, kept: Sequence[int]) -> bool:
+        """Begin anew with fewer slots, or with as many of them as the device still has room for.
+
+        What lies in the slots `kept` goes into the first ones; False where not even these could be had again.
+        """
         page_bytes = self.slab.shape[1]
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
+        saved = self.slab[kept].cpu()
         self.slab = self.slab.new_empty(0, page_bytes)
         while True:
             if self._stream is not None:
@@ -101,8 +105,11 @@ class GpuTier:
                 self.slab = self.slab.new_empty(n_slots, page_bytes)
                 break
             except torch.OutOfMemoryError:
-                n_slots = n_slots // 2
+                n_slots = 0 if n_slots <= len(kept) else max(len(kept), n_slots // 2)
         self.n_slots = n_slots
+        if n_slots >= len(kept):
+            self.slab[: len(kept)].copy_(saved)
+        return n_slots >= len(kept)
 
 
 class DiskTier:

@@ -156,9 +156,10 @@ def attend(
     keys: Tensor,
     values: Tensor,
     *,
+    positions: Tensor,
+    table: Tensor | None = None,
     heads: int,
     head_dims: tuple[int, int],
-    position: int,
     first: int,
     window: int | None,
     sink: Tensor | None,
@@ -167,33 +168,36 @@ def attend(
 ) -> Tensor:
     """Rotate, append to the cache, attend: joined [n, queries | keys | values] -> [n, heads * d_v] in its type.
 
-    As `quant.kernels.attention.attend`, on the GPU. With joined in float32 all is float32; in bfloat16 the tensor cores
-    multiply.
+    As `quant.kernels.attention.attend`, on the GPU, where positions int64 [n] lie too, ascending by one. With joined in
+    float32 all is float32; in bfloat16 the tensor cores multiply. With a table int32 [blocks] keys and values are parts
+    of a slab, [slots, kv_heads, positions of a slot, d]: position p lies in slot table[p // positions of a slot].
     """
     from quant.gpu import attending
 
     n, (d_k, d_v) = joined.shape[0], head_dims
-    kv_heads, rows, _ = keys.shape
+    kv_heads, rows = keys.shape[-3:-1]
     extra = 4 if keys.dtype == torch.int8 else 0
     half, device = cos.shape[-1], joined.device
     _check_device("joined", device)
     _check_array("joined", joined, INPUTS, (n, heads * d_k + kv_heads * (d_k + d_v)), device)
-    for name, table in (("cos", cos), ("sin", sin)):
-        _check_array(name, table, (torch.float32,), (n, half), device)
-    _check_array("keys", keys, CACHES, (kv_heads, rows, d_k + extra), device)
-    _check_array("values", values, (keys.dtype,), (kv_heads, rows, d_v + extra), device)
+    _check_array("positions", positions, (torch.int64,), (n,), device)
+    for name, turns in (("cos", cos), ("sin", sin)):
+        _check_array(name, turns, (torch.float32,), (n, half), device)
+    _check_rows("keys", keys, CACHES, (kv_heads, rows, d_k + extra), table)
+    _check_rows("values", values, (keys.dtype,), (kv_heads, rows, d_v + extra), table)
     if sink is not None:
         _check_array("sink", sink, (torch.float32,), (heads,), device)
-    fits = heads % kv_heads == 0 and 2 * half <= d_k and 0 < n <= rows and position >= first
+    room = rows if table is None else rows * table.numel()
+    fits = heads % kv_heads == 0 and 2 * half <= d_k and 0 < n <= room and (table is None or first == 0)
     if not fits or not attends(joined, keys, head_dims):
         raise ValueError(
-            f"{n} rows at position {position} (row 0 holds {first}) with {heads} heads of {d_k} and {d_v} do not go "
+            f"{n} rows (the first row holds position {first}) with {heads} heads of {d_k} and {d_v} do not go "
             f"with keys {list(keys.shape)} in {keys.dtype} and {2 * half} rotated dimensions."
         )
     with _current(device):
         return attending.attend(
-            joined, cos, sin, keys, values, heads=heads, head_dims=head_dims, position=position, first=first,
-            window=window, sink=sink, scale=scale, value_scale=value_scale,
+            joined, cos, sin, keys, values, positions=positions, table=table, heads=heads, head_dims=head_dims,
+            first=first, window=window, sink=sink, scale=scale, value_scale=value_scale,
         )  # fmt: skip
 
 
@@ -279,6 +283,25 @@ def _check_parts(q: QTensor) -> None:
                 f"{q.device}, aligned to {ALIGNMENT} bytes, was expected."
             )
     _checked.add(q)
+
+
+def _check_rows(
+    name: str,
+    rows: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    table: Tensor | None,
+) -> None:
+    """Rows of a cache: one array, or with a table an array in each slot of a slab."""
+    if table is None:
+        _check_array(name, rows, dtypes, shape, rows.device)
+        return
+    _check_array("table", table, (torch.int32,), (None,), rows.device)
+    if rows.dim() != 4 or rows.shape[0] == 0:
+        raise ValueError(
+            f"{name} is {list(rows.shape)}; with a table [slots, heads, positions, d] was expected."
+        )
+    _check_array(f"{name} of a slot", rows[0], dtypes, shape, rows.device)
 
 
 def _check_array(

@@ -109,12 +109,14 @@ def attend_all(n_cases: int = 5) -> None:
     )
     for n, position, heads, kv_heads, window, dtype, kv in cases[:n_cases]:
         extra = 4 if kv == torch.int8 else 0
-        keys, values = (torch.zeros(kv_heads, position + n, d + extra, dtype=kv) for d in (192, 128))
+        shape = (kv_heads, position + n) if window else (9, kv_heads, 640)  # a ring, or slots of a slab
+        keys, values = (torch.zeros(*shape, d + extra, dtype=kv) for d in (192, 128))
+        blocks = None if window else torch.zeros(9, dtype=torch.int32)
         table = torch.zeros(n, 32)
         attending.attend(
-            torch.zeros(n, heads * 192 + kv_heads * 320, dtype=dtype), table, table, keys, values, heads=heads,
-            head_dims=(192, 128), position=position, first=0, window=window, sink=torch.zeros(heads), scale=0.07,
-            value_scale=0.7,
+            torch.zeros(n, heads * 192 + kv_heads * 320, dtype=dtype), table, table, keys, values,
+            positions=torch.arange(position, position + n), table=blocks, heads=heads, head_dims=(192, 128), first=0,
+            window=window, sink=torch.zeros(heads), scale=0.07, value_scale=0.7,
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from localmimo.attend import Rows
 from quant import gpu
 from quant.ffn import experts as run_pages
 from quant.ffn import in_order
@@ -251,10 +252,22 @@ def native_attends(joined: Tensor, keys: Tensor, head_dims: tuple[int, int]) -> 
     return True
 
 
-def native_attend(joined: Tensor, *tables: Tensor, sink: Tensor | None, **facts: Any) -> Tensor:
+def native_attend(
+    joined: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    *, positions: Tensor, sink: Tensor | None, table: Tensor | None = None, **facts: Any,
+) -> Tensor:  # fmt: skip
     """`quant.gpu.attend` by the CPU's kernels."""
-    rows = attention.attend(unwrapped(joined).float(), *map(unwrapped, tables), sink=unwrapped(sink), **facts)
-    return wrapped(rows.to(joined.dtype))  # type: ignore[no-any-return]
+    joined, cos, sin, keys, values, positions = map(unwrapped, (joined, cos, sin, keys, values, positions))
+    position, end = int(positions[0]), int(positions[-1]) + 1
+    rows = Rows(keys, values, table=unwrapped(table))
+    if table is not None:  # as they would lie without blocks
+        keys, values = (x.contiguous() for x in rows.get(0, end))
+    out = attention.attend(
+        joined.float(), cos, sin, keys, values, position=position, sink=unwrapped(sink), **facts
+    )
+    if table is not None:
+        rows.put(position, keys[:, position:], values[:, position:])
+    return wrapped(out.to(joined.dtype))  # type: ignore[no-any-return]
 
 
 def native_experts(

@@ -16,9 +16,10 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 
 
 def check(
-    spec: LayerSpec, position: int, n: int, rows: int, dtype: torch.dtype, kv: torch.dtype, device: str
-) -> None:
-    """One call against the reference in float32, and what it left in the cache."""
+    spec: LayerSpec, position: int, n: int, rows: int, dtype: torch.dtype, kv: torch.dtype, device: str,
+    block: int = 0,
+) -> None:  # fmt: skip
+    """One call against the reference in float32, and what it left in the cache; with rows in blocks of `block`."""
     draw = torch.Generator().manual_seed(position + n)
     first = (
         0 if spec.window is None else max(0, position - spec.window + 1) if rows >= n + spec.window - 1 else 0
@@ -26,6 +27,8 @@ def check(
     shapes = [(spec.n_kv_heads, rows, row_width(d, kv)) for d in (spec.head_dim, spec.v_head_dim)]
     wanted = Rows(*(torch.zeros(shape, dtype=kv) for shape in shapes), first)
     found = Rows(*(torch.zeros(shape, dtype=kv, device=device) for shape in shapes), first)
+    if block:
+        found = in_blocks(found, block, -(-rows // block))
     sink = torch.randn(spec.n_heads, generator=draw) if spec.sink else None
     joined = torch.randn(position + n, sum(spec.qkv_rows), generator=draw).to(dtype)
     cos, sin = rope_table(torch.arange(position + n), *spec.rope)
@@ -35,21 +38,53 @@ def check(
         part, table = joined[at:end], (cos[at:end], sin[at:end])
         expected = extend_reference(part.float(), table, wanted, at, spec, sink, 0.7)
         if at < position and position > 100:  # a minute in the interpreter
-            found.keys.copy_(wanted.keys)
-            found.values.copy_(wanted.values)
+            found.put(at, *(x.to(device) for x in wanted.get(at, end)))
             continue
         there = [x if x is None else x.to(device) for x in (part, *table, sink)]
         got = gpu.attend(
-            there[0], there[1], there[2], found.keys, found.values, heads=spec.n_heads,
-            head_dims=(spec.head_dim, spec.v_head_dim), position=at, first=first, window=spec.window,
+            there[0], there[1], there[2], found.keys, found.values, positions=torch.arange(at, end, device=device),
+            table=found.table, heads=spec.n_heads, head_dims=(spec.head_dim, spec.v_head_dim), first=first,
+            window=spec.window,
             sink=there[3], scale=spec.head_dim**-0.5, value_scale=0.7,
         )  # fmt: skip
     assert got.dtype == dtype and relative(got, expected) < BOUNDS[dtype]
-    for ours, theirs in ((found.keys, wanted.keys), (found.values, wanted.values)):
+    held = first, position + n
+    for ours, theirs in zip(found.get(*held), wanted.get(*held), strict=True):
         if kv == torch.int8:
             assert (ours.cpu().int() - theirs.int())[..., :-4].abs().max() <= 1
         else:
             assert relative(ours, theirs) < (1e-6 if kv == torch.float32 else 4e-3)
+
+
+def in_blocks(rows: Rows, positions: int, n_blocks: int) -> Rows:
+    """Room for as many rows in a slab of which every second slot is another's."""
+    heads, device = len(rows.keys), rows.keys.device
+    widths = [x.shape[-1] * x.element_size() for x in (rows.keys, rows.values)]
+    edge, part = 64, [heads * positions * width for width in widths]
+    slab = torch.full((2 * n_blocks, edge + sum(part)), 255, dtype=torch.uint8, device=device)
+    views = [
+        slab[:, at : at + size].view(rows.keys.dtype).unflatten(1, (heads, positions, x.shape[-1]))
+        for at, size, x in zip((edge, edge + part[0]), part, (rows.keys, rows.values), strict=True)
+    ]
+    order = torch.randperm(n_blocks, generator=torch.Generator().manual_seed(5))
+    return Rows(*views, table=(2 * order + 1).int().to(device))
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "kv"),
+    [
+        (1, torch.bfloat16, torch.int8),
+        (4, torch.float32, torch.float32),
+        (21, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_keys_in_blocks_of_a_slab(n: int, dtype: torch.dtype, kv: torch.dtype, device: str) -> None:
+    check(GLOBAL, 37, n, 80, dtype, kv, device, block=16)
+
+
+def test_blocks_that_are_no_multiple_of_anything(device: str) -> None:
+    check(GLOBAL, 600, 1, 640, torch.bfloat16, torch.int8, device, block=13)
 
 
 @pytest.mark.parametrize("spec", [GLOBAL, WINDOW], ids=["global", "window"])
@@ -75,7 +110,7 @@ def test_a_chunk_behind_a_window(device: str) -> None:
 def test_many_keys_are_split(device: str) -> None:
     from quant.gpu import attending
 
-    assert attending._splits(2, 600, 32)[0] == 2
+    assert attending.most_splits(2, 600) == 2
     check(GLOBAL, 600, 2, 640, torch.float32, torch.float32, device)
     check(GLOBAL, 600, 1, 640, torch.bfloat16, torch.int8, device)
 
@@ -88,9 +123,10 @@ def test_the_widths_of_the_real_models(device: str) -> None:
 def test_wrong_rows_are_named(device: str) -> None:
     keys, values = torch.zeros(2, 8, 24, device=device), torch.zeros(2, 8, 16, device=device)
     table, joined = torch.ones(9, 4, device=device), torch.zeros(9, 8 * 24 + 2 * 40, device=device)
-    facts = {"heads": 8, "head_dims": (24, 16), "position": 0, "first": 0, "window": None, "sink": None}
+    facts = {"positions": torch.arange(9, device=device), "heads": 8, "head_dims": (24, 16)}
+    facts |= {"first": 0, "window": None, "sink": None}
     facts |= {"scale": 1.0, "value_scale": 1.0}
-    with pytest.raises(ValueError, match="9 rows at position 0 .* do not go with keys"):
+    with pytest.raises(ValueError, match="9 rows .* do not go with keys"):
         gpu.attend(joined, table, table, keys, values, **facts)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"joined is .*\[9, 271\].*\[9, 272\]"):
         gpu.attend(joined[:, 1:].contiguous(), table, table, keys, values, **facts)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ SHORT = "Once upon a time, there was a little"
 LONG = "The history of the world is a long one. " * 28  # longer than what is shared between GPU and CPU
 N = 8  # tokens of an answer
 PLAIN = {"profile": None, "context": 1024, "dtype": "float32"}
-SHARES = {"all": 1.0, "some": 0.4, "none": 0.0}  # of the experts that lie on the GPU
+SHARES = {"all": 1.0, "some": 0.4, "none": 0.0}  # of the experts that lie on the GPU when the context is full
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +32,29 @@ def said() -> dict[str, list[int]]:
 
 @contextmanager
 def on_gpu(share: float = 0.4, **options: object) -> Iterator[Engine]:
-    """The engine with a share of the experts on the GPU, from the first token on."""
+    """The engine with room for a share of the experts on the GPU beside a full context, taken from the first token on.
+
+    With none, none ever come there, not even for as long as the context leaves them room.
+    """
     asked = PLAIN | {"device": "cuda", "draft": 0} | options
     with pretended.device():
         with load(**asked) as engine:  # type: ignore[arg-type]
             vram, page = engine.plan.vram, engine.plan.page_bytes
-        assert vram is not None and vram.n_slots == engine.plan.n_pages
-        budget = vram.used_bytes - round((1 - share) * vram.n_slots) * page
-        with load(**asked, vram=budget) as engine:  # type: ignore[arg-type]
+            n_pages = engine.plan.n_pages
+        assert vram is not None and vram.n_slots == n_pages + vram.kv_slots
+        budget = vram.used_bytes - round((1 - share) * n_pages) * page
+        stay = nullcontext() if share else patch("localmimo.experts.gpu.choose", return_value=[])
+        with stay, load(**asked, vram=budget) as engine:  # type: ignore[arg-type]
             pages = [(layer, e) for layer in engine.config.moe_layers for e in range(engine.config.n_experts)]
-            for at in range(0, engine.plan.gpu_slots, 16):
+            for at in range(0, engine.plan.gpu_slots if share else 0, 16):
                 engine._store.lift(pages[at : at + 16])
-            assert engine.plan.gpu_slots == round(share * len(pages))
+            assert engine.plan.gpu_slots_at(engine.context) == round(share * n_pages)
             yield engine
+
+
+def taken(engine: Engine) -> int:
+    """Slots of the GPU that hold keys and values."""
+    return sum(len(timeline._cache._blocks.slots) for timeline in engine._timelines)
 
 
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
@@ -140,7 +150,12 @@ def test_what_is_in_force_is_said() -> None:
     with on_gpu() as engine:
         found = engine.effective()
         assert found["device"] == "cuda:0" and found["gpu"] == "Pretended GPU" and found["pinned"] is True
-        assert found["gpu_slots_now"] == engine.plan.gpu_slots == found["plan"]["vram"]["n_slots"]
+        vram = found["plan"]["vram"]
+        assert found["gpu_slots_now"] == engine.plan.gpu_slots == vram["n_slots"]
+        assert engine.plan.gpu_slots_at(engine.context) == vram["n_slots"] - vram["kv_slots"]
+        assert f"{vram['n_slots']} of 224" in str(engine.plan) and " then 90 at 1,024 tokens" in str(
+            engine.plan
+        )
         assert str(engine.plan).startswith("VRAM ") and " · RAM " in str(engine.plan)
     with pretended.device(), load(**PLAIN | {"dtype": "auto"}) as engine:
         assert engine.effective()["device"] == "cuda:0" and engine.effective()["dtype"] == "bfloat16"
@@ -163,9 +178,63 @@ def test_a_gpu_that_runs_out_of_memory_gives_experts_up_and_goes_on(said: dict[s
 
     original = SharedRunner.run
     with on_gpu(1.0) as engine, patch.object(SharedRunner, "run", run):
-        n = engine.plan.gpu_slots
+        assert engine.plan.vram is not None
+        n = engine.plan.vram.n_slots * 3 // 4 * 3 // 4 * 3 // 4
         assert engine.generate(SHORT, max_tokens=N, sampling=GREEDY).tokens == said[SHORT]
-        assert engine.effective()["gpu_slots_now"] == n * 3 // 4 * 3 // 4 * 3 // 4
+        assert taken(engine) > 0 and engine.effective()["gpu_slots_now"] == n - taken(engine)
+
+
+def test_experts_give_way_as_the_context_grows_and_come_back(said: dict[str, list[int]]) -> None:
+    with on_gpu(0.4) as engine:
+        slab, full = engine._store.gpu.slab, engine.plan.vram.n_slots
+
+        def now() -> int:
+            n = engine.effective()["gpu_slots_now"]
+            assert n == full - taken(engine) and engine._store.gpu.slab is slab  # one slab, and all of it
+            return n
+
+        with engine.session() as session:
+            before = now()
+            for text in (LONG, SHORT, LONG):  # grows, is another one, grows again
+                logits, n = session.sync(engine.encode(text)), now()
+                for token in said[text]:
+                    assert int(logits.argmax()) == token
+                    logits = session.step(token)
+                if text == LONG:
+                    assert n == before - -(-len(engine.encode(LONG)) // engine.plan.vram.slot_tokens)
+            assert now() <= n < before
+            session.sync((engine.encode(LONG) * 9)[: engine.context])
+            assert now() == engine.plan.gpu_slots_at(engine.context) == 90
+            session.rewind(engine.context - 20)
+            assert now() >= before - 3
+        held = list(engine._store.gpu)
+        assert (
+            len(held) <= now() and engine.generate(SHORT, max_tokens=N, sampling=GREEDY).tokens == said[SHORT]
+        )
+
+
+def test_what_a_gpu_loses_altogether_is_read_again(said: dict[str, list[int]]) -> None:
+    """Another process takes all that was given back: the answer fails in a sentence, the next one goes on."""
+    real = torch.Tensor.new_empty
+
+    def none_left(self, n: int, *rest):  # type: ignore[no-untyped-def]
+        if n and rest:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, n, *rest)
+
+    def run(self, *_):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with on_gpu(0.4) as engine, engine.session() as session:
+        session.sync(engine.encode(SHORT))
+        with (
+            patch.object(SharedRunner, "run", run), patch.object(torch.Tensor, "new_empty", none_left),
+            pytest.raises(DoesNotFit, match="no memory left"),
+        ):  # fmt: skip
+            session.step(5)
+        assert session.tokens == [] and taken(engine) == engine.effective()["gpu_slots_now"] == 0
+        assert engine.generate(SHORT, max_tokens=N, sampling=GREEDY, session=session).tokens == said[SHORT]
+        assert taken(engine) > 0 and engine.effective()["gpu_slots_now"] > 100
 
 
 def test_where_nothing_can_give_way_it_says_so() -> None:

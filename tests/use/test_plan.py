@@ -1,6 +1,7 @@
 """`localmimo plan`: exact structure, honest ranges, exit codes, no torch."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,10 @@ def test_a_gpu_is_arithmetic_and_says_so(pack: Path) -> None:
     assert desk(ram="64GiB", vram="4GiB").answer().tiers.gpu_slots == 0
     code, out, _ = localmimo("plan", str(pack), "--ram", "64MiB", "-c", "256", "--vram", "1GiB", *DESCRIBED)
     assert code == 0 and "not yet measured" in out and "nothing was placed on it" in out
+    code, out, _ = localmimo("plan", str(pack), "--ram", "64MiB", "-c", "4096", "--vram", "8GiB", *DESCRIBED)
+    assert code == 0 and re.search(
+        r"as the context grows +GPU experts \d+ at first, \d+ at 4,096 tokens \(KV \+ ", out
+    )
     assert f" speed is an estimate. Check it: localmimo bench {pack} --check-plan\n" in out
 
 
