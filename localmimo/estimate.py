@@ -151,7 +151,10 @@ def _prefill(model: Structure, plan: Plan, speeds: Speeds, tiers: Tiers, n_cores
     read_s = model.experts_bytes * touched * away / speeds.disk_read
     if tiers.gpu_slots:  # the GPU computes; the experts that it does not hold pass over the bus
         bus_s = model.experts_bytes * touched * (1 - tiers.gpu_slots / tiers.n_pages) / speeds.pcie
-        return n / (read_s + bus_s), n / max(read_s, bus_s)
+        gpu_s = (
+            model.read_bytes + model.experts_bytes * touched
+        ) / speeds.gpu_read  # its arithmetic is not counted
+        return n / (read_s + bus_s + gpu_s), n / max(read_s, bus_s, gpu_s)
     flops = 2 * n * active_weights(model)
     fast = max(read_s, flops / (n_cores * MATMUL_FLOPS[1]))
     slow = read_s + flops / (n_cores * MATMUL_FLOPS[0])
