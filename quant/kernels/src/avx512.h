@@ -70,9 +70,9 @@ struct Avx512 {
     s = _mm512_dpwssd_epi32(s, w.even, a.even);
     s = _mm512_dpwssd_epi32(s, w.odd, a.odd);
   }
-  template <int64_t bytes, bool near = false>
+  template <int64_t bytes, int64_t every = 64, bool near = false>
   static LM_INLINE void prefetch(const uint8_t* p) {
-    for (int64_t i = 0; i < bytes; i += 64)
+    for (int64_t i = 0; i < bytes; i += every)
       _mm_prefetch(reinterpret_cast<const char*>(p + i), near ? _MM_HINT_T0 : _MM_HINT_T1);
   }
 

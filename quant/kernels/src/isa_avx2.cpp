@@ -115,9 +115,9 @@ struct Avx2 {
   static LM_INLINE void mac(Sum& s, const Step& w, const Acts& a) {
     for (int i = 0; i < 4; ++i) s.v[i] = _mm256_add_epi32(s.v[i], _mm256_madd_epi16(w.v[i], a));
   }
-  template <int64_t bytes, bool near = false>
+  template <int64_t bytes, int64_t every = 64, bool near = false>
   static LM_INLINE void prefetch(const uint8_t* p) {
-    for (int64_t i = 0; i < bytes; i += 64)
+    for (int64_t i = 0; i < bytes; i += every)
       _mm_prefetch(reinterpret_cast<const char*>(p + i), near ? _MM_HINT_T0 : _MM_HINT_T1);
   }
 

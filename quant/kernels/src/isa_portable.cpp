@@ -85,7 +85,7 @@ struct Portable {
         s.v[i] = static_cast<int32_t>(static_cast<uint32_t>(s.v[i]) + product);
       }
   }
-  template <int64_t bytes, bool near = false>
+  template <int64_t bytes, int64_t every = 64, bool near = false>
   static LM_INLINE void prefetch(const uint8_t*) {}
 
   // Half precision without infinities and NaN, which no scale holds.

@@ -32,8 +32,8 @@ struct Book {
   int n_steps;
 };
 
-// The packed codes that a thread reads one after the other, up to `end`, and where it goes on after
-// that: prefetching runs ahead of the kernel, over the end of a stretch into the next.
+// Bytes that a thread reads one after the other, up to `end`, and where it goes on after that: prefetching runs ahead
+// of the kernel, over the end of a stretch into the next.
 struct Stretch {
   const uint8_t* end;
   const uint8_t* next;  // null: nowhere
@@ -45,13 +45,18 @@ struct Stretch {
   }
 };
 
+// The two stretches of a packed matrix.
+struct Course {
+  Stretch codes, scales;
+};
+
 struct Kernels {
   const char* name;
   // x [cols] -> codes [padded], scales [padded / 32]; columns beyond `cols` become 0.
   void (*quantise)(const float* x, int64_t cols, int top, int16_t* codes, float* scales);
   // out[(s * n_tokens + t) * kStrip + r] = row (strip + s) * kStrip + r of W times token t.
   void (*product)(const Matrix& w, int64_t strip, int n_strips, const Rows& x, int n_tokens, float* out,
-                  void* scratch, const Stretch& stretch);
+                  void* scratch, const Course& course);
   // gate[i] = silu(gate[i]) * up[i]
   void (*silu_mul)(float* gate, const float* up, int64_t n);
   // Packs up to 16 rows of w / scale, row-major, into one row group; returns the squared error.
