@@ -22,6 +22,7 @@ import json
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -75,14 +76,16 @@ def matrices(format: str, rows: int, cols: int) -> Iterator[QTensor]:
     return cycle([first, *(random_matrix(format, rows, cols) for _ in range(n - 1))])
 
 
-def dense_case(format: str, rows: int, cols: int, n: int = 1) -> Case:
-    tour, x = matrices(format, rows, cols), torch.randn(n, cols)
-    return Case(lambda: kernels.linear(x, next(tour)), random_matrix(format, rows, cols).nbytes)
+def dense_case(tour: Iterator[QTensor], n: int = 1) -> Case:
+    """One matrix of the tour for n tokens. Cases to be compared share a tour: memory differs in speed, too."""
+    first = next(tour)
+    x = torch.randn(n, first.shape[1])
+    return Case(lambda: kernels.linear(x, next(tour)), first.nbytes)
 
 
-def expert_case(format: str, tokens: int, experts: int, slab: torch.Tensor) -> Case:
-    """`experts` experts of a layer, each for the same `tokens` tokens; the pages tour the slab."""
-    layout = PageLayout(format, HIDDEN, INNER)
+def expert_case(slab: torch.Tensor, experts: int, tokens: int = 1) -> Case:
+    """`experts` experts of a layer, each for the same `tokens` tokens; the nf4 pages tour the slab."""
+    layout = PageLayout("nf4", HIDDEN, INNER)
     x, out = torch.randn(tokens, HIDDEN), torch.zeros(tokens, HIDDEN)
     tour = cycle(range(slab.shape[0]))
     every, weights = [torch.arange(tokens)] * experts, [torch.full((tokens,), 0.1)] * experts
@@ -102,14 +105,17 @@ clock = time.perf_counter
 
 
 def measure(cases: dict[str, Case], rounds: int, repeat: int = 1, pause_s: float = 0.0) -> Times:
-    """Seconds of each case in each round, the mean of `repeat` runs; one untimed round first.
+    """Seconds of each case in each round, the mean of `repeat` runs; one untimed round first. Each round begins with
+    another case.
 
     OpenMP's threads, which most rivals use, go on spinning for milliseconds after their work and would take
     the cores from whoever comes next: the pause lets them fall asleep.
     """
     times: Times = {name: [] for name in cases}
+    order = deque(cases.items())
     for round_ in range(-1, rounds):
-        for name, case in cases.items():
+        order.rotate(1)
+        for name, case in order:
             time.sleep(pause_s)
             start = clock()
             for _ in range(repeat):
@@ -132,13 +138,13 @@ def gbps(times: Times, cases: dict[str, Case], name: str) -> float:
     return cases[name].nbytes / statistics.median(times[name]) / 1e9
 
 
-def page_slab(format: str) -> torch.Tensor:
-    n_bytes = PageLayout(format, HIDDEN, INNER).bytes
+def page_slab() -> torch.Tensor:
+    n_bytes = PageLayout("nf4", HIDDEN, INNER).bytes
     return filled((max(2 * TOP_K, POOL_BYTES // n_bytes), n_bytes), "u8")
 
 
 def measure_decode(rounds: int) -> dict[str, object]:
-    cases = {"read": read_case(), "experts": expert_case("nf4", 1, TOP_K, page_slab("nf4"))}
+    cases = {"read": read_case(), "experts": expert_case(page_slab(), TOP_K)}
     times = measure(cases, rounds)
     say(f"read {gbps(times, cases, 'read'):.1f} GB/s, experts {gbps(times, cases, 'experts'):.1f} GB/s")
     return {
@@ -149,7 +155,7 @@ def measure_decode(rounds: int) -> dict[str, object]:
 
 
 def measure_dense(rounds: int) -> dict[str, object]:
-    cases = {"read": read_case()} | {f: dense_case(f, 16384, HIDDEN) for f in ("nf4", "int8")}
+    cases = {"read": read_case()} | {f: dense_case(matrices(f, 16384, HIDDEN)) for f in ("nf4", "int8")}
     times = measure(cases, rounds)
     by_format = {f: fraction_of_read(times, cases, f) for f in ("nf4", "int8")}
     say(f"one matrix [16384 x 4096]: {by_format} of the read speed")
@@ -162,12 +168,12 @@ def measure_versus(rounds: int, tokens: int) -> dict[str, float]:
     sets: list[tuple[str, Case, Iterator[Rival]]] = [
         (
             "matrix",
-            dense_case("nf4", HIDDEN, HIDDEN, tokens),
+            dense_case(matrices("nf4", HIDDEN, HIDDEN), tokens),
             matrix_rivals(HIDDEN, HIDDEN, tokens, POOL_BYTES),
         ),
         (
             "experts",
-            expert_case("nf4", tokens, TOP_K, page_slab("nf4")),
+            expert_case(page_slab(), TOP_K, tokens),
             expert_rivals(HIDDEN, INNER, 4 * TOP_K, TOP_K, tokens),
         ),
     ]
@@ -200,11 +206,11 @@ def bf16_experts(tokens: int, experts: int) -> Case:
 
 def measure_few(rounds: int) -> dict[str, dict[str, float]]:
     """What the few tokens of a draft cost, by what is computed."""
-    slab, counts, out = page_slab("nf4"), (1, 2, 3, 4, 8), {}
+    counts, out = (1, 2, 3, 4, 8), {}
     kinds: dict[str, Callable[[int], Case]] = {
-        "nf4": lambda n: dense_case("nf4", 8192, HIDDEN, n),
-        "int8": lambda n: dense_case("int8", 8192, HIDDEN, n),
-        "experts": lambda n: expert_case("nf4", n, TOP_K, slab),
+        "nf4": partial(dense_case, matrices("nf4", 8192, HIDDEN)),
+        "int8": partial(dense_case, matrices("int8", 8192, HIDDEN)),
+        "experts": partial(expert_case, page_slab(), TOP_K),
     }
     for kind, make in kinds.items():
         times = measure({str(n): make(n) for n in counts}, rounds)
@@ -226,9 +232,9 @@ def measure_rate(rounds: int) -> dict[str, float]:
 
 def measure_batch(rounds: int) -> dict[str, float]:
     out = {}
-    slab = page_slab("nf4")
+    slab = page_slab()
     for tokens, experts in ((16, 4), (64, 4), (512, 2)):
-        cases = {"ours": expert_case("nf4", tokens, experts, slab), "theirs": bf16_experts(tokens, experts)}
+        cases = {"ours": expert_case(slab, experts, tokens), "theirs": bf16_experts(tokens, experts)}
         times = measure(cases, max(3, rounds // 4), pause_s=PAUSE_S)
         out[str(tokens)] = ratio(times["theirs"], times["ours"])
         say(f"{tokens} tokens per expert: {out[str(tokens)]:.2f} of the rate of torch's bf16 matmuls")
