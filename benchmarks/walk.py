@@ -14,12 +14,12 @@ import bisect
 import json
 import resource
 import time
-import zlib
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from benchmarks.generated import Pools
 from localmimo.family import MEMBERS, find_member
 from quant import Recipe, Source
 from quant.errors import BadCheckpoint
@@ -28,9 +28,8 @@ from quant.packing import make_page, pack_bands
 from quant.page import PageLayout
 from quant.pieces import Matrix
 from quant.qtensor import row_bands
-from quant.shard import Shard, Stored
+from quant.shard import Shard
 
-POOL_BYTES = 32 << 20
 HEAD = 1 << 22  # weights of a dense matrix that are really converted
 
 
@@ -42,34 +41,14 @@ class Generated(Shard):
         self.tensors, self.n_bytes, self.digest = described.tensors, described.n_bytes, described.digest
         self._by_offset = sorted(self.tensors.values(), key=lambda t: t.offset)
         self._starts = [t.offset for t in self._by_offset]
-        random = torch.Generator().manual_seed(0)
-        draw = torch.randn(POOL_BYTES // 4, generator=random)
-        codes = torch.randint(0, 256, (POOL_BYTES,), dtype=torch.uint8, generator=random)
-        self._pools = {
-            "F8_E4M3": torch.where(codes & 127 == 127, 0x38, codes),  # no NaN
-            "U8": codes,
-            "BF16": (draw * 0.02).bfloat16().view(torch.uint8),
-            "F32": (draw.abs() * 1e-3 + 1e-4).view(torch.uint8),
-        }
-        self._exponents = (codes & 3) + 118
+        self._pools = Pools()
         self.n_read = 0
 
     def read(self, offset: int, nbytes: int) -> torch.Tensor:
         stored = self._by_offset[bisect.bisect_right(self._starts, offset) - 1]
         assert stored.offset <= offset and offset + nbytes <= stored.offset + stored.nbytes, stored.name
         self.n_read += nbytes
-        return self._bytes(stored, offset, nbytes)
-
-    def _bytes(self, stored: Stored, offset: int, nbytes: int) -> torch.Tensor:
-        pool = self._exponents if stored.name.endswith("weight_scale") else self._pools[stored.dtype]
-        phase = (zlib.crc32(stored.name.encode()) + offset - stored.offset) % len(pool) // 64 * 64
-        out = torch.empty(nbytes, dtype=torch.uint8)
-        done = 0
-        while done < nbytes:
-            n = min(nbytes - done, len(pool) - phase)
-            out[done : done + n] = pool[phase : phase + n]
-            done, phase = done + n, 0
-        return out
+        return self._pools.take(stored.name, stored.dtype, offset - stored.offset, nbytes)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         view[:] = self.read(offset, len(view)).numpy().data

@@ -1,13 +1,15 @@
 """Estimate: how fast a plan should answer, as a range, from bytes, measured speeds and a hit rate.
 
-Arithmetic only. A decode step moves, layer by layer: the dense weights and the KV (from memory), the experts found in
-memory, and the missing ones (from disk, then from memory). Reads fly while resident experts are computed, but a layer's
-reads start only when its router has spoken: the truth lies between full overlap and none, and those two are at most a
-factor of two apart. Knows no files and no torch.
+Arithmetic only. A decode step computes with the dense weights, the KV and its experts, and reads the missing ones. A
+layer's reads start when its router has spoken, or earlier where it was guessed: they go on beside the computing of all
+that is there, or of nothing. So a step takes from the longer of the two, at full speed, to the sum of both, at the
+slow end of every speed; where these ends are more than a factor of two apart, what is given is the factor of two around
+their geometric mean. Knows no files and no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,15 @@ from localmimo.structure import Structure
 
 Range = tuple[float, float]  # low, high
 
-MEMORY_SHARE = (0.75, 1.0)  # of the read speed that the kernels reach (BENCHMARKS.md, CPU kernels)
+MEMORY_SHARE = (0.6, 1.0)  # of the read speed that the kernels reach (BENCHMARKS.md, CPU kernels)
+PRODUCTS_SHARE = (0.8, 1.1)  # of the kernels' measured speed, beside all else that a step does
 LAYER_S = (0.0002, 0.0015)  # a layer's time beyond its bytes, where it was not measured
+LAYER_SHARE = (0.8, 2.0)  # of the measured one: of a model with few and small experts
+WASTED = 1.25  # bytes read over bytes needed, where guesses err (BENCHMARKS.md, Paging)
+CACHE_BYTES = (
+    16e9  # a pack up to here may lie in a cache that answered a second read of a few hundred megabytes
+)
+WIDEST = 2.0  # the slow end over the fast one, at a known hit rate
 MATMUL_FLOPS = (30e9, 60e9)  # per core, of the kernels over many tokens (AVX-512, 4-bit weights)
 
 
@@ -75,63 +84,102 @@ def estimate(
 
 
 def decode_range(
-    model: Structure, plan: Plan, speeds: Speeds, hit_rate: float, *, depth: int, kv_item_bytes: int = 2
+    model: Structure,
+    plan: Plan,
+    speeds: Sequence[Speeds],
+    hit_rate: float,
+    *,
+    depth: int,
+    kv_item_bytes: int = 2,
 ) -> Range:
     """Predicted decode tokens per second on the CPU at one known hit rate, no wider than a factor of two.
 
-    hit_rate: share of expert requests found in memory; depth: positions already in the context.
+    speeds: the machine's, perhaps measured several times. hit_rate: share of expert requests found in memory. depth:
+    positions already in the context.
     """
     tiers = Tiers(0, plan.n_slots, plan.n_pages, (hit_rate, hit_rate), "measured")
     kv = kv_read_bytes(model.config, depth, kv_item_bytes)
-    least, most, _ = _step(model, speeds, tiers, hit_rate, kv)
+    steps = [_parts(model, found, tiers, hit_rate, kv).ends for found in speeds]
+    least, most = _narrowed(min(ends[0] for ends in steps), max(ends[1] for ends in steps))
     return 1 / most, 1 / least
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Seconds of a step that the processor takes, and that the disk takes."""
+
+    compute: Range
+    disk: Range
+
+    @property
+    def ends(self) -> Range:
+        return max(self.compute[0], self.disk[0]), self.compute[1] + self.disk[1]
+
+    @property
+    def bound(self) -> str:
+        return "disk" if sum(self.disk) > sum(self.compute) else "memory"
+
+
+def _narrowed(least: float, most: float) -> Range:
+    if most <= WIDEST * least:
+        return least, most
+    middle = (least * most) ** 0.5
+    return middle / WIDEST**0.5, middle * WIDEST**0.5
 
 
 def _step(
     model: Structure, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_bytes: int
 ) -> tuple[float, float, str]:
     """Least and most seconds of one decode step at a hit rate, and what bounds it."""
+    parts = _parts(model, speeds, tiers, hit_rate, kv_bytes)
+    return (*_narrowed(*parts.ends), parts.bound)
+
+
+def _parts(model: Structure, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_bytes: int) -> _Parts:
     config = model.config
-    n_moe = len(config.moe_layers)
     asked = config.pages_per_token * model.page_bytes
-    on_gpu = tiers.gpu_slots / max(1, tiers.gpu_slots + tiers.ram_slots) * hit_rate
     dense = model.read_bytes + kv_bytes
+    on_gpu = tiers.gpu_slots / max(1, tiers.gpu_slots + tiers.ram_slots) * hit_rate
+    layers = _layer_s(speeds, len(config.layers))
     if tiers.gpu_slots:
         gpu_s = (dense + on_gpu * asked) / speeds.gpu_read
-        memory = (
-            (1 - on_gpu) * asked * min(1.0, speeds.ram_read / speeds.pcie)
-        )  # where it lies, or over the bus
-        fixed = gpu_s
+        rest = (1 - on_gpu) * asked  # where it lies, or over the bus
+        compute = _compute_s(speeds, rest, min(1.0, speeds.ram_read / speeds.pcie))
+        compute = compute[0] + gpu_s, compute[1] + gpu_s / MEMORY_SHARE[0]
     else:
-        memory = asked
-        fixed = dense / speeds.ram_read
+        compute = _compute_s(speeds, dense + asked)
     misses = (1 - hit_rate) * config.top_k  # per layer
-    disk_s = n_moe * misses * model.page_bytes / _disk_rate(speeds, misses)
-    memory_s = memory / speeds.ram_read
-    bound = "disk" if disk_s > fixed + memory_s else "memory"
-    return (*_spread(fixed, memory_s, disk_s, _layer_s(speeds, len(config.layers))), bound)
+    n_bytes = len(config.moe_layers) * misses * model.page_bytes
+    slow, fast = disk_rates(speeds, misses, model.pack_bytes)
+    disk = n_bytes / fast, WASTED * n_bytes / slow
+    return _Parts((compute[0] + layers[0], compute[1] + layers[1]), disk)
 
 
-def _spread(fixed: float, memory: float, disk: float, layers: Range) -> Range:
-    """From full overlap at full speed to none at the least speed, and never more than a factor of two."""
-    least = (fixed + max(memory, disk)) / MEMORY_SHARE[1] + layers[0]
-    most = (fixed + memory) / MEMORY_SHARE[0] + disk + layers[1]
-    if most <= 2 * least:
-        return least, most
-    middle = (least * most) ** 0.5
-    return middle / 2**0.5, middle * 2**0.5
+def _compute_s(speeds: Speeds, n_bytes: float, share: float = 1.0) -> Range:
+    """Seconds for products with weights of so many bytes; at best only this share of them."""
+    if speeds.products is not None:
+        return share * n_bytes / speeds.products / PRODUCTS_SHARE[
+            1
+        ], n_bytes / speeds.products / PRODUCTS_SHARE[0]
+    return share * n_bytes / speeds.ram_read / MEMORY_SHARE[1], n_bytes / speeds.ram_read / MEMORY_SHARE[0]
 
 
 def _layer_s(speeds: Speeds, n_layers: int) -> Range:
-    if speeds.layer_s is not None:
-        return n_layers * speeds.layer_s * 0.8, n_layers * speeds.layer_s * 1.25
-    return n_layers * LAYER_S[0], n_layers * LAYER_S[1]
+    if speeds.layer_s is None:
+        return n_layers * LAYER_S[0], n_layers * LAYER_S[1]
+    return n_layers * speeds.layer_s * LAYER_SHARE[0], n_layers * speeds.layer_s * LAYER_SHARE[1]
 
 
-def _disk_rate(speeds: Speeds, in_flight: float) -> float:
-    """Between one read at a time and four, by how many misses a layer has."""
+def disk_rates(speeds: Speeds, in_flight: float, pack_bytes: int) -> Range:
+    """Slow and fast bytes per second of a disk that has so many reads per layer.
+
+    Between one read at a time and four. A cache that answers what was read before answers a pack that fits into it;
+    the slow end is then half way there.
+    """
     share = min(1.0, max(0.0, (in_flight - 1) / (N_READERS - 1)))
-    return speeds.disk_read_alone + share * (speeds.disk_read - speeds.disk_read_alone)
+    rate = speeds.disk_read_alone + share * (speeds.disk_read - speeds.disk_read_alone)
+    again = 1 + (speeds.gain_again - 1) * min(1.0, CACHE_BYTES / pack_bytes)
+    return rate * again**0.5, max(rate, speeds.disk_read) * again
 
 
 def kv_read_bytes(config: ModelConfig, depth: int, item_bytes: int) -> int:

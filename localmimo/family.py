@@ -257,8 +257,9 @@ MEMBERS = (
 
 
 def find_member(name: str) -> Member | None:
-    """The member of that name, in any capitals; None where there is none."""
-    return next((member for member in MEMBERS if member.name == name.lower()), None)
+    """The member of that name or repository on the hub, in any capitals; None where there is none."""
+    name = name.lower()
+    return next((m for m in MEMBERS if name in (m.name, (m.repository or m.name).lower())), None)
 
 
 def member_like(config: Config) -> Member | None:

@@ -1,20 +1,35 @@
-"""Overhead: what a layer costs beyond the bytes that it moves, measured on the embedded model.
+"""Overhead: what the engine's own arithmetic costs on this machine, measured with the engine itself.
 
-That model's bytes take next to no time, so nearly all of its time per token is what the engine adds. Knows the engine.
+A layer's time beyond the bytes that it moves, on the embedded model, whose bytes take next to none; and how fast the
+kernels run through a pack's own pages. Knows the engine and packs.
 """
 
 from __future__ import annotations
 
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import median
 
 from localmimo.engine import load
+from localmimo.errors import BadModel
+from localmimo.experts.tiers import DiskTier, RamTier
 from localmimo.sample import Sampling
-from localmimo.speeds import keep, kept
+from localmimo.speeds import Speeds, file_spots, keep, kept, measured_speeds, products_key
 from localmimo.structure import Structure, structure_of
+from quant import Pack
+from quant.pack import PageAt
 
 N_TOKENS = 24
 N_RUNS = 2
 BUDGET = "200MiB"  # every expert in memory
+PRODUCTS_BYTES = 256 << 20  # of pages, far more than the caches hold
+PRODUCTS_S = 0.5
+CHILD = "import sys; from localmimo.overhead import main; main(sys.argv[1], int(sys.argv[2]))"
 
 
 def layer_seconds(ram_read: float, *, anew: bool = False) -> float:
@@ -39,3 +54,82 @@ def _measure(ram_read: float) -> float:
 
 def _bytes(model: Structure) -> int:
     return model.read_bytes + model.config.pages_per_token * model.page_bytes
+
+
+# ---- products ----
+
+
+def product_speed(pack: Pack, n_used: int) -> float:
+    """Bytes of pages per second that the kernels run through for one token, `n_used` experts a layer; kept for a week.
+
+    Pages come from the pack and lie in memory as the engine's do.
+    """
+    import torch
+
+    from quant.ffn import experts
+
+    assert pack.page is not None
+    places = _some_pages(pack, n_used)
+    memory = RamTier(len(places), pack.page.bytes)
+    _read_into(memory, places)
+    x, chosen = torch.randn(1, pack.page.hidden), torch.arange(n_used)
+    spans = [edge for i in range(n_used) for edge in (i, i + 1)]
+    weights, out = torch.ones(1, n_used), torch.empty(n_used, pack.page.hidden)
+    groups = [range(i, i + n_used) for i in range(0, len(places) - n_used + 1, n_used)]
+    experts(x, pack.page, [memory.tensor(i) for i in groups[0]], chosen, spans, weights, out)  # threads begin
+    began, n_done = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < PRODUCTS_S:
+        pages = [memory.tensor(i) for i in groups[n_done % len(groups)]]
+        experts(x, pack.page, pages, chosen, spans, weights, out)
+        n_done += 1
+    speed = n_done * n_used * pack.page.bytes / spent
+    keep(products_key(pack.page.bytes), {"read": speed})
+    return speed
+
+
+def _some_pages(pack: Pack, least: int) -> list[PageAt]:
+    """Pages of the pack's first codec from all over it, in no order: a token's lie nowhere near each other."""
+    assert pack.page is not None
+    layers = {int(number): len(facts["crc32"]) for number, facts in pack.manifest["layers"].items()}
+    pages = [pack.page_at(layer, expert) for layer, n in layers.items() for expert in range(n)]
+    pages = [page for page in pages if page.codec == pack.page.codec]
+    random.Random(0).shuffle(pages)
+    return pages[: max(least, PRODUCTS_BYTES // pack.page.bytes)]
+
+
+def _read_into(memory: RamTier, pages: list[PageAt]) -> None:
+    disk = DiskTier(trust=True)
+    reads = [disk.read(page, memory.memory(slot)) for slot, page in enumerate(pages)]
+    try:
+        disk.wait(reads, None, every=True)
+        for read in reads:
+            read.result()
+    finally:
+        disk.close()
+
+
+# ---- everything at once ----
+
+
+def speeds_now(pack: Path, n_cores: int) -> Speeds:
+    """All speeds that a plan for this pack wants, measured anew in a process of its own: nothing of it stays in memory.
+
+    Raises BadModel where the measuring fails.
+    """
+    command = [sys.executable, "-c", CHILD, str(pack), str(n_cores)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BadModel(f"The speed of this machine could not be measured: {last}")
+    return Speeds(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(pack: str, n_cores: int) -> None:
+    """The process of its own: prints the speeds as JSON."""
+    model = structure_of(pack)
+    spots = file_spots(model.files, model.page_bytes)
+    speeds = measured_speeds(spots, model.page_bytes, Path(pack), n_cores, anew=True)
+    with Pack.open(pack) as opened:
+        products = product_speed(opened, model.config.top_k)
+    speeds = replace(speeds, products=products, layer_s=layer_seconds(speeds.ram_read, anew=True))
+    print(json.dumps(asdict(speeds)))

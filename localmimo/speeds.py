@@ -1,7 +1,8 @@
 """Speeds: how fast this machine's disk and memory are, measured in a second or two, or said by the user.
 
-Disk: whole pages by direct reads, one and four at a time, as the engine reads them. Memory: a sum over half a gigabyte
-on every core. Measurements are kept under LOCALMIMO_HOME for a week. Knows files and bytes; no model and no torch.
+Disk: whole pages by direct reads into huge pages, one and four at a time, as the engine reads them; then the same ones
+again, which a cache in the drive or in a virtual machine's host may answer. Memory: a sum over half a gigabyte on every
+core. Measurements are kept under LOCALMIMO_HOME for a week. Knows files and bytes; no model and no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ DISK_SAMPLE_BYTES = 1 << 30  # at most
 SCRATCH_BYTES = 256 << 20
 RAM_SAMPLE_BYTES = 512 << 20
 FRESH_S = 7 * 86_400
+CACHED = 1.25  # times faster, the second time: then a cache answers
 CACHE = "speeds.json"
 
 Origin = Literal["measured", "given", "assumed"]
@@ -39,18 +41,30 @@ Spot = tuple[Path, int]  # a file and an aligned offset in it
 class Speeds:
     """Bytes per second, and where the figures come from."""
 
-    disk_read: float  # four pages at a time
+    disk_read: float  # four pages at a time, read for the first time
     disk_read_alone: float  # one page at a time
     ram_read: float
+    disk_again: float = 0.0  # four at a time, read shortly before; as fast as the first time at least
     disk_origin: Origin = "assumed"
     ram_origin: Origin = "assumed"
     pcie: float = 25e9  # host to GPU: PCIe 4.0 x16
     gpu_read: float = 500e9
+    products: float | None = None  # of packed weights under the kernels, one token; None: not measured
     layer_s: float | None = None  # a layer's time beyond its bytes; None: not measured
     direct: bool = True  # reads went around the page cache
 
+    @property
+    def gain_again(self) -> float:
+        """How much faster pages come that were read shortly before."""
+        return max(1.0, self.disk_again / self.disk_read)
+
+    @property
+    def disk_cached(self) -> bool:
+        """Whether a cache answers what was read shortly before: the drive's, or that of a virtual machine's host."""
+        return self.gain_again >= CACHED
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"disk_cached": self.disk_cached}
 
 
 ASSUMED = Speeds(disk_read=3e9, disk_read_alone=1.5e9, ram_read=40e9)
@@ -87,25 +101,24 @@ class DiskSpeed:
 
     together: float
     alone: float
+    again: float  # together, of pages that were read just before
     direct: bool
 
 
 def measure_disk(spots: Sequence[Spot], page_bytes: int, seed: int | None = None) -> DiskSpeed:
-    """Read pages at random spots, one at a time and four at a time. Raises OSError where a file can not be read.
+    """Read pages at random spots, one at a time and four at a time, and the latter again.
 
-    No page is read twice: the second time it could come from the drive's own cache.
+    Raises OSError where a file can not be read. No page is read for the second time before all are read once.
     """
     order = list(spots)
     random.Random(seed).shuffle(order)
-    files = {file: _open(file) for file in {file for file, _ in order}}
-    try:
-        todo = iter(order)
-        alone = _rate(files, _some(todo, len(order) // 4, page_bytes), page_bytes, 1)
-        together = _rate(files, _some(todo, len(order), page_bytes), page_bytes, N_READERS)
-    finally:
-        for descriptor, _ in files.values():
-            os.close(descriptor)
-    return DiskSpeed(max(together, alone), alone, all(direct for _, direct in files.values()))
+    cut = len(order) // 4
+    with _Opened({file for file, _ in order}, page_bytes) as disk:
+        _, alone = disk.read(order[:cut] or order, 1)
+        read, together = disk.read(order[cut:], N_READERS)
+        _, again = disk.read(read, N_READERS)
+    together = max(together, alone)
+    return DiskSpeed(together, alone, max(again, together), disk.direct)
 
 
 def scratch_spots(folder: Path, page_bytes: int) -> tuple[Path, list[Spot]]:
@@ -129,9 +142,47 @@ def file_spots(files: Sequence[Path], page_bytes: int) -> list[Spot]:
     return [(file, start) for file in files for start in range(0, file.stat().st_size - step + 1, step)]
 
 
-def _some(todo: Iterator[Spot], most: int, page_bytes: int) -> list[Spot]:
-    n = max(1, min(most, DISK_SAMPLE_BYTES // page_bytes))
-    return [spot for spot, _ in zip(todo, range(n), strict=False)]
+class _Opened:
+    """Files open for direct reads, and memory to read pages into."""
+
+    def __init__(self, files: Collection[Path], page_bytes: int) -> None:
+        self._size = -(-page_bytes // ALIGN) * ALIGN
+        opened = {file: _open(file) for file in files}
+        self._files = {file: descriptor for file, (descriptor, _) in opened.items()}
+        self.direct = all(direct for _, direct in opened.values())
+        self._memory = mmap.mmap(-1, N_READERS * self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)  # reads into small pages take half as long again
+        for start in range(0, len(self._memory), ALIGN):
+            self._memory[start] = 1  # that it is there before the clock runs
+
+    def __enter__(self) -> _Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def read(self, spots: Sequence[Spot], n_readers: int) -> tuple[list[Spot], float]:
+        """Read these pages for DISK_SAMPLE_S seconds at most: those that were read, and bytes per second."""
+        todo = iter(spots[: max(1, DISK_SAMPLE_BYTES // self._size)])
+        read: list[Spot] = []
+        lock, began = threading.Lock(), time.perf_counter()
+
+        def reader(number: int) -> int:
+            n_bytes, start = 0, number * self._size
+            with memoryview(self._memory) as whole, whole[start : start + self._size] as view:
+                while time.perf_counter() - began < DISK_SAMPLE_S or not n_bytes:
+                    with lock:
+                        if (spot := next(todo, None)) is None:
+                            break
+                        read.append(spot)
+                    n_bytes += os.preadv(self._files[spot[0]], [view], spot[1])
+            return n_bytes
+
+        with ThreadPoolExecutor(n_readers) as pool:
+            n_bytes = sum(pool.map(reader, range(n_readers)))
+        return read, n_bytes / max(1e-9, time.perf_counter() - began)
 
 
 def _open(file: Path) -> tuple[int, bool]:
@@ -140,28 +191,6 @@ def _open(file: Path) -> tuple[int, bool]:
         return os.open(file, flags | getattr(os, "O_DIRECT", 0)), hasattr(os, "O_DIRECT")
     except OSError:
         return os.open(file, flags), False  # tmpfs and some network mounts know no direct reads
-
-
-def _rate(files: dict[Path, tuple[int, bool]], spots: list[Spot], page_bytes: int, readers: int) -> float:
-    """Bytes per second of `readers` threads over these spots, for at most DISK_SAMPLE_S seconds."""
-    size = -(-page_bytes // ALIGN) * ALIGN
-    todo = iter(spots)
-    lock, began = threading.Lock(), time.perf_counter()
-
-    def reader() -> int:
-        done = 0
-        with mmap.mmap(-1, size) as memory, memoryview(memory) as view:
-            while time.perf_counter() - began < DISK_SAMPLE_S or not done:
-                with lock:
-                    spot = next(todo, None)
-                if spot is None:
-                    break
-                done += os.preadv(files[spot[0]][0], [view], spot[1])
-        return done
-
-    with ThreadPoolExecutor(readers) as pool:
-        done = sum(pool.map(lambda _: reader(), range(readers)))
-    return done / max(1e-9, time.perf_counter() - began)
 
 
 # ---- kept measurements ----
@@ -200,11 +229,11 @@ def disk_speed(spots: Sequence[Spot], page_bytes: int, folder: Path, *, anew: bo
     Without spots a scratch file of 256 MiB is written there, read, and deleted.
     """
     key = f"disk {folder.stat().st_dev} {page_bytes}"
-    had = None if anew else kept(key, "together", "alone", "direct")
+    had = None if anew else kept(key, "together", "alone", "again", "direct")
     if had is None:
         had = asdict(_measure_at(spots, page_bytes, folder))
         keep(key, had)
-    return DiskSpeed(float(had["together"]), float(had["alone"]), bool(had["direct"]))
+    return DiskSpeed(float(had["together"]), float(had["alone"]), float(had["again"]), bool(had["direct"]))
 
 
 def _measure_at(spots: Sequence[Spot], page_bytes: int, folder: Path) -> DiskSpeed:
@@ -226,25 +255,40 @@ def ram_speed(n_threads: int, *, anew: bool = False) -> float:
     return float(had["read"])
 
 
+def products_key(page_bytes: int) -> str:
+    """Under which the speed of products with pages of this size is kept."""
+    return f"products {page_bytes}"
+
+
 def measured_speeds(
-    spots: Sequence[Spot], page_bytes: int, folder: Path, n_threads: int, *, anew: bool = False
+    spots: Sequence[Spot],
+    page_bytes: int,
+    folder: Path,
+    n_threads: int,
+    *,
+    anew: bool = False,
+    disk: bool = True,
 ) -> Speeds:
-    """This machine's speeds; what can not be measured here is assumed, and says so."""
-    layer = kept("layer", "seconds")
+    """This machine's speeds; what can not be measured here is assumed, and says so: without `disk` its speed too."""
+    layer, products = kept("layer", "seconds"), kept(products_key(page_bytes), "read")
     speeds = replace(
         ASSUMED,
         ram_read=ram_speed(n_threads, anew=anew),
         ram_origin="measured",
         layer_s=float(layer["seconds"]) if layer else None,
+        products=float(products["read"]) if products else None,
     )
+    if not disk:
+        return speeds
     try:
-        disk = disk_speed(spots, page_bytes, folder, anew=anew)
+        found = disk_speed(spots, page_bytes, folder, anew=anew)
     except OSError:
         return speeds
     return replace(
         speeds,
-        disk_read=disk.together,
-        disk_read_alone=disk.alone,
+        disk_read=found.together,
+        disk_read_alone=found.alone,
+        disk_again=found.again,
         disk_origin="measured",
-        direct=disk.direct,
+        direct=found.direct,
     )

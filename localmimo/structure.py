@@ -59,7 +59,7 @@ def structure_of(model: str | Path, recipe: Recipe | None = None) -> Structure:
     member = find_member(str(model))
     if member is None:
         raise BadModel(
-            f"{model} is no pack, no checkpoint folder, no config.json and no member of the family "
+            f"{model} is no pack, checkpoint folder or config.json here, and no member of the family "
             f"({', '.join(known.name for known in MEMBERS)})."
         )
     source = Source.described(member.config, member.title)

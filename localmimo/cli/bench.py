@@ -25,9 +25,9 @@ from localmimo.errors import BadRequest
 from localmimo.estimate import decode_range
 from localmimo.experts.trace import TraceWriter
 from localmimo.lines import Lines
-from localmimo.machine import format_bytes
+from localmimo.machine import Machine, format_bytes
 from localmimo.plan import DEFAULT_CONTEXT
-from localmimo.speeds import Speeds, file_spots, measured_speeds
+from localmimo.speeds import Speeds
 from localmimo.structure import Structure, structure_of
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class Sheet:
         self._log = log
         self._trace = trace
         self._facts: dict[str, Any] = {}  # the card, filled when the pack is open
+        self._speeds: list[Speeds] = []  # before and after, for the plan
         self._engine: Engine  # the last one that was opened
         self._show: Callable[[str], None] = ui.note if request.as_json else ui.data
 
@@ -171,6 +172,7 @@ class Sheet:
         from localmimo.measure import Bench
 
         began, finished = time.perf_counter(), False
+        self._measure_speeds()
         write = None if self._trace is None else self._trace.write
         bench = Bench(self._job(), open_engine, self, write)
         results: list[dict[str, Any]] = []
@@ -183,7 +185,8 @@ class Sheet:
         self.ui.status.clear()
         if results:
             self._below(bench, results)
-        if self.request.check_plan and finished:
+        if finished:
+            self._measure_speeds()
             self._check_plan(results)
         self._end(bench, results, finished, time.perf_counter() - began)
         return 0 if finished else INTERRUPTED
@@ -261,22 +264,42 @@ class Sheet:
         if not picture(path, lambda: draw(path, title, results, runs), self.ui):
             self._show("\n".join(chart(results, runs)))
 
+    def _measure_speeds(self) -> None:
+        """This machine's, with the pack closed: before the first run and after the last one."""
+        if not self.request.check_plan:
+            return
+        from localmimo.embedded import embedded_pack
+        from localmimo.overhead import speeds_now
+
+        pack = embedded_pack() if self.request.model == EMBEDDED else Path(self.request.model).expanduser()
+        self.ui.status.show(" measuring disk, memory and products ...", now=True)
+        self._speeds.append(speeds_now(pack, Machine.probe().n_cores))
+        self.ui.status.clear()
+
     def _check_plan(self, results: list[dict[str, Any]]) -> None:
         """The plan's arithmetic, with this machine's speeds as they are now and the hit rates as they were."""
-        self.ui.status.show(" measuring disk and memory ...", now=True)
-        model, speeds = measured_here(self._engine.pack.path, self._facts["machine"]["n_cores"])
-        self.ui.status.clear()
-        self._facts["speeds"] = speeds.as_dict()
+        if not self._speeds:
+            return
+        model = structure_of(self._engine.pack.path)
+        self._facts["speeds"] = [speeds.as_dict() for speeds in self._speeds]
         for found in results:
-            found["plan_check"] = check = self._predict(found, model, speeds)
+            found["plan_check"] = check = self._predict(found, model)
             self._show(plan_line(found["depth"], check))
+        if any(speeds.disk_cached for speeds in self._speeds):
+            first, again = (
+                format_bytes(max(getattr(speeds, name) for speeds in self._speeds))
+                for name in ("disk_read", "disk_again")
+            )
+            self._show(
+                f" disk: {first}/s the first time, {again}/s when pages are read again: a cache answers"
+            )
 
-    def _predict(self, found: dict[str, Any], model: Structure, speeds: Speeds) -> dict[str, Any]:
+    def _predict(self, found: dict[str, Any], model: Structure) -> dict[str, Any]:
         middle = found["depth"] + self.request.prompt_tokens + self.request.max_tokens // 2
         item_bytes = ITEM_BYTES[self._facts["effective"]["kv_dtype"]]
         hit_rate = 1.0 - found["decode"]["hits"].get("disk", 0.0)
         low, high = decode_range(
-            model, self._engine.plan, speeds, hit_rate, depth=middle, kv_item_bytes=item_bytes
+            model, self._engine.plan, self._speeds, hit_rate, depth=middle, kv_item_bytes=item_bytes
         )
         measured = found["decode_tps"]
         return {
@@ -305,16 +328,6 @@ def _cut_short(bench: Bench, n_done: int) -> Sequence[int]:
 
 
 # ---- the plan ----
-
-
-def measured_here(pack: Path, n_cores: int) -> tuple[Structure, Speeds]:
-    """The model by its pack, and what disk and memory give now."""
-    from localmimo.overhead import layer_seconds
-
-    model = structure_of(pack)
-    spots = file_spots(model.files, model.page_bytes)
-    speeds = measured_speeds(spots, model.page_bytes, pack, n_cores, anew=True)
-    return model, replace(speeds, layer_s=layer_seconds(speeds.ram_read, anew=True))
 
 
 def plan_line(depth: int, check: dict[str, Any]) -> str:

@@ -302,7 +302,7 @@ def _disk(place: Path, quick: bool) -> Findings:
     facts = asdict(speed) | {"kind": kind, "page_bytes": page}
     found = (
         f"{kind}: {format_bytes(speed.together)}/s in reads of {format_bytes(page)} four at a time, "
-        f"{format_bytes(speed.alone)}/s one at a time"
+        f"{format_bytes(speed.alone)}/s one at a time, {format_bytes(speed.again)}/s when read again"
     )
     if not speed.direct:
         yield Finding(

@@ -12,8 +12,8 @@ from typing import Any
 
 from localmimo.cli.ui import Ui, rows, seconds
 from localmimo.errors import BadRequest, DoesNotFit
-from localmimo.estimate import Estimate, Range, Tiers, estimate
-from localmimo.experts.trace import read_trace
+from localmimo.estimate import CACHE_BYTES, Estimate, Range, Tiers, estimate
+from localmimo.experts.trace import Trace, read_trace
 from localmimo.machine import Machine, format_bytes, parse_bytes
 from localmimo.plan import (
     DEFAULT_CONTEXT,
@@ -56,6 +56,15 @@ class Question:
     remeasure: bool = False
     as_json: bool = False
 
+    def check(self) -> None:
+        """Raise BadRequest where a flag would do nothing."""
+        if self.max_context and self.context is not None:
+            raise BadRequest("--max-context finds the context itself: leave out --context.")
+        if self.pcie and not self.vram:
+            raise BadRequest("--pcie is about a GPU: give --vram too.")
+        if self.remeasure and self.disk_read and self.ram_read:
+            raise BadRequest("--remeasure has nothing to measure: disk and memory are given.")
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -69,6 +78,7 @@ class Answer:
     vram_bytes: int
     n_cores: int
     better: tuple[str, ...]
+    longest: int  # context that this memory has room for
 
     def as_dict(self) -> dict[str, Any]:
         model = self.model
@@ -89,6 +99,7 @@ class Answer:
             "speeds": self.speeds.as_dict(),
             "estimate": self.estimate.as_dict(),
             "better_if": list(self.better),
+            "longest_context": self.longest,
             "notes": list(model.notes),
             "serve": model.member.serve_command() if model.member else None,
         }
@@ -98,6 +109,7 @@ def run_plan(question: Question, ui: Ui) -> int:
     """Carry the command out; the exit code."""
     from quant import Recipe
 
+    question.check()
     recipe = Recipe.of(question.recipe, experts=question.experts, dense=question.dense)
     model = structure_of(question.model, recipe)
     machine, speeds = _machine(question, model)
@@ -121,9 +133,10 @@ def _machine(question: Question, model: Structure) -> tuple[Machine, Speeds]:
     given: dict[str, Any] = {}
     if question.disk_read:
         rate = float(_rate(question.disk_read, "--disk-read"))
-        given |= {"disk_read": rate, "disk_read_alone": rate / 2, "disk_origin": "given"}
+        given |= {"disk_read": rate, "disk_read_alone": rate / 2, "disk_again": rate, "disk_origin": "given"}
     if question.ram_read:
-        given |= {"ram_read": float(_rate(question.ram_read, "--ram-read")), "ram_origin": "given"}
+        rate = float(_rate(question.ram_read, "--ram-read"))
+        given |= {"ram_read": rate, "ram_origin": "given", "products": None, "layer_s": None}
     if question.pcie:
         given["pcie"] = float(_rate(question.pcie, "--pcie"))
     if question.disk_read and question.ram_read:
@@ -132,7 +145,14 @@ def _machine(question: Question, model: Structure) -> tuple[Machine, Speeds]:
         return machine, replace(ASSUMED, **given)
     spots = file_spots(model.files, model.page_bytes)
     folder = model.files[0].parent if model.files else Path.cwd()
-    speeds = measured_speeds(spots, model.page_bytes, folder, machine.n_cores, anew=question.remeasure)
+    speeds = measured_speeds(
+        spots,
+        model.page_bytes,
+        folder,
+        machine.n_cores,
+        anew=question.remeasure,
+        disk=question.disk_read is None,
+    )
     return machine, replace(speeds, **given)
 
 
@@ -144,6 +164,13 @@ def _rate(text: str, flag: str) -> int:
     if rate <= 0:
         raise BadRequest(f'{flag} is "{text}"; write a speed such as 7GB/s.')
     return rate
+
+
+def _trace(path: Path) -> Trace:
+    try:
+        return read_trace(path)
+    except OSError as error:
+        raise BadRequest(f"--trace: {path} cannot be read ({error.strerror}).") from None
 
 
 class Desk:
@@ -161,7 +188,7 @@ class Desk:
         most = model.config.max_context
         self.context = min(DEFAULT_CONTEXT, most) if question.context is None else question.context
         self.longest = question.max_context
-        self.trace = None if question.trace is None else read_trace(question.trace)
+        self.trace = None if question.trace is None else _trace(question.trace)
         if not 1 <= self.context <= most:
             raise BadRequest(f"The context is {self.context:,}; this model has from 1 to {most:,} positions.")
 
@@ -172,11 +199,17 @@ class Desk:
         plan = self._plan(self.ram, self.context)
         tiers, figures = self._judge(plan)
         better = tuple(self._better(plan, figures))
-        return Answer(self.model, plan, tiers, self.speeds, figures, self.vram, self.n_cores, better)
+        longest = self._longest_context()
+        return Answer(self.model, plan, tiers, self.speeds, figures, self.vram, self.n_cores, better, longest)
 
     def needs(self) -> dict[str, int]:
         """The least memory that this context can be run with."""
-        return {"context": self.context, "needed_bytes": self._least(self.context), "ram_bytes": self.ram}
+        return {
+            "context": self.context,
+            "needed_bytes": self._least(self.context),
+            "ram_bytes": self.ram,
+            "longest_context": self._longest_context(),
+        }
 
     # ---- plans ----
 
@@ -273,7 +306,7 @@ class Desk:
 
     def _better(self, plan: Plan, figures: Estimate) -> Iterator[str]:
         """Changes that matter, with what they would give."""
-        for more in (16, 32, 64, 128, 256, 512):
+        for more in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
             if plan.held_slots >= plan.n_pages:
                 break
             _, then = self._judge(self._plan(self.ram + more * GIB, plan.context))
@@ -285,6 +318,7 @@ class Desk:
                 self.speeds,
                 disk_read=2 * self.speeds.disk_read,
                 disk_read_alone=2 * self.speeds.disk_read_alone,
+                disk_again=2 * self.speeds.disk_again,
             )
             desk_speeds, self.speeds = self.speeds, twice
             _, then = self._judge(plan)
@@ -321,10 +355,14 @@ def _lines(answer: Answer, question: Question, ui: Ui) -> Iterator[str]:
     yield _line(f"experts {format_bytes(model.experts_bytes)}", _places(answer))
     if plan.vram is not None and plan.vram.kv_slots:
         yield _line("as the context grows", _growth(plan, plan.vram))
+    if answer.longest > plan.context:
+        yield _line("longest context", f"{answer.longest:,}, with the fewest experts in memory")
     yield _line("read per token", _reads(answer))
     yield _line("hit rate", f"{_percent(figures.hits)} ({tiers.origin})")
     yield _line("speed", f"{_speed(figures)} on {answer.n_cores} cores")
     yield _line("bandwidth", _origin(answer.speeds))
+    if answer.speeds.disk_cached:
+        yield _line("", _cache(answer))
     if answer.better:
         yield _line("better if", "; ".join(answer.better))
     for note in model.notes:
@@ -332,7 +370,9 @@ def _lines(answer: Answer, question: Question, ui: Ui) -> Iterator[str]:
     if question.vram is not None:
         yield from _gpu_notes(answer)
     check = f" Check it: localmimo bench {question.model} --check-plan" if model.kind == "pack" else ""
-    yield f" Structure is exact; speed is an estimate.{check}"
+    measured = "measured" in (answer.speeds.disk_origin, answer.speeds.ram_origin) and not question.remeasure
+    again = " Measured speeds are kept for a week: --remeasure." if measured else ""
+    yield f" Structure is exact; speed is an estimate.{again}{check}"
     if model.member and (command := model.member.serve_command()) and model.member.server:
         yield f" For many users on one server ({model.member.server.hardware}), the same checkpoint: {command}"
 
@@ -387,6 +427,13 @@ def _origin(speeds: Speeds) -> str:
         disk += f", {format_bytes(speeds.disk_read_alone)}/s one at a time"
         disk += "" if speeds.direct else ", through the page cache"
     return f"{disk} ({speeds.disk_origin}) · RAM {format_bytes(speeds.ram_read)}/s ({speeds.ram_origin})"
+
+
+def _cache(answer: Answer) -> str:
+    """What a disk's second answer means for this pack."""
+    again, share = format_bytes(answer.speeds.disk_again), min(1.0, CACHE_BYTES / answer.model.pack_bytes)
+    taken = "which may hold all of this pack" if share == 1 else f"taken to hold {share:.0%} of this pack"
+    return f"pages that were just read come again at {again}/s: a cache answers, {taken}"
 
 
 def _gpu_notes(answer: Answer) -> Iterator[str]:

@@ -262,7 +262,12 @@ def test_the_plan_is_held_against_what_was_measured(
     shown = run(request)[1]
     facts = json.loads(shown.out)
     assert facts["effective"]["kv_dtype"] == "int8"
-    assert facts["speeds"]["ram_origin"] == facts["speeds"]["disk_origin"] == "measured"
+    assert len(facts["speeds"]) == 2  # before and after
+    for speeds in facts["speeds"]:
+        assert speeds["ram_origin"] == speeds["disk_origin"] == "measured"
+        assert (
+            speeds["products"] > 0 and speeds["layer_s"] > 0 and speeds["disk_again"] >= speeds["disk_read"]
+        )
     for found in facts["results"]:
         check = found["plan_check"]
         low, high = check["predicted_tps"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from localmimo import kv
 from localmimo.cli.plan import WINDOW_SLACK, Desk, Question
 from localmimo.config import ModelConfig
 from localmimo.errors import DoesNotFit
-from localmimo.estimate import Tiers, decode_range, estimate
+from localmimo.estimate import Tiers, decode_range, disk_rates, estimate
 from localmimo.experts.trace import Trace
 from localmimo.family import find_member
 from localmimo.hits import assumed_hits, profile_hits, replayed_hits
@@ -60,7 +61,8 @@ def test_a_family_name_before_any_download() -> None:
     assert found["ram_slots"] + found["disk_pages"] == found["plan"]["n_pages"] == 12_032
     low, high = found["estimate"]["decode_tps"]
     assert 0 < low < high and found["serve"].startswith("python3 -m sglang.launch_server")
-    assert found["hit_rate_origin"].startswith("assumed")
+    assert found["hit_rate_origin"].startswith("assumed") and found["longest_context"] == 262_144
+    assert structure_of("XiaomiMiMo/MiMo-V2-Flash").name == found["model"]
 
 
 def test_a_pack_says_the_same_as_the_engine(pack: Path) -> None:
@@ -106,6 +108,7 @@ def test_a_refusal_in_json(pack: Path) -> None:
     code, out, err = localmimo("plan", str(pack), "--ram", "1MiB", *DESCRIBED, "--json")
     found = json.loads(out)
     assert code == 3 and found["fits"] is False and found["needed_bytes"] > found["ram_bytes"] == 1 << 20
+    assert found["longest_context"] == 0
     assert "Give --ram " in err
 
 
@@ -119,6 +122,7 @@ def test_a_gpu_is_arithmetic_and_says_so(pack: Path) -> None:
     assert desk(ram="64GiB", vram="4GiB").answer().tiers.gpu_slots == 0
     code, out, _ = localmimo("plan", str(pack), "--ram", "64MiB", "-c", "256", "--vram", "1GiB", *DESCRIBED)
     assert code == 0 and "not yet measured" in out and "nothing was placed on it" in out
+    assert "\n longest context " in out and "with the fewest experts in memory\n" in out
     code, out, _ = localmimo("plan", str(pack), "--ram", "64MiB", "-c", "4096", "--vram", "8GiB", *DESCRIBED)
     assert code == 0 and re.search(
         r"as the context grows +GPU experts \d+ at first, \d+ at 4,096 tokens \(KV \+ ", out
@@ -134,6 +138,10 @@ def test_a_gpu_is_arithmetic_and_says_so(pack: Path) -> None:
         (("PACK", "--kv", "int3"), 2, "--kv"),
         (("PACK", "--disk-read", "fast"), 2, "7GB/s"),
         (("PACK", "--experts", "nf3"), 2, "nf3"),
+        (("PACK", "--max-context", "-c", "64"), 2, "leave out --context"),
+        (("PACK", "--pcie", "25GB/s"), 2, "give --vram too"),
+        (("PACK", "--remeasure", *DESCRIBED), 2, "nothing to measure"),
+        (("PACK", "--trace", "/no/such"), 2, "--trace: /no/such cannot be read (No such file or directory)"),
     ],
 )
 def test_bad_questions(pack: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
@@ -170,7 +178,7 @@ def test_more_hits_and_faster_parts_are_never_slower() -> None:
     )
     before = (0.0, 0.0)
     for tenth in range(11):
-        low, high = decode_range(model, budget, FAST, tenth / 10, depth=1000)
+        low, high = decode_range(model, budget, [FAST], tenth / 10, depth=1000)
         assert low >= before[0] and high >= before[1] and high <= 2 * low * 1.0001
         before = (low, high)
     assert before[1] <= FAST.ram_read / (376 * model.page_bytes)
@@ -178,6 +186,38 @@ def test_more_hits_and_faster_parts_are_never_slower() -> None:
     assert estimate(model, budget, FAST, everything, n_cores=16).disk_bytes == (0.0, 0.0)
     slow = estimate(model, budget, ASSUMED, everything, n_cores=16)
     assert slow.decode_tps[0] < estimate(model, budget, FAST, everything, n_cores=16).decode_tps[0]
+
+
+def test_a_cache_that_answers_widens_the_range_of_a_small_pack_alone() -> None:
+    cached = replace(FAST, disk_again=2 * FAST.disk_read)
+    assert cached.disk_cached and not FAST.disk_cached and cached.as_dict()["disk_cached"] is True
+    assert disk_rates(FAST, 8, 5 << 30) == (FAST.disk_read, FAST.disk_read)
+    slow, fast = disk_rates(cached, 8, 5 << 30)
+    assert fast == cached.disk_again and slow == pytest.approx(2**0.5 * FAST.disk_read)
+    slow, fast = disk_rates(cached, 8, 160_000_000_000)
+    assert fast == pytest.approx(1.1 * FAST.disk_read) and FAST.disk_read < slow < fast
+    assert disk_rates(FAST, 0.5, 5 << 30) == (FAST.disk_read_alone, FAST.disk_read)
+
+
+def test_speeds_measured_twice_span_a_range() -> None:
+    model, slower = flash(), replace(FAST, disk_read=5e9, disk_read_alone=3e9, ram_read=60e9)
+    budget = make_plan(
+        model.config,
+        dense_bytes=model.dense_bytes,
+        page_bytes=model.page_bytes,
+        context=32_768,
+        ram_bytes=96 << 30,
+        slack=16,
+    )
+    first, later, both = (
+        decode_range(model, budget, speeds, 1.0, depth=1000) for speeds in ([FAST], [slower], [FAST, slower])
+    )
+    assert both == pytest.approx((later[0], first[1])) or both[1] / both[0] == pytest.approx(2)
+    assert later[0] < first[0] and later[1] < first[1]
+    known = replace(FAST, products=40e9, layer_s=0.0002)
+    low, high = decode_range(model, budget, [known], 1.0, depth=1000)
+    bytes_s = (model.read_bytes + 376 * model.page_bytes) / 40e9
+    assert low < 1 / (bytes_s + 48 * 0.0002) < high < 2 * low
 
 
 def test_assumed_hit_rates_pass_through_the_published_points() -> None:
@@ -218,9 +258,28 @@ def test_a_profile_gives_what_its_hottest_pages_answer(pack: Path) -> None:
 def test_measuring_a_disk_and_memory(tmp_path: Path) -> None:
     scratch, spots = scratch_spots(tmp_path, 100_000)
     found = measure_disk(spots[:64], 100_000, seed=0)
-    assert found.together >= found.alone > 1e6
+    assert found.again >= found.together >= found.alone > 1e6
     assert file_spots([scratch], 100_000) == spots
     assert measure_ram(1, 1 << 22) > 1e8
+
+
+def test_what_a_measured_plan_says(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from localmimo import speeds
+
+    monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
+    ask = ("plan", str(pack), "--ram", "64MiB", "-c", "256")
+    page, device = structure_of(pack).page_bytes, pack.stat().st_dev
+    speeds.keep("ram", {"read": 2e10})
+    disk = {"together": 1e9, "alone": 5e8, "again": 1.1e9, "direct": True}
+    speeds.keep(f"disk {device} {page}", disk)
+    out = localmimo(*ask)[1]
+    assert "disk 1.0 GB/s of pages four at a time, 500 MB/s one at a time (measured)" in out
+    assert "a cache answers" not in out and "kept for a week: --remeasure." in out
+    speeds.keep(f"disk {device} {page}", disk | {"again": 2e9})
+    out = localmimo(*ask)[1]
+    assert "just read come again at 2.0 GB/s: a cache answers, which may hold all of this pack\n" in out
+    found = json.loads(localmimo(*ask, "--json")[1])
+    assert found["speeds"]["disk_cached"] is True and found["speeds"]["disk_again"] == 2e9
 
 
 def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
