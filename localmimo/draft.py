@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import log
-from statistics import median
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from localmimo.errors import BadRequest
 from localmimo.model import nothing_to_check
 from localmimo.mtp import Choose
+from localmimo.paired import Paired
 from localmimo.session import Session
 
 Draft = int | Literal["auto"]
@@ -109,8 +109,7 @@ class Measured:
         self._rival: int | None = None  # compared with the current depth, in turns
         self._left = self.COLD  # passes until the next comparison
         self._looks = 0  # comparisons since the last move
-        self._passes: deque[tuple[int, float]] = deque(maxlen=3)  # the last ones: depth, seconds
-        self._ratios: list[float] = []  # the rival's seconds over the current depth's
+        self._paired = Paired()  # the current depth and its rival
         self._costs: list[float | None] = [1.0] + [
             None
         ] * most  # passes without drafts that one of a depth costs
@@ -121,18 +120,15 @@ class Measured:
         self._wait = self.WAIT
 
     def depth(self) -> int:
-        if self._rival is None or (self._passes and self._passes[-1][0] != self.current):
-            return self.current
-        return self._rival
+        return self.current if self._rival is None or not self._paired.second else self._rival
 
     def took(self, depth: int, seconds: float, tokens: int) -> None:
         if depth != self.depth():  # cut short by the end of something: says nothing
             return
-        self._passes.append((depth, seconds))
         for head in range(min(depth, tokens)):
             self._drawn[head].append(head + 1 < tokens)
         if self._rival is not None:
-            self._compare(self._rival)
+            self._compare(self._rival, seconds)
         self._count_loss(depth, tokens)
         self._left -= 1
         if self._lost > self.ALLOWANCE and (self.current or self._rival):
@@ -156,18 +152,14 @@ class Measured:
         known = self._costs[depth]
         return depth + 1.0 if known is None else known
 
-    def _compare(self, rival: int) -> None:
-        """The last pass but one against both its neighbours."""
-        if len(self._passes) < 3:
+    def _compare(self, rival: int, seconds: float) -> None:
+        self._paired.note(seconds)
+        if not self._paired.ratios:
             return
-        (before, a), (depth, b), (after, c) = self._passes
-        if before == after != depth:
-            ratio = b / (a * c) ** 0.5
-            self._ratios.append(ratio if depth == rival else 1 / ratio)
-            if rival > self.current:
-                self._costs[rival] = self.cost(self.current) * median(self._ratios)
-            elif rival == 0:
-                self._costs[self.current] = 1 / median(self._ratios)
+        if rival:
+            self._costs[rival] = self.cost(self.current) * self._paired.ratio
+        else:
+            self._costs[self.current] = 1 / self._paired.ratio
 
     def _count_loss(self, depth: int, tokens: int) -> None:
         lost = min(self.cost(depth), depth + 1.3) - tokens if depth else -self.FORGIVEN
@@ -175,10 +167,10 @@ class Measured:
 
     def _judge(self, rival: int) -> None:
         """End the comparison once it is clear enough."""
-        n = len(self._ratios)
+        n = len(self._paired.ratios)
         if n < self.LEAST:
             return
-        gain = self.tokens(rival) / self.tokens(self.current) / median(self._ratios)
+        gain = self.tokens(rival) / self.tokens(self.current) / self._paired.ratio
         if n < self.MOST and abs(log(gain)) < self.CLEAR / n**0.5:
             return
         self._rival = None
@@ -223,7 +215,7 @@ class Measured:
             self._left = self.STAY_FIRST
 
     def _hold_against(self, rival: int) -> None:
-        self._rival, self._ratios = rival, []
+        self._rival, self._paired = rival, Paired()
 
     def _may_pay(self, deeper: int) -> bool:
         """Whether a depth can be faster, one more draft costing and giving what the last one did."""

@@ -20,6 +20,7 @@ from localmimo.sample import Sampling, logprobs, pick
 from localmimo.session import Progress, Session
 from localmimo.text import Decoder, Tokenizer
 from localmimo.toolcall import ToolCall
+from quant import kernels
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "context"]
 
@@ -243,6 +244,7 @@ class Generation:
         self.stats.prefill_s = time.perf_counter() - self._began
         return logits
 
+    @kernels.alone()
     def take(self, logits: Tensor) -> list[Step]:
         """Draw the next token: `token` and the steps it gives; sets `reason` where it is the last."""
         draw = self._draw(logits)

@@ -20,6 +20,7 @@ from localmimo.mtp import Choose, Drafter, DraftHead
 from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
 from localmimo.saved import Identity, SavedSession, write
 from localmimo.trail import Trail
+from quant import kernels
 
 SHARED = (
     256  # tokens that must be read again before a mark is left behind them: a mark costs a stretch of its own
@@ -89,6 +90,7 @@ class Session:
         """Positions that can be come back to without reading, besides the last few."""
         return [mark.snapshot.length for mark in self._marks]
 
+    @kernels.alone()
     def sync(
         self,
         tokens: Sequence[int],
@@ -120,6 +122,7 @@ class Session:
         """Append one token; logits [vocab] after it."""
         return self.extend([token], check)[0]
 
+    @kernels.alone()
     def extend(self, tokens: Sequence[int], check: Callable[[], None] = nothing_to_check) -> Tensor:
         """Append a few tokens (as many as `rewind` can take back cheaply); logits [n, vocab] after each."""
         self._demand_room(len(tokens))
@@ -130,6 +133,7 @@ class Session:
         """Draft heads: as many tokens can be drafted at a time."""
         return len(self._drafter.heads)
 
+    @kernels.alone()
     def draft(self, token: int, n: int, choose: Choose) -> list[int]:
         """n tokens that may come after what is held and `token`; nothing is appended."""
         return self._drafter.propose(
@@ -370,6 +374,7 @@ def _share(progress: Progress, start: int, n: int, total: int) -> Callable[[floa
     return lambda done: progress(start + int(n * done), total)
 
 
+@kernels.alone()
 def step_together(
     sessions: Sequence[Session], tokens: Sequence[int], check: Callable[[], None] = nothing_to_check
 ) -> Tensor:

@@ -28,7 +28,7 @@ recipe listing
 pack
 manifest packing writer report
 conversion"""
-LOCALMIMO = """errors home child sandbox toolcall family
+LOCALMIMO = """errors home child sandbox toolcall family paired
 callpart
 files lines marks messages schema
 tools

@@ -8,7 +8,8 @@ built `available()` is False and the torch reference computes. It must not know 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -76,6 +77,21 @@ def set_threads(n: int) -> None:
 def threads() -> int:
     """Threads in use, the calling one included."""
     return _native.threads() if _native is not None else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Torch computes on the calling thread meanwhile: beside the pool's threads its own would wait for a core.
+
+    Where two others wanted the processor too, 32,768 exponentials took 24 ms instead of 0.04.
+    """
+    before = torch.get_num_threads()
+    if _native is not None:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pin(cpus: Sequence[int]) -> bool:

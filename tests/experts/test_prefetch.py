@@ -1,6 +1,6 @@
 """The gate keeps guesses where they pay, drops them where they don't, and never costs much to find out."""
 
-from localmimo.experts.prefetch import BLOCK, TRIAL, PrefetchGate
+from localmimo.experts.prefetch import BLOCK, RATIOS, PrefetchGate
 
 
 def run(
@@ -34,7 +34,7 @@ def test_guesses_go_where_they_cost() -> None:
 
 def test_wrong_guesses_stop_at_once() -> None:
     _, choices = run({True: 0.07, False: 0.1}, 200, right=0.2)
-    assert sum(choices) <= BLOCK * len(TRIAL)
+    assert sum(choices) <= 2 * BLOCK
 
 
 def test_no_guess_without_a_miss() -> None:
@@ -45,10 +45,21 @@ def test_no_guess_without_a_miss() -> None:
 def test_a_pause_between_answers_is_not_measured() -> None:
     now = [0.0]
     gate = PrefetchGate(lambda: now[0])
-    for step in range(BLOCK * (len(TRIAL) + 1) + 1):
-        guessing = gate._guessing
+    for step in range(3 * BLOCK * (RATIOS + 3)):
         gate.step(1, True)
+        guessing = gate._guessing
         now[0] += 0.05 if guessing else 0.1
         if step % 5 == 4:
             now[0] += 1000.0  # somebody thinks
     assert gate._wanted
+
+
+def test_steps_that_grow_longer_meanwhile_decide_nothing() -> None:
+    """More timelines, a colder cache, a slower machine: guesses still take seven tenths of a step's time."""
+    now = [0.0]
+    gate = PrefetchGate(lambda: now[0])
+    for step in range(BLOCK * (RATIOS + 4)):
+        gate.step(1, True)
+        guessing = gate._guessing
+        now[0] += (0.1 if step < BLOCK * RATIOS // 2 else 0.4) * (0.7 if guessing else 1.0)
+    assert gate._paired is None and gate._wanted

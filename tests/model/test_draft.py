@@ -292,7 +292,7 @@ def test_where_drafts_pay_they_are_used() -> None:
 def test_a_machine_that_stalls_does_not_hide_that_they_pay() -> None:
     runs = [simulate(lambda d: 1 + 0.11 * d, (0.95, 0.75, 0.7), 1000, seed, stalls=0.2) for seed in range(20)]
     used = [sum(depth > 0 for depth in depths) / len(depths) for _, depths in runs]
-    assert sorted(used)[len(used) // 2] > 0.8 and min(used) > 0.2
+    assert sorted(used)[len(used) // 2] > 0.85 and sorted(used)[len(used) // 10] > 0.5
 
 
 def test_the_pace_follows_when_the_machine_changes() -> None:
