@@ -24,7 +24,7 @@ from localmimo.experts.policy import Page, Policy
 from localmimo.experts.prefetch import PrefetchGate
 from localmimo.experts.resident import Resident
 from localmimo.experts.slots import Read, Slots
-from localmimo.experts.tiers import DiskTier, RamTier
+from localmimo.experts.tiers import N_READERS, DiskTier, RamTier
 from localmimo.experts.traffic import Traffic
 from quant import Pack
 from quant.pack import PageAt, experts_of
@@ -34,6 +34,7 @@ STALL_S = 60.0  # a disk that gives nothing for so long is taken for broken
 GROUP = 16  # pages of a prompt's stream handed over at a time
 RING_SHARE = 8  # one slot in so many is used to stream a prompt
 GUESS_SHARE = 4  # and one in so many holds a router's guesses at the most
+FREE_SHARE = 64  # one in so many, as many as there are readers at the most, is free when a layer asks
 MOST = 0.9  # a prompt that wants so many of a layer's pages will want those of the next layer too
 
 
@@ -132,13 +133,12 @@ class ExpertStore:
             self._count_prompt()
             if self.resident.waiting:
                 self.resident.count()
-            self._policy.request(layer, experts)
             if self.gpu is not None:
                 pages = [(layer, expert) for expert in self.without_gpu(layer, experts)]
             self._settle(layer, pages)
-            yield from self._serve(layer, pages)
+            yield from self._serve(layer, experts, pages)
 
-    def _serve(self, layer: int, pages: list[Page]) -> Iterator[list[Arrival]]:
+    def _serve(self, layer: int, experts: Sequence[int], pages: list[Page]) -> Iterator[list[Arrival]]:
         held = [page for page in pages if page in self._slots]
         missing = deque(page for page in pages if page not in self._slots)
         flying: dict[Page, Read] = {}
@@ -146,6 +146,9 @@ class ExpertStore:
             self._gate.step(layer, bool(missing))
         try:
             self._pinned = set(held)
+            self._claim_guessed(missing, flying)
+            self._read_into(self._slots.take(len(missing)), missing, flying)
+            self._policy.request(layer, experts)  # the disk works while it thinks
             self._start_reads(missing, flying)
             self._hit(held)
             yield self._arrivals(held)
@@ -153,9 +156,17 @@ class ExpertStore:
                 self._pinned.clear()
                 self._start_reads(missing, flying)
                 yield self._arrivals(self._land(flying))
+            self._keep_some_free()
         finally:
             self._pinned.clear()
             self._abandon(flying)
+
+    def _keep_some_free(self) -> None:
+        """Slots for the first reads of the next layer, which then need not wait for the policy."""
+        n = min(N_READERS, self.n_slots // FREE_SHARE) - self._slots.n_free
+        if n > 0 and self.n_slots < self._pack.n_pages:
+            for slot in map(self._evict, self._slots.victims(n, self._kept())):
+                self._slots.give(slot)
 
     def _hit(self, held: Sequence[Page]) -> None:
         self._traffic.ram_pages += len(held)
@@ -181,12 +192,18 @@ class ExpertStore:
 
     def _start_reads(self, missing: deque[Page], flying: dict[Page, Read]) -> None:
         """Start reading as many missing pages as slots can be had for."""
-        for page in [page for page in missing if page in self._guesses]:
-            flying[page] = self._claim(page)
-            missing.remove(page)
+        self._claim_guessed(missing, flying)
         slots = self._take_slots(len(missing)) if missing else []
         if missing and not slots and not flying and not self._pinned:
             slots = [self._must_take_slot()]
+        self._read_into(slots, missing, flying)
+
+    def _claim_guessed(self, missing: deque[Page], flying: dict[Page, Read]) -> None:
+        for page in [page for page in missing if page in self._guesses]:
+            flying[page] = self._claim(page)
+            missing.remove(page)
+
+    def _read_into(self, slots: Sequence[int], missing: deque[Page], flying: dict[Page, Read]) -> None:
         for slot in slots:
             page = missing.popleft()
             flying[page] = self._read(page, slot)
