@@ -27,6 +27,7 @@ from localmimo.experts.share import SharedRunner
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import GpuTier
+from localmimo.graphs import Graphs
 from localmimo.kv import SLACK
 from localmimo.model import Placed, Transformer, load_weights
 from localmimo.plan import Plan, make_plan
@@ -128,6 +129,7 @@ class Flash:
     plan: Plan
     store: ExpertStore
     session: Session
+    graphs: Graphs
     layout: PageLayout
 
     @property
@@ -173,6 +175,7 @@ def opened(
         store = _store(pages, plan, config, device, pinning)
         try:
             runner = SharedRunner(store, layout.bytes, device)
+            graphs = Graphs(model, runner)
             session = Session(
                 model,
                 runner,
@@ -181,8 +184,9 @@ def opened(
                 stretch=plan.stretch_tokens,
                 give_way=runner.give_way,
                 lender=store.gpu,
+                graphs=graphs,
             )
-            yield Flash(config, plan, store, session, layout)
+            yield Flash(config, plan, store, session, graphs, layout)
         finally:
             store.close()
             pinning.close()

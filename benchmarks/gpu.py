@@ -336,11 +336,15 @@ def _run(bench: Bench, config: ModelConfig, ram: int, prompt: int, steps: int) -
         moved = n_passed * model.layout.bytes * -(-prompt // model.plan.stretch_tokens)
         there = seen.gpu_pages / max(1, seen.n_pages)
         token_s = median(took)
+        recorded = model.graphs.refused or "on"
+        model.graphs.refused = "for comparison"
+        plain_s = median(model.decode(steps))
         out: Facts = {
             "layers": len(config.layers), "made_s": made_s, "plan": str(model.plan), "gpu_slots": model.plan.gpu_slots,
             "ram_slots": model.plan.n_slots, "prefill_tps": prompt / prefill_s, "prompt": prompt,
             "prefill_pages_bps": moved / prefill_s,
-            "decode_tps": 1 / token_s, "token_bytes": dense + experts,
+            "decode_tps": 1 / token_s, "graphs": recorded, "decode_tps_without_graphs": 1 / plain_s,
+            "token_bytes": dense + experts,
             "pages": {"gpu": seen.gpu_pages, "ram": seen.ram_pages, "disk": seen.disk_pages},
         }  # fmt: skip
         if bench.hbm:

@@ -133,7 +133,7 @@ def extend(
     joined: Tensor,
     rope: Rope,
     rows: Rows,
-    position: int,
+    position: int | None,
     spec: LayerSpec,
     sink: Tensor | None,
     value_scale: float,
@@ -152,10 +152,13 @@ def extend(
     }  # fmt: skip
     if joined.is_cuda and gpu.attends(joined, rows.keys, head_dims):
         if positions is None:
+            assert position is not None
             positions = torch.arange(position, position + len(joined), device=joined.device)
         return gpu.attend(
             joined, *rope, rows.keys, rows.values, positions=positions, table=rows.table, **facts
         )
+    if position is None:
+        raise ValueError("Only the kernels of the GPU can attend where the position lies on the device.")
     if native.serves(joined):
         return native.attend(joined, *rope, rows.keys, rows.values, position=position, **facts)
     return extend_reference(joined, rope, rows, position, spec, sink, value_scale)

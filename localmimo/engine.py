@@ -28,10 +28,11 @@ from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull
 from localmimo.experts.pager import Pager
 from localmimo.experts.run import Record
-from localmimo.experts.share import runner_of
+from localmimo.experts.share import SharedRunner, runner_of
 from localmimo.experts.store import Traffic
 from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
 from localmimo.grammar import Grammar
+from localmimo.graphs import Graphs
 from localmimo.mini import NAME
 from localmimo.model import Placed, Transformer, load_weights
 from localmimo.mtp import load_heads
@@ -131,6 +132,7 @@ class Engine:
         source = dense if gpu is None else Placed(dense, gpu)
         self._model = Transformer(config, load_weights(source, config), opening.activation_dtype)
         self._experts = runner_of(self._store, self.plan.page_bytes, gpu)
+        self._graphs = Graphs(self._model, self._experts) if isinstance(self._experts, SharedRunner) else None
         self._heads = load_heads(source, self._model, self.plan.n_drafts)
         self._pace = pace_of(opening.draft, self.plan.n_drafts)
         self._timelines: list[Session] = []
@@ -181,6 +183,7 @@ class Engine:
             "dtype": str(self._opening.activation_dtype).removeprefix("torch."),
             "kv_dtype": str(self._opening.kv_dtype).removeprefix("torch."),
             "kernels": f"triton+{backend()}" if self.device.is_gpu else backend(),
+            "graphs": None if self._graphs is None else self._graphs.refused or "on",
             "threads": torch.get_num_threads(),
             "window_keys": self.config.mtp_layer.window,
             "context": self.context,
@@ -460,6 +463,7 @@ class Engine:
             heads=self._heads,
             give_way=self._experts.give_way,
             lender=self._store.gpu,
+            graphs=self._graphs,
         )
 
     def close(self) -> None:

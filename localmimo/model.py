@@ -224,7 +224,7 @@ class Piece:
     cache: Cache
     first: int  # row in the batch
     n: int
-    position: int  # of the first row
+    position: int | None  # of the first row; None where only the device knows it
     positions: Tensor | None  # of all rows, int64 [n], where a GPU is to read them
     ropes: dict[tuple[int, float], Rope]  # by LayerSpec.rope
 
@@ -361,7 +361,7 @@ class Transformer:
         for group in groups:
             check()
             rows = x if len(groups) == 1 else x[group[0].first : group[-1].first + group[-1].n]
-            choice = self._attend_and_choose(layer, rows, group)
+            choice = self.attend_and_choose(layer, rows, group)
             if choice is not None:
                 routed.append(choice)
         if routed:
@@ -369,9 +369,9 @@ class Transformer:
             normed, chosen, weights = (
                 routed[0] if len(routed) == 1 else map(torch.cat, zip(*routed, strict=True))
             )
-            x += experts.run(layer, normed, chosen, weights, self._guess(layer, x))
+            x += experts.run(layer, normed, chosen, weights, self.guess(layer, x))
 
-    def _attend_and_choose(self, layer: int, x: Tensor, group: list[Piece]) -> Choice | None:
+    def attend_and_choose(self, layer: int, x: Tensor, group: list[Piece]) -> Choice | None:
         """Attention added to x, then a dense MLP too; or what a MoE layer's experts are to do."""
         spec, block, fused = self.config.layers[layer], self.weights.blocks[layer], self._fused[layer]
         if fused is not None:
@@ -396,7 +396,7 @@ class Transformer:
             piece.cache.layers[layer].commit(rows, piece.n)
         return choice
 
-    def _guess(self, layer: int, x: Tensor) -> Guess | None:
+    def guess(self, layer: int, x: Tensor) -> Guess | None:
         """The next MoE layer's router, run on x as it is before this layer's experts have been added."""
         following = self._next_moe.get(layer)
         if following is None or x.shape[0] > GUESS_TOKENS:

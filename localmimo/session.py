@@ -14,6 +14,7 @@ from torch import Tensor
 from localmimo.blocks import Lender, Scattered
 from localmimo.device import out_of_memory
 from localmimo.errors import BadRequest, BadSession, ContextFull
+from localmimo.graphs import Graphs
 from localmimo.kv import SLACK, KVCache, Snapshot, WindowKV
 from localmimo.model import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.mtp import Choose, Drafter, DraftHead
@@ -56,15 +57,17 @@ class Session:
         heads: Sequence[DraftHead] = (),
         give_way: Callable[[], bool] = nothing_to_give,
         lender: Lender | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         """give_way: gives memory of the device back where a step ran out of it; False where there is none to give.
 
-        lender: of slots for keys and values, on a GPU.
+        lender: of slots for keys and values, on a GPU. graphs: runs steps there from records.
         """
         self.context = context
         self.tokens: list[int] = []
         self.n_reused = 0  # tokens that the last sync did not have to read
         self._model = model
+        self._passes = graphs or model
         self._experts = experts
         self._give_way = give_way
         self._identity = identity  # None: cannot be saved
@@ -358,7 +361,7 @@ class Session:
     ) -> Tensor:
         before = self._cache.snapshot() if len(tokens) > SLACK else None  # fewer: the rings reach back
         try:
-            hidden = self._model.forward(torch.tensor(tokens), self._cache, self._experts, check, report)
+            hidden = self._passes.forward(torch.tensor(tokens), self._cache, self._experts, check, report)
         except BaseException:
             if not self._cache.rewind(self._cache.length):
                 assert before is not None

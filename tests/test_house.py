@@ -39,7 +39,7 @@ chat
 blocks kv plan structure saved trail shapes
 estimate
 model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic
-experts.stats experts.recall experts.trace
+graphs experts.stats experts.recall experts.trace
 experts.placement
 experts.ages
 experts.adaptive

@@ -92,6 +92,8 @@ def _in_force(effective: dict[str, Any]) -> Iterator[str]:
     yield f"{effective['slots_now']:,} slots{gpu}"
     if effective["pinned"] is False:
         yield "RAM not pinned"
+    if effective["graphs"] not in (None, "on"):
+        yield f"no graphs: {effective['graphs']}"
     heads = effective["draft"]["heads"]
     yield f"drafts {effective['draft']['setting']} of {heads} heads" if heads else "no drafts"
     yield f"prefetch {'on' if effective['prefetch'] else 'off'}"

@@ -88,6 +88,11 @@ class GpuShelf:
         """Whether every expert of a layer lies here."""
         return self._n_held[layer] == self._n_experts[layer]
 
+    @property
+    def by_kernel(self) -> bool:
+        """Whether a kernel finds the pages of a step by itself; else the host looks which are wanted."""
+        return self._tier.device.type == "cuda" and self._layout.codec in gpu.FORMATS
+
     def tensor(self, page: Page) -> Tensor:
         """A page that lies here, as uint8 [slot bytes] on the device; what is launched from now on sees it."""
         self._tier.order()
@@ -209,8 +214,16 @@ class GpuShelf:
 
         x [n, hidden], chosen [n, k] and weights [n, k] lie on the device; the result need not be ready yet.
         """
+        self.order()
+        return self.begin_settled(layer, x, chosen, weights)
+
+    def order(self) -> None:
+        """What the device is given from now on waits for the copies begun so far; the host does not."""
         self._tier.order()
-        if self._tier.device.type == "cuda" and self._layout.codec in gpu.FORMATS:
+
+    def begin_settled(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """`begin` behind `order`, once for many layers."""
+        if self.by_kernel:
             return gpu.experts(x, self._layout, self._tier.slab, self._tables[layer], chosen, weights)
         out = torch.zeros(chosen.numel(), x.shape[1], device=x.device)
         for expert in chosen.unique().tolist():  # type: ignore[no-untyped-call]

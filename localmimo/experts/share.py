@@ -5,6 +5,7 @@ pass through the GPU. Owns no page. The outputs of a token are added in ascendin
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -58,6 +59,45 @@ class SharedRunner:
                 self._store.turn(layer)
             rows = self._rows(layer, x.contiguous(), chosen, weights, guess)
             return gpu.combine(rows) if rows.is_cuda else in_order(rows)
+
+    # ---- for steps that run from records (graphs.py) ----
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """While it is held no page moves but in `begin_step`."""
+        return self._store.lock
+
+    @property
+    def memory(self) -> object:
+        """Another object as soon as the pages on the device lie at other addresses."""
+        return None if self._store.gpu is None else self._store.gpu.slab
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to hear of every choice."""
+        return self.record is not None
+
+    def begin_step(self) -> None:
+        """Let pages move, and count what was noted."""
+        self._store.turn(-1)
+        if self._store.gpu is not None:
+            self._store.gpu.order()
+
+    def is_resident(self, layer: int) -> bool:
+        """Whether every expert of a layer lies on the device, and a kernel finds it there."""
+        shelf = self._store.gpu
+        return shelf is not None and shelf.by_kernel and shelf.has_all(layer)
+
+    def run_resident(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """`run` where all lie there; the host does nothing but launch."""
+        assert self._store.gpu is not None
+        return gpu.combine(self._store.gpu.begin_settled(layer, x.contiguous(), chosen, weights))
+
+    def note(self, layer: int, chosen: Tensor) -> None:
+        """A step's choice [n, k] of a layer run so, good until the next step."""
+        self._store.resident.note(layer, chosen)
+
+    # ---- memory ----
 
     def give_way(self) -> bool:
         """Give some of the device's memory back; False where there is none to give."""

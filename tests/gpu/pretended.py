@@ -2,9 +2,9 @@
 
 What a program does with its device is then what it would do on a GPU: an operation on tensors of both sides fails as
 it would there, native kernels get no address, and a copy on a stream of its own is put off until somebody waits for
-it, so that a missing wait shows. It says nothing about speed, about memory that runs out, or about hazards between
-kernels, which run at once here. Triton's kernels run in its interpreter or, since that takes a second for a matrix of
-thousands of rows, are replaced by the native ones.
+it, so that a missing wait shows. Graphs are pretended too (`recording.py`). It says nothing about speed, about memory
+that runs out, or about hazards between kernels, which run at once here. Triton's kernels run in its interpreter or,
+since that takes a second for a matrix of thousands of rows, are replaced by the native ones.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from quant.kernels import attention
 from quant.matmul import linear
 from quant.page import PageLayout
 from quant.qtensor import QTensor
-from tests.gpu import interpreter
+from tests.gpu import interpreter, recording
 
 Tensor = torch.Tensor
 DEVICE = torch.device("cuda", 0)
-TO_HOST = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+MOVING = (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype_layout)
 # A CUDA tensor may be indexed by indices in main memory.
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 
@@ -59,18 +59,20 @@ class There(Tensor):
 
     # Python's indexing asks for a guard of the device, which a build without CUDA does not have.
     def __getitem__(self, at: Any) -> Any:
-        return wrapped(self.here[tree_map(unwrapped, at)])
+        if any(isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(at)):
+            recording.demand_running("a mask says how many")
+        return made(lambda: self.here[tree_map(unwrapped, at)], [self.here])
 
     def __setitem__(self, at: Any, value: Any) -> None:
         if isinstance(value, Tensor) and not isinstance(value, There) and value.dim():
             raise RuntimeError(f"cuda:0 gets {list(value.shape)} from cpu: assign what lies there, or copy_.")
-        self.here[tree_map(unwrapped, at)] = unwrapped(value)
+        written(lambda: self.here.__setitem__(tree_map(unwrapped, at), unwrapped(value)))
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:  # type: ignore[override]
-        return copy(self, self.here, unwrapped(source))
+        return copy(self, self.here, unwrapped(source), source)
 
     def contiguous(self, **_: object) -> Tensor:  # type: ignore[override]
-        return self if self.here.is_contiguous() else wrapped(self.here.contiguous())  # type: ignore[no-any-return]
+        return self if self.here.is_contiguous() else made(self.here.contiguous, [self.here])  # type: ignore[no-any-return]
 
     def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
         return torch.eq(self, other)  # type: ignore[call-overload,no-any-return]
@@ -78,25 +80,26 @@ class There(Tensor):
     __hash__ = Tensor.__hash__
 
     def nonzero(self) -> Tensor:
+        recording.demand_running("nonzero")
         return wrapped(self.here.nonzero())  # type: ignore[no-any-return]
 
     def __invert__(self) -> Tensor:
         return torch.bitwise_not(self)
 
     def __int__(self) -> int:
-        return int(self.here)
+        return int(asked(self))
 
     def __float__(self) -> float:
-        return float(self.here)
+        return float(asked(self))
 
     def __bool__(self) -> bool:
-        return bool(self.here)
+        return bool(asked(self))
 
     def __index__(self) -> int:
-        return int(self.here)
+        return int(asked(self))
 
     def tolist(self) -> Any:
-        return self.here.tolist()
+        return asked(self).tolist()
 
     def numpy(self, **_: object) -> Any:  # type: ignore[override]
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -104,6 +107,26 @@ class There(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return dispatch(func, args, kwargs or {})
+
+
+def asked(there: There) -> Tensor:
+    """The device is waited for, and says what it holds."""
+    recording.demand_running("a value is asked for")
+    return there.here
+
+
+def made(job: Callable[[], Any], sources: list[Tensor], trial: Callable[[], Any] | None = None) -> Any:
+    """What the device makes: now, or when a graph is replayed. trial: gives the shapes and changes nothing."""
+    graph = recording.NOW.graph
+    if graph is None:
+        return tree_map(wrapped, job())
+    return tree_map(wrapped, graph.add(job, (trial or job)(), sources))
+
+
+def written(job: Callable[[], object]) -> None:
+    """What the device changes: now, or when a graph is replayed."""
+    graph = recording.NOW.graph
+    job() if graph is None else graph.add_write(job)
 
 
 def unwrapped(value: Any) -> Any:
@@ -127,16 +150,23 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if "pin_memory" in here[1]:
         here[1]["pin_memory"] = None
     if func is torch.ops.aten.copy_.default:
-        return copy(args[0], here[0][0], here[0][1])
+        return copy(args[0], here[0][0], here[0][1], args[1])
+    goes = device.type == "cuda" if device is not None else inside
+    if func in MOVING and goes != inside:
+        recording.demand_running("a copy from or to the host")
     if func is torch.ops.aten._to_copy.default:
+        if recording.recording() and goes:
+            return made(lambda: func(*here[0], **here[1]), [])
         out = func(*here[0], **here[1])
         out = out.clone() if out is here[0][0] else out
-        goes = device.type == "cuda" if device is not None else inside
         return wrapped(out) if goes else out
     if not inside:
-        out = func(*here[0], **here[1])
-        return wrapped(out) if device is not None and device.type == "cuda" else out
+        if device is not None and device.type == "cuda":
+            return made(lambda: func(*here[0], **here[1]), [])
+        return func(*here[0], **here[1])
     _demand_one_side(func, leaves)
+    if recording.recording():
+        return _recorded(func, args, kwargs, here)
     out = func(*here[0], **here[1])
     if func is torch.ops.aten._local_scalar_dense.default or not isinstance(out, (Tensor, tuple, list)):
         return out
@@ -148,8 +178,36 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(wrapped, out)
 
 
-def copy(target: Tensor, to: Tensor, source: Tensor) -> Tensor:
+ASKING = (
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "_unique2",
+    "unique_dim",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+)
+
+
+def _recorded(func: Any, args: Any, kwargs: dict[str, Any], here: tuple[Any, dict[str, Any]]) -> Any:
+    """An operation of the device while a graph records."""
+    if func.overloadpacket.__name__ in ASKING:
+        recording.demand_running(str(func))
+    if func._schema.is_mutable:
+        written(lambda: func(*here[0], **here[1]))
+        changed = [arg.alias_info is not None and arg.alias_info.is_write for arg in func._schema.arguments]
+        return next((x for x, it in zip(args, changed, strict=False) if it), kwargs.get("out"))
+    return made(lambda: func(*here[0], **here[1]), [x for x in tree_leaves(here) if isinstance(x, Tensor)])
+
+
+def copy(target: Tensor, to: Tensor, source: Tensor, given: object = None) -> Tensor:
     """`copy_`, put off where it was given to a stream of its own."""
+    if recording.recording():
+        if not (isinstance(target, There) and isinstance(given, There)):
+            recording.demand_running("a copy from or to the host")
+        written(lambda: to.copy_(source))
+        return target
     if HERE.stream is not None:
         HERE.stream.later(lambda: to.copy_(source))
     else:
@@ -195,6 +253,7 @@ class Stream:
         self.waiting.append(job)
 
     def synchronize(self) -> None:
+        recording.demand_running("a wait")
         while self.waiting:
             self.waiting.popleft()()
 
@@ -215,6 +274,7 @@ class Event:
         self._stream, self._jobs = stream, list(stream.waiting)
 
     def synchronize(self) -> None:
+        recording.demand_running("a wait")
         while any(job in self._stream.waiting for job in self._jobs):
             self._stream.waiting.popleft()()
 
@@ -235,8 +295,35 @@ def on(stream: Stream) -> Iterator[None]:
 def _run_here(original: Callable[..., Any]) -> Callable[..., Any]:
     """Triton's interpreter reads and writes memory: give it the tensors that lie there."""
 
-    def launch(self: Any, *args: Any, **named: Any) -> Any:
-        return original(self, *map(unwrapped, args), **{k: unwrapped(v) for k, v in named.items()})
+    def launch(self: Any, *args: Any, **named: Any) -> None:
+        here = list(map(unwrapped, args)), {k: unwrapped(v) for k, v in named.items()}
+        written(lambda: original(self, *here[0], **here[1]))
+
+    return launch
+
+
+def linear_like(x: Tensor, q: QTensor) -> Tensor:
+    return unwrapped(x).new_empty(*x.shape[:-1], q.shape[0])
+
+
+def attend_like(joined: Tensor, *_: Tensor, heads: int, head_dims: tuple[int, int], **facts: Any) -> Tensor:
+    return unwrapped(joined).new_empty(len(joined), heads * head_dims[1])
+
+
+def experts_like(x: Tensor, layout: PageLayout, *tensors: Tensor) -> Tensor:
+    return torch.empty(*tensors[-1].shape, layout.hidden)
+
+
+def combine_like(rows: Tensor) -> Tensor:
+    return torch.empty(len(rows), rows.shape[2])
+
+
+def _as_one(name: str) -> Callable[..., Any]:
+    """A kernel that a graph holds as it is; while one records only the shape of what it makes is known."""
+    kernel, like = globals()[f"native_{name}"], globals()[f"{name}_like"]
+
+    def launch(*args: Any, **named: Any) -> Any:
+        return made(lambda: unwrapped(kernel(*args, **named)), [], lambda: like(*args, **named))
 
     return launch
 
@@ -335,6 +422,9 @@ def device(
         "Event": Event,
         "stream": on,
         "current_stream": lambda *_: MAIN,
+        "CUDAGraph": recording.Graph,
+        "graph": recording.record,
+        "graph_pool_handle": lambda: (0, 1),
         "max_memory_allocated": lambda *_: total_bytes // 2,
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
@@ -352,7 +442,8 @@ def device(
             stack.enter_context(patch.object(GridExecutor, "__call__", _run_here(GridExecutor.__call__)))
         else:
             for name in ("linear", "experts", "combine", "attends", "attend"):
-                stack.enter_context(patch.object(gpu, name, globals()[f"native_{name}"]))
+                kernel = native_attends if name == "attends" else _as_one(name)
+                stack.enter_context(patch.object(gpu, name, kernel))
         gpu._capable.cache_clear()
         stack.enter_context(Factories())
         yield DEVICE

@@ -75,12 +75,12 @@ def in_blocks(rows: Rows, positions: int, n_blocks: int) -> Rows:
     [
         (1, torch.bfloat16, torch.int8),
         (4, torch.float32, torch.float32),
-        (21, torch.bfloat16, torch.bfloat16),
+        (9, torch.bfloat16, torch.bfloat16),
     ],
     ids=str,
 )
 def test_keys_in_blocks_of_a_slab(n: int, dtype: torch.dtype, kv: torch.dtype, device: str) -> None:
-    check(GLOBAL, 37, n, 80, dtype, kv, device, block=16)
+    check(GLOBAL, 20, n, 48, dtype, kv, device, block=16)
 
 
 def test_blocks_that_are_no_multiple_of_anything(device: str) -> None:
