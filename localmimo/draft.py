@@ -93,7 +93,7 @@ class Measured:
     """
 
     COLD = 2  # passes that are not counted
-    LEAST, MOST = 3, 8  # ratios for a verdict
+    LEAST, MOST = 3, 7  # ratios for a verdict
     CLEAR = 0.6  # a verdict before there are MOST: the logarithm of the gain, times the root of their number
     GAIN = 1.02  # tokens per second by which a depth must be better to be moved to
     STAY_FIRST, STAY = 8, 64  # passes between two comparisons
@@ -166,12 +166,13 @@ class Measured:
         self._lost = max(-self.CREDIT if self.current else 0.0, self._lost + lost)
 
     def _judge(self, rival: int) -> None:
-        """End the comparison once it is clear enough."""
+        """End the comparison once it is clear enough; the first drafts are begun on nothing less than all ratios."""
         n = len(self._paired.ratios)
         if n < self.LEAST:
             return
         gain = self.tokens(rival) / self.tokens(self.current) / self._paired.ratio
-        if n < self.MOST and abs(log(gain)) < self.CLEAR / n**0.5:
+        certain = abs(log(gain)) >= self.CLEAR / n**0.5 and (self.current or gain < 1)
+        if n < self.MOST and not certain:
             return
         self._rival = None
         if gain > self.GAIN and rival:
@@ -202,7 +203,7 @@ class Measured:
         self._rival, self.current, self._looks, self._lost = None, 0, 0, max(0.0, self._lost)
         self._left = self.STAY_FIRST if gained else self._wait
         if not gained:
-            self._wait = min(8 * self.WAIT, 2 * self._wait)
+            self._wait = min(4 * self.WAIT, 2 * self._wait)
 
     def _look(self) -> None:
         """Compare with the next depth: in turn one more, where that may pay, and none."""
