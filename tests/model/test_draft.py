@@ -284,9 +284,10 @@ def test_where_drafts_do_not_pay_nobody_notices(costs: tuple[float, ...], machin
 
 def test_where_drafts_pay_they_are_used() -> None:
     """Three drafts cost a third more, two of three are right: 2.2 times as fast at the best."""
-    seconds, depths = simulate(lambda depth: 1 + 0.11 * depth, (0.95, 0.75, 0.7), 2000, seed=1)
-    assert seconds < 2000 / 1.8
-    assert sum(depth == 3 for depth in depths) > 0.7 * len(depths)
+    runs = [simulate(lambda depth: 1 + 0.11 * depth, (0.95, 0.75, 0.7), 2000, seed) for seed in range(9)]
+    assert all(seconds < 2000 / 1.8 for seconds, _ in runs)
+    deepest = sorted(sum(depth == 3 for depth in depths) / len(depths) for _, depths in runs)
+    assert deepest[len(deepest) // 2] > 0.8
 
 
 def test_a_machine_that_stalls_does_not_hide_that_they_pay() -> None:
