@@ -241,9 +241,10 @@ def _too_small(
     return (
         f"This model needs {format_bytes(fixed + experts)} of RAM at the least and the budget is "
         f"{format_bytes(ram_bytes)}: dense weights {format_bytes(dense)}, "
-        f"KV for {context:,} tokens {format_bytes(kv)}, workspace {format_bytes(fixed - dense - kv)}, "
+        f"{f'KV for {context:,} tokens {format_bytes(kv)}, ' if kv else ''}"
+        f"workspace {format_bytes(fixed - dense - kv)}, "
         f"one token's {config.pages_per_token} experts {format_bytes(experts)}. "
-        f"Give --ram {-(-(fixed + experts) // (1 << 20))}MiB or a shorter --context."
+        f"Give --ram {-(-(fixed + experts) // (1 << 20))}MiB{' or a shorter --context' if kv else ''}."
     )
 
 

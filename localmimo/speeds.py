@@ -26,6 +26,8 @@ from quant.aside import written_aside
 N_READERS = 4  # reads in flight, as in `experts.tiers`
 ALIGN = 4096
 DISK_SAMPLE_S = 0.4  # per measurement
+DISK_LEAST_READS = 16  # however long they take, up to DISK_MOST_S: one read that waited says nothing
+DISK_MOST_S = 3.0
 DISK_SAMPLE_BYTES = 1 << 30  # at most
 SCRATCH_BYTES = 256 << 20
 RAM_SAMPLE_BYTES = 512 << 20
@@ -164,7 +166,7 @@ class _Opened:
             os.close(descriptor)
 
     def read(self, spots: Sequence[Spot], n_readers: int) -> tuple[list[Spot], float]:
-        """Read these pages for DISK_SAMPLE_S seconds at most: those that were read, and bytes per second."""
+        """Read these pages for DISK_SAMPLE_S seconds, longer where few came: which ones, and bytes per second."""
         todo = iter(spots[: max(1, DISK_SAMPLE_BYTES // self._size)])
         read: list[Spot] = []
         lock, began = threading.Lock(), time.perf_counter()
@@ -172,7 +174,7 @@ class _Opened:
         def reader(number: int) -> int:
             n_bytes, start = 0, number * self._size
             with memoryview(self._memory) as whole, whole[start : start + self._size] as view:
-                while time.perf_counter() - began < DISK_SAMPLE_S or not n_bytes:
+                while _goes_on(time.perf_counter() - began, len(read)):
                     with lock:
                         if (spot := next(todo, None)) is None:
                             break
@@ -183,6 +185,11 @@ class _Opened:
         with ThreadPoolExecutor(n_readers) as pool:
             n_bytes = sum(pool.map(reader, range(n_readers)))
         return read, n_bytes / max(1e-9, time.perf_counter() - began)
+
+
+def _goes_on(spent_s: float, n_read: int) -> bool:
+    enough = DISK_SAMPLE_S if n_read >= DISK_LEAST_READS else DISK_MOST_S
+    return not n_read or spent_s < enough
 
 
 def _open(file: Path) -> tuple[int, bool]:

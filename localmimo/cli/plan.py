@@ -271,6 +271,8 @@ class Desk:
         if longest:
             return f"The longest context that fits is {longest:,}: --context {longest}."
         saved = self._least(self.context) - self._least(1)
+        if saved <= 0:
+            return "No shorter context helps: its KV lies on the GPU."
         return f"No context is short enough: even a single position would save only {format_bytes(saved)}."
 
     # ---- what it gives ----

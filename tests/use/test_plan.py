@@ -102,6 +102,9 @@ def test_what_does_not_fit_says_what_would_help() -> None:
     assert desk(ram="14GiB", max_context=True).answer().plan.context == longest
     with pytest.raises(DoesNotFit, match="No context is short enough"):
         desk(ram="8GiB").answer()
+    with pytest.raises(DoesNotFit, match=r"Give --ram \d+MiB\. No shorter context helps") as refused:
+        desk(ram="4GiB", vram="24GiB").answer()
+    assert "KV" not in str(refused.value).split("Give")[0]
 
 
 def test_a_refusal_in_json(pack: Path) -> None:
