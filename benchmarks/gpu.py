@@ -228,10 +228,17 @@ def products(bench: Bench) -> Facts:
     out: Facts = {}
     for name in ("nf4", "int8"):
         pool = [_random_q(bench, name, 16384, HIDDEN) for _ in range(8)]
-        for n in (1, 2, 4, 64, 1024):
+        for n in (1, 2, 4, 64, 256, 1024):
             x, turn = torch.randn(n, HIDDEN, device=bench.device).bfloat16(), iter(range(1 << 30))
             took = bench.queued_s(lambda x=x, pool=pool, turn=turn: gpu.linear(x, pool[next(turn) % 8]))
             out[f"linear {name} {n}"] = {"us": 1e6 * took, "of_hbm": pool[0].nbytes / took / bench.hbm}
+            for way, unpacked in (("tiles", False), ("unpacked", True)) if n > 2 else ():
+                took = bench.queued_s(
+                    lambda x=x, pool=pool, turn=turn, u=unpacked: gpu.product(
+                        x, pool[next(turn) % 8], unpacked=u
+                    )
+                )
+                out[f"linear {name} {n}"][f"{way}_us"] = 1e6 * took
     layout = PageLayout("nf4", HIDDEN, INNER)
     slab = torch.randint(0, 120, (64, layout.bytes), dtype=torch.uint8, device=bench.device)
     slots = torch.arange(64, dtype=torch.int32, device=bench.device)

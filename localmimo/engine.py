@@ -22,6 +22,7 @@ from localmimo.batch import Batch
 from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
 from localmimo.constraint import Constraints
+from localmimo.crossover import settle
 from localmimo.device import out_of_memory
 from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
@@ -131,6 +132,7 @@ class Engine:
         dense = Watched(pack, self.plan.n_drafts, hear)
         source = dense if gpu is None else Placed(dense, gpu)
         self._model = Transformer(config, load_weights(source, config), opening.activation_dtype)
+        self._unpacked_from = self._crossovers() if self.device.is_gpu else {}
         self._experts = runner_of(self._store, self.plan.page_bytes, gpu)
         self._graphs = Graphs(self._model, self._experts) if isinstance(self._experts, SharedRunner) else None
         self._heads = load_heads(source, self._model, self.plan.n_drafts)
@@ -184,6 +186,7 @@ class Engine:
             "kv_dtype": str(self._opening.kv_dtype).removeprefix("torch."),
             "kernels": f"triton+{backend()}" if self.device.is_gpu else backend(),
             "graphs": None if self._graphs is None else self._graphs.refused or "on",
+            "unpacked_from": self._unpacked_from or None,
             "threads": torch.get_num_threads(),
             "window_keys": self.config.mtp_layer.window,
             "context": self.context,
@@ -428,6 +431,15 @@ class Engine:
     @cached_property
     def _constraints(self) -> Constraints:
         return Constraints(self.tokenizer, self.config.vocab_size)
+
+    def _crossovers(self) -> dict[str, int]:
+        """From how many tokens on packed matrices are unpacked on the GPU; with float32 activations that is fixed."""
+        if self._model.dtype != torch.bfloat16:
+            return {}
+        attention = (block.attention for block in self._model.weights.blocks)
+        return settle(
+            (q for one in attention for q in (one.qkv, one.o)), self._model.device, self.device.title
+        )
 
     @contextmanager
     def _borrow(self, session: Session | None) -> Iterator[Session]:

@@ -203,13 +203,13 @@ def _open(file: Path) -> tuple[int, bool]:
 # ---- kept measurements ----
 
 
-def kept(key: str, *figures: str) -> dict[str, Any] | None:
-    """A measurement of the last week under this key, where the file has these figures of it."""
+def kept(key: str, *figures: str, fresh_s: float = FRESH_S) -> dict[str, Any] | None:
+    """A measurement of the last week (or so) under this key, where the file has these figures of it."""
     entry = _read().get(key)
     names = {"at", *figures}
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), int | float) for name in names):
         return None
-    return entry if 0 <= time.time() - entry["at"] < FRESH_S else None
+    return entry if 0 <= time.time() - entry["at"] < fresh_s else None
 
 
 def keep(key: str, figures: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ toolfile
 config machine device speeds attend sample text template
 grammar toolchoice
 chat
+crossover
 blocks kv plan structure saved trail shapes
 estimate
 model experts.profile experts.prefetch experts.pressure experts.readers experts.traffic

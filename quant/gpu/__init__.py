@@ -38,11 +38,15 @@ PARTS = {
     "scale": (torch.float32,),
 }
 GEMV_TOKENS = {torch.bfloat16: 2, torch.float32: 8}  # beyond, bfloat16 goes to the tensor cores
-PACKED_TOKENS = {torch.bfloat16: 256, torch.float32: 8}  # beyond, W is unpacked and the library multiplies
+UNPACK_FROM = (
+    257  # tokens in bfloat16: W is unpacked and the library multiplies, unless `unpack_from` says otherwise
+)
+VERSION = 1  # of these kernels, for whoever keeps what was measured of them
 DECODE_TOKENS = 8  # up to here an expert kernel runs one program per token and expert
 LEAST_CAPABILITY = (8, 0)
 LEAST_TRITON = (3, 3)  # the first whose functions return tuples of tuples; torch 2.7 brings it
 ALIGNMENT = 16  # of an address, for the widest loads
+_unpacked_from: dict[tuple[torch.device, str], int] = {}
 _checked: WeakSet[QTensor] = WeakSet()  # see `_check_parts`
 
 
@@ -77,9 +81,9 @@ def prepare(device: torch.device | str) -> None:
 def linear(x: Tensor, q: QTensor) -> Tensor | None:
     """x [..., cols] float32 or bfloat16 -> [..., rows] in x.dtype; None where no kernel serves it.
 
-    One or two tokens (up to 8 in float32): packed words times x, float32 sums. Up to 256: unpacked tiles on
-    the tensor cores, weights rounded to bfloat16. More: W is unpacked band by band and the library
-    multiplies.
+    One or two tokens (up to 8 in float32): packed words times x, float32 sums. Up to 256, or what
+    `unpack_from` says: unpacked tiles on the tensor cores, weights rounded to bfloat16. More: W is unpacked
+    band by band and the library multiplies.
     """
     if q.codec not in FORMATS or x.dtype not in INPUTS or x.requires_grad:
         return None
@@ -93,7 +97,25 @@ def linear(x: Tensor, q: QTensor) -> Tensor | None:
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], rows)
     with _current(x.device):
-        return _kernel_for(flat)(flat, q).view(*x.shape[:-1], rows)
+        return _kernel_for(flat, q)(flat, q).view(*x.shape[:-1], rows)
+
+
+def unpack_from(device: torch.device, codec: str, tokens: int) -> None:
+    """From so many tokens in bfloat16 on, `linear` unpacks matrices of this codec on this device."""
+    _unpacked_from[device, codec] = tokens
+
+
+def product(x: Tensor, q: QTensor, *, unpacked: bool) -> Tensor:
+    """x [n, cols] bfloat16 -> [n, rows] by unpacked tiles on the tensor cores, or W unpacked and the library's matmul:
+    for whoever measures which is quicker."""
+    from quant.gpu import launch
+
+    _check_array("x", x, (torch.bfloat16,), (None, q.shape[1]), q.device)
+    _check_device("x", x.device)
+    _check_codec(q.codec)
+    _check_parts(q)
+    with _current(x.device):
+        return (launch.unpacked if unpacked else launch.tensor_cores)(x, q)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -224,13 +246,14 @@ def workspace_bytes(layout: PageLayout, n_tokens: int, k: int, x_bytes: int = 2)
     return pairs * (4 * hidden + 4 * inner + 64) + n_tokens * (x_bytes + 4) * hidden
 
 
-def _kernel_for(x: Tensor):  # type: ignore[no-untyped-def]
+def _kernel_for(x: Tensor, q: QTensor):  # type: ignore[no-untyped-def]
     from quant.gpu import launch
 
     n = x.shape[0]
     if n <= GEMV_TOKENS[x.dtype]:
         return launch.gemv
-    return launch.tensor_cores if n <= PACKED_TOKENS[x.dtype] else launch.unpacked
+    packed = x.dtype == torch.bfloat16 and n < _unpacked_from.get((x.device, q.codec), UNPACK_FROM)
+    return launch.tensor_cores if packed else launch.unpacked
 
 
 def _interpreted() -> bool:

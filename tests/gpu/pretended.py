@@ -334,6 +334,13 @@ def native_linear(x: Tensor, q: QTensor) -> Tensor | None:
     return wrapped(linear(unwrapped(x), plain))  # type: ignore[no-any-return]
 
 
+def native_product(x: Tensor, q: QTensor, *, unpacked: bool) -> Tensor:
+    """`quant.gpu.product` by the CPU's kernels, one way as the other."""
+    y = native_linear(x, q)
+    assert y is not None
+    return y
+
+
 def native_attends(joined: Tensor, keys: Tensor, head_dims: tuple[int, int]) -> bool:
     """`quant.gpu.attends` where the CPU's kernels attend."""
     return True
@@ -441,6 +448,7 @@ def device(
 
             stack.enter_context(patch.object(GridExecutor, "__call__", _run_here(GridExecutor.__call__)))
         else:
+            stack.enter_context(patch.object(gpu, "product", native_product))
             for name in ("linear", "experts", "combine", "attends", "attend"):
                 kernel = native_attends if name == "attends" else _as_one(name)
                 stack.enter_context(patch.object(gpu, name, kernel))
