@@ -95,6 +95,24 @@ def out_of_memory(error: BaseException) -> DoesNotFit:
     )
 
 
+def no_kernels(error: BaseException) -> NoDevice:
+    """What is left to say where the first kernel cannot be compiled or run."""
+    return NoDevice(
+        f"The GPU's kernels cannot be built or run: {type(error).__name__}: {_first_line(error)} Triton needs a "
+        f"working C compiler and a folder that it may write to (~/.triton, or TRITON_CACHE_DIR): mend that, {INSTEAD}."
+    )
+
+
+def broke_down(error: BaseException) -> NoDevice | None:
+    """What is left to say where the GPU or its driver failed in mid-answer; None for any other error."""
+    if "CUDA error" not in str(error):
+        return None
+    return NoDevice(
+        f"The GPU has failed, and what this process had there is lost: {_first_line(error)} Start again; if it happens "
+        f"again look at the driver's messages (dmesg), {INSTEAD}."
+    )
+
+
 def _driver_is_there() -> bool:
     """Whether somebody installed an NVIDIA driver: then it is worth a line that it is not used."""
     return Path("/proc/driver/nvidia/version").exists()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from localmimo.blocks import Lender, Scattered
-from localmimo.device import out_of_memory
+from localmimo.device import broke_down, out_of_memory
 from localmimo.errors import BadRequest, BadSession, ContextFull
 from localmimo.graphs import Graphs
 from localmimo.kv import SLACK, KVCache, Snapshot, WindowKV
@@ -354,6 +354,10 @@ class Session:
             if not self._give_way():
                 self._forget_lost()
                 raise out_of_memory(error) from error
+        except RuntimeError as error:
+            if (said := broke_down(error)) is None:
+                raise
+            raise said from error
         return self._forward(tokens, check, report)
 
     def _pass(
@@ -398,6 +402,11 @@ def step_together(
                 one._forget_lost()
             raise out_of_memory(error) from error
         hidden = None
+    except RuntimeError as error:
+        _rewind(sessions)
+        if (said := broke_down(error)) is None:
+            raise
+        raise said from error
     except BaseException:
         _rewind(sessions)
         raise

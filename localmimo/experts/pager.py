@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from localmimo.config import ModelConfig
+from localmimo.device import no_kernels
 from localmimo.experts import placement
 from localmimo.experts.gpu import GpuShelf, measured_costs
 from localmimo.experts.pinning import Pinning
@@ -73,7 +74,12 @@ class Pager:
         layout = pack.page
         assert layout is not None
         tier = GpuTier(vram.n_slots, layout.bytes, device)
-        costs = measured_costs(tier, layout, dtype)
+        try:
+            costs = measured_costs(tier, layout, dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or a driver may come up with
+            raise no_kernels(error) from error
         shelf = GpuShelf(tier, layout, experts_of(pack), self._chances, costs)
         if len(pack.layouts) > 1:
             shelf.fits = lambda page: pack.page_at(*page).codec == layout.codec

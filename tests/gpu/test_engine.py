@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from localmimo import Engine, Sampling, load
-from localmimo.errors import DoesNotFit
+from localmimo.errors import DoesNotFit, NoDevice
 from localmimo.experts.share import SharedRunner
 from quant import Recipe
 from tests.gpu import pretended
@@ -237,6 +237,23 @@ def test_what_a_gpu_loses_altogether_is_read_again(said: dict[str, list[int]]) -
         assert session.tokens == [] and taken(engine) == engine.effective()["gpu_slots_now"] == 0
         assert engine.generate(SHORT, max_tokens=N, sampling=GREEDY, session=session).tokens == said[SHORT]
         assert taken(engine) > 0 and engine.effective()["gpu_slots_now"] > 100
+
+
+def test_a_gpu_that_fails_and_kernels_that_cannot_be_built_are_sentences() -> None:
+    def run(self, *_):  # type: ignore[no-untyped-def]
+        raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronous")
+
+    with (
+        on_gpu(1.0) as engine, patch.object(SharedRunner, "run", run),
+        pytest.raises(NoDevice, match="GPU has failed, .*: CUDA error: unspecified launch failure. Start again"),
+    ):  # fmt: skip
+        engine.generate(SHORT, max_tokens=2)
+    denied = PermissionError(13, "Permission denied", "/root/.triton")
+    with (
+        pretended.device(), patch.object(pretended.gpu, "experts", side_effect=denied),
+        pytest.raises(NoDevice, match=r"cannot be built or run: PermissionError: .*/root/.triton.*TRITON_CACHE_DIR"),
+    ):  # fmt: skip
+        load(**PLAIN, device="cuda")
 
 
 def test_where_nothing_can_give_way_it_says_so() -> None:
