@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import torch
 from localmimo import Engine, Sampling, load
 from localmimo.errors import DoesNotFit, NoDevice
 from localmimo.experts.share import SharedRunner
+from localmimo.plan import Plan
 from quant import Recipe
 from tests.gpu import pretended
 from tests.gpu.pages import relative
@@ -30,6 +32,13 @@ def said() -> dict[str, list[int]]:
         return {text: engine.generate(text, max_tokens=N, sampling=GREEDY).tokens for text in (SHORT, LONG)}
 
 
+@lru_cache
+def plan_of(asked: tuple[tuple[str, object], ...]) -> Plan:
+    """The plan where nothing is short."""
+    with load(**dict(asked)) as engine:  # type: ignore[arg-type]
+        return engine.plan
+
+
 @contextmanager
 def on_gpu(share: float = 0.4, **options: object) -> Iterator[Engine]:
     """The engine with room for a share of the experts on the GPU beside a full context, taken from the first token on.
@@ -38,11 +47,10 @@ def on_gpu(share: float = 0.4, **options: object) -> Iterator[Engine]:
     """
     asked = PLAIN | {"device": "cuda", "draft": 0} | options
     with pretended.device():
-        with load(**asked) as engine:  # type: ignore[arg-type]
-            vram, page = engine.plan.vram, engine.plan.page_bytes
-            n_pages = engine.plan.n_pages
+        plan = plan_of(tuple(asked.items()))
+        n_pages, vram = plan.n_pages, plan.vram
         assert vram is not None and vram.n_slots == n_pages + vram.kv_slots
-        budget = vram.used_bytes - round((1 - share) * n_pages) * page
+        budget = vram.used_bytes - round((1 - share) * n_pages) * plan.page_bytes
         stay = nullcontext() if share else patch("localmimo.experts.gpu.choose", return_value=[])
         with stay, load(**asked, vram=budget) as engine:  # type: ignore[arg-type]
             pages = [(layer, e) for layer in engine.config.moe_layers for e in range(engine.config.n_experts)]
