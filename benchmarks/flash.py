@@ -182,7 +182,7 @@ def opened(
                 context,
                 torch.bfloat16,
                 stretch=plan.stretch_tokens,
-                give_way=runner.give_way,
+                give_way=graphs.give_way,
                 lender=store.gpu,
                 graphs=graphs,
             )

@@ -473,7 +473,7 @@ class Engine:
             stretch=self.plan.stretch_tokens,
             identity=self.identity,
             heads=self._heads,
-            give_way=self._experts.give_way,
+            give_way=(self._graphs or self._experts).give_way,
             lender=self._store.gpu,
             graphs=self._graphs,
         )

@@ -32,8 +32,11 @@ class PlacedExperts(Experts, Protocol):
         """While it is held no page moves but in `begin_step`."""
 
     @property
-    def memory(self) -> object:
-        """Another object as soon as what is on the device lies at other addresses."""
+    def generation(self) -> int:
+        """Another number as soon as what is on the device lies at other addresses."""
+
+    def give_way(self) -> bool:
+        """Give some of the device's memory back; False where there is none to give."""
 
     @property
     def watched(self) -> bool:
@@ -82,6 +85,11 @@ class Graphs:
                     return self._replay(step, stretches, tokens, cache, check, report)
         return self._model.forward(tokens, cache, experts, check, report)
 
+    def give_way(self) -> bool:
+        """Have the experts give memory of the device back: records would keep it."""
+        self._steps.clear()
+        return self._experts.give_way()
+
     def _step(self, n: int, cache: KVCache) -> "Step | None":
         """The records of a shape; none at its first step, which gets kernels compiled and libraries started."""
         if n > MOST_TOKENS or self.refused or self._experts.watched:
@@ -91,7 +99,7 @@ class Graphs:
             steps[n] = None
             return None
         step = steps[n]
-        if step is None or step.memory is not self._experts.memory:
+        if step is None or step.generation != self._experts.generation:
             self._pool = self._pool or torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
             step = steps[n] = Step(self._model, self._experts, cache, n, self._pool)
         return step
@@ -108,6 +116,7 @@ class Graphs:
     def _record(self, step: "Step", stretches: list[Stretch]) -> bool:
         """Record what is not yet; False, from now on, where the device or a kernel refuses."""
         try:
+            step.make_room(len(stretches))
             for stretch in stretches:
                 step.record(stretch)
         except torch.OutOfMemoryError:
@@ -145,7 +154,7 @@ class Step:
         self, model: Transformer, experts: PlacedExperts, cache: KVCache, n: int, pool: object
     ) -> None:
         config, device = model.config, model.device
-        self.memory = experts.memory
+        self.generation = experts.generation
         self._model, self._experts, self._n = model, experts, n
         self.x = torch.empty(n, config.hidden, device=device)
         self._positions = torch.empty(n, dtype=torch.int64, device=device)
@@ -161,12 +170,15 @@ class Step:
         self._pool = pool
         self._graphs: dict[Stretch, torch.cuda.CUDAGraph] = {}
 
+    def make_room(self, n: int) -> None:
+        """Forget what was recorded where n more could be too much."""
+        if len(self._graphs) + n > MOST_GRAPHS:
+            self._graphs.clear()
+
     def record(self, stretch: Stretch) -> None:
         """Have a stretch's record; nothing of it runs."""
         if stretch in self._graphs:
             return
-        if len(self._graphs) >= MOST_GRAPHS:
-            self._graphs.clear()
         first, last, ends_at_host = stretch
         graph = torch.cuda.CUDAGraph()
         # Other threads may ask the device for memory meanwhile.

@@ -88,7 +88,6 @@ class BlockKV:
         self._dtype = dtype
         self._blocks = blocks
         self._offset = offset
-        self._slab: Tensor | None = None  # that the views below are of
         self.length = 0
 
     def place(self, n: int) -> Rows:
@@ -115,17 +114,17 @@ class BlockKV:
         return self.held()
 
     def _parts(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots, [slots, kv_heads, positions, d]; those of others among them."""
-        slab = self._blocks.lender.slab
-        if slab is not self._slab:
-            self._slab, at, views = slab, self._offset, []
-            for d in (self._spec.head_dim, self._spec.v_head_dim):
-                shape = self._spec.n_kv_heads, self._blocks.positions, row_width(d, self._dtype)
-                end = at + math.prod(shape) * self._dtype.itemsize
-                views.append(slab[:, at:end].view(self._dtype).unflatten(1, shape))
-                at = end
-            self._views = views[0], views[1]
-        return self._views
+        """Keys and values of all slots, [slots, kv_heads, positions, d]; those of others among them.
+
+        Made anew each time: whoever kept them would keep the slab from being given back.
+        """
+        slab, at, views = self._blocks.lender.slab, self._offset, []
+        for d in (self._spec.head_dim, self._spec.v_head_dim):
+            shape = self._spec.n_kv_heads, self._blocks.positions, row_width(d, self._dtype)
+            end = at + math.prod(shape) * self._dtype.itemsize
+            views.append(slab[:, at:end].view(self._dtype).unflatten(1, shape))
+            at = end
+        return views[0], views[1]
 
     def _scattered(self, part: int) -> Scattered:
         length, (heads, _, width) = self.length, self._parts()[part].shape[1:]

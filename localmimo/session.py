@@ -6,6 +6,7 @@ Knows tokens, not text; holds no weights. The cache is only ever touched here.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -351,6 +352,7 @@ class Session:
         try:
             return self._pass(tokens, check, report or nothing_to_report)
         except torch.OutOfMemoryError as error:
+            clear_frames(error.__traceback__)  # what they hold could not be given back
             if not self._give_way():
                 self._forget_lost()
                 raise out_of_memory(error) from error
@@ -397,6 +399,7 @@ def step_together(
         hidden = first._model.forward_many(timelines, first._experts, check)
     except torch.OutOfMemoryError as error:
         _rewind(sessions)
+        clear_frames(error.__traceback__)
         if not first._give_way():
             for one in sessions:
                 one._forget_lost()

@@ -76,6 +76,11 @@ class GpuShelf:
         return self._tier.n_slots - self._n_lent
 
     @property
+    def generation(self) -> int:
+        """How often the slab has been another one."""
+        return self._tier.generation
+
+    @property
     def slab(self) -> Tensor:
         """uint8 [slots, bytes]; another one after `give_way`."""
         return self._tier.slab

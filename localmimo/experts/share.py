@@ -68,9 +68,9 @@ class SharedRunner:
         return self._store.lock
 
     @property
-    def memory(self) -> object:
-        """Another object as soon as the pages on the device lie at other addresses."""
-        return None if self._store.gpu is None else self._store.gpu.slab
+    def generation(self) -> int:
+        """Another number as soon as the pages on the device lie at other addresses."""
+        return 0 if self._store.gpu is None else self._store.gpu.generation
 
     @property
     def watched(self) -> bool:

@@ -67,6 +67,7 @@ class GpuTier:
         self.n_slots = n_slots
         self.device = device
         self.slab = torch.empty(n_slots, page_bytes, dtype=torch.uint8, device=device)
+        self.generation = 0  # of the slab
         self._stream = torch.cuda.Stream(device=device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def fill(self, slot: int, page: Tensor) -> None:
@@ -97,6 +98,7 @@ class GpuTier:
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
         saved = self.slab[kept].cpu()
+        self.generation += 1
         self.slab = self.slab.new_empty(0, page_bytes)
         while True:
             if self._stream is not None:

@@ -12,6 +12,7 @@ import torch
 from localmimo import Engine, Sampling, load
 from localmimo.errors import DoesNotFit, NoDevice
 from localmimo.experts.share import SharedRunner
+from localmimo.experts.tiers import GpuTier
 from localmimo.plan import Plan
 from quant import Recipe
 from tests.gpu import pretended
@@ -186,8 +187,19 @@ def test_a_gpu_that_runs_out_of_memory_gives_experts_up_and_goes_on(said: dict[s
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return original(self, layer, x, *rest)
 
-    original = SharedRunner.run
-    with on_gpu(1.0) as engine, patch.object(SharedRunner, "run", run):
+    original, resize = SharedRunner.run, GpuTier.resize
+
+    def resized(self, *given):  # type: ignore[no-untyped-def]
+        """Nobody else has the old slab, so that its memory is there for the new one."""
+        storage = self.slab.here.untyped_storage()
+        assert torch._C._storage_Use_Count(storage._cdata) <= 2, "somebody keeps it"  # the slab and `storage`
+        return resize(self, *given)
+
+    with (
+        on_gpu(1.0) as engine,
+        patch.object(GpuTier, "resize", resized),
+        patch.object(SharedRunner, "run", run),
+    ):
         assert engine.plan.vram is not None
         n = engine.plan.vram.n_slots * 3 // 4 * 3 // 4 * 3 // 4
         assert engine.generate(SHORT, max_tokens=N, sampling=GREEDY).tokens == said[SHORT]

@@ -48,7 +48,7 @@ def one_layer(model: Transformer, layer: int, kv: torch.dtype) -> list[torch.Ten
     for n in (30, 1):
         x = torch.randn(2 * n, model.config.hidden, generator=generator)
         pieces = pieces_of([(n, cache) for cache in caches], {spec.rope for spec in model.config.layers})
-        choice = model._attend_and_choose(layer, x, pieces[0])
+        choice = model.attend_and_choose(layer, x, pieces[0])
         seen += [x, *(choice or ())]
         for cache in caches:
             cache.advance(n)
