@@ -10,7 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from localmimo.experts.store import Arrival, ExpertStore
+from localmimo.experts.slots import Arrival
+from localmimo.experts.store import ExpertStore
 from localmimo.model import Guess
 from quant.ffn import experts as run_pages
 from quant.ffn import in_order

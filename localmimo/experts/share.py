@@ -21,7 +21,8 @@ from localmimo.experts.run import (
     by_layout,
     grouped,
 )
-from localmimo.experts.store import Arrival, ExpertStore
+from localmimo.experts.slots import Arrival
+from localmimo.experts.store import ExpertStore
 from localmimo.model import Guess
 from localmimo.plan import SHARED_TOKENS
 from quant import gpu

@@ -5,12 +5,14 @@ Knows pages as names and slots as numbers; not how a page is read or who asks fo
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from localmimo.experts.policy import Page, Policy
 from localmimo.experts.readers import Task
 from localmimo.experts.tiers import RamTier
+from quant.page import PageLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,14 @@ class Read:
 
     task: Task
     slot: int
+
+
+class Arrival(NamedTuple):  # made for every page of every token
+    """A page that can be used now."""
+
+    expert: int
+    layout: PageLayout
+    page: Tensor  # uint8 [slot bytes]
 
 
 class Slots:

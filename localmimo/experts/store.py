@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,8 +22,8 @@ from localmimo.experts.pinning import Pinning
 from localmimo.experts.policy import Page, Policy
 from localmimo.experts.prefetch import PrefetchGate
 from localmimo.experts.resident import Resident
-from localmimo.experts.slots import Read, Slots
-from localmimo.experts.tiers import N_READERS, DiskTier, RamTier
+from localmimo.experts.slots import Arrival, Read, Slots
+from localmimo.experts.tiers import N_READERS, DiskTier, RamTier, stalled
 from localmimo.experts.traffic import Traffic
 from quant import Pack
 from quant.pack import PageAt, experts_of
@@ -36,14 +35,6 @@ RING_SHARE = 8  # one slot in so many is used to stream a prompt
 GUESS_SHARE = 4  # and one in so many holds a router's guesses at the most
 FREE_SHARE = 64  # one in so many, as many as there are readers at the most, is free when a layer asks
 MOST = 0.9  # a prompt that wants so many of a layer's pages will want those of the next layer too
-
-
-class Arrival(NamedTuple):  # made for every page of every token
-    """A page that can be used now."""
-
-    expert: int
-    layout: PageLayout
-    page: Tensor  # uint8 [slot bytes]
 
 
 class ExpertStore:
@@ -128,13 +119,11 @@ class ExpertStore:
         A page is valid until the next list is asked for. Pages on the GPU are left out: `gpu` computes them.
         Raises BadModel where a page is bad.
         """
-        pages = [(layer, expert) for expert in experts]
         with self.lock:
             self._count_prompt()
-            if self.resident.waiting:
-                self.resident.count()
-            if self.gpu is not None:
-                pages = [(layer, expert) for expert in self.without_gpu(layer, experts)]
+            self.resident.count()
+            here = experts if self.gpu is None else self.without_gpu(layer, experts)
+            pages = [(layer, expert) for expert in here]
             self._settle(layer, pages)
             yield from self._serve(layer, experts, pages)
 
@@ -220,7 +209,7 @@ class ExpertStore:
     def _land(self, flying: dict[Page, Read]) -> list[Page]:
         """Wait for at least one read; take in, pinned, all that have come."""
         if not self._disk.wait([read.task for read in flying.values()], self._stall_s):
-            raise self._stalled(flying)
+            raise self._stalled(next(iter(flying)))
         landed = sorted(page for page, read in flying.items() if read.task.done())
         for page in landed:
             self._take_in(page, flying.pop(page))
@@ -243,13 +232,8 @@ class ExpertStore:
             self._disk.cancel(read.task)
         self._slots.owe(flying.values())
 
-    def _stalled(self, flying: dict[Page, Read]) -> BadModel:
-        page = next(iter(flying))
-        at = self._at(page)
-        return BadModel(
-            f"The disk has given nothing for {self._stall_s:.0f} s: expert {page[1]} of layer {page[0]}, "
-            f"{at.nbytes:,} bytes at {at.offset:,} of {at.file}. Check the disk, then ask again."
-        )
+    def _stalled(self, page: Page) -> BadModel:
+        return stalled(*page, self._at(page), self._stall_s)
 
     # ---- the GPU's part ----
 
@@ -441,7 +425,7 @@ class ExpertStore:
 
     def _arrive(self, page: Page, flying: dict[Page, Read]) -> None:
         if not self._disk.wait([flying[page].task], self._stall_s):
-            raise self._stalled({page: flying[page]})
+            raise self._stalled(page)
         self._take_in(page, flying.pop(page))
         self._stream_through(page)
 

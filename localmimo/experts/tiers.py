@@ -239,3 +239,11 @@ class DiskTier:
 
 def _where(page: PageAt) -> str:
     return f"The page at byte {page.offset:,} of {page.file}"
+
+
+def stalled(layer: int, expert: int, at: PageAt, seconds: float) -> BadModel:
+    """What is said of a page whose read does not end."""
+    return BadModel(
+        f"The disk has given nothing for {seconds:.0f} s: expert {expert} of layer {layer}, "
+        f"{at.nbytes:,} bytes at {at.offset:,} of {at.file}. Check the disk, then ask again."
+    )

@@ -1,6 +1,7 @@
 """The gate keeps guesses where they pay, drops them where they don't, and never costs much to find out."""
 
 from localmimo.experts.prefetch import BLOCK, RATIOS, PrefetchGate
+from localmimo.paired import Paired
 
 
 def run(
@@ -52,6 +53,15 @@ def test_a_pause_between_answers_is_not_measured() -> None:
         if step % 5 == 4:
             now[0] += 1000.0  # somebody thinks
     assert gate._wanted
+
+
+def test_ratios_of_neighbours_know_no_drift() -> None:
+    """The second way takes 1.3 times as long, on a machine that grows slower all the time and stalls once."""
+    paired = Paired()
+    for turn in range(21):
+        assert paired.second == bool(turn % 2)
+        paired.note(1.05**turn * (1.3 if turn % 2 else 1.0) * (9 if turn == 8 else 1))
+    assert len(paired.ratios) == 19 and abs(paired.ratio - 1.3) < 1e-9
 
 
 def test_steps_that_grow_longer_meanwhile_decide_nothing() -> None:
