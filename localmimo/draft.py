@@ -110,6 +110,7 @@ class Measured:
         self._left = self.COLD  # passes until the next comparison
         self._looks = 0  # comparisons since the last move
         self._paired = Paired()  # the current depth and its rival
+        self._first = False  # whether the rival's next pass is its first: a head's ring is filled then
         self._costs: list[float | None] = [1.0] + [
             None
         ] * most  # passes without drafts that one of a depth costs
@@ -153,6 +154,9 @@ class Measured:
         return depth + 1.0 if known is None else known
 
     def _compare(self, rival: int, seconds: float) -> None:
+        if self._first and self._paired.second:
+            self._first, self._paired = False, Paired()
+            return
         self._paired.note(seconds)
         if not self._paired.ratios:
             return
@@ -216,7 +220,7 @@ class Measured:
             self._left = self.STAY_FIRST
 
     def _hold_against(self, rival: int) -> None:
-        self._rival, self._paired = rival, Paired()
+        self._rival, self._paired, self._first = rival, Paired(), rival > 0
 
     def _may_pay(self, deeper: int) -> bool:
         """Whether a depth can be faster, one more draft costing and giving what the last one did."""
