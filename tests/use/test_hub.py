@@ -72,3 +72,19 @@ def test_what_is_refused(server: HubServer, tmp_path: Path) -> None:
     assert code == 1 and "There is no test/nothing on the hub" in err and "Traceback" not in err
     code, _, err = localmimo("quantize", str(tmp_path / "nowhere"))
     assert code == 4 and "is not a folder" in err
+
+
+def test_a_generated_checkpoint_is_converted_as_it_is_fetched(tmp_path: Path) -> None:
+    from benchmarks.generated import REPOSITORY, first_layers, serving
+    from benchmarks.make_checkpoint import Shape, config_of
+
+    shape = Shape(128, 6, 4, 2, 2, 256, 8, 128, 2, 512, 48, 32, fused=True)
+    config = first_layers(config_of(shape), 3)
+    with serving(config) as hub:
+        out = tmp_path / "pack"
+        code, said, err = localmimo(
+            "quantize", REPOSITORY, "-o", str(out), "--discard-source", "--endpoint", hub.url, "--json"
+        )
+    assert code == 0, err
+    assert json.loads(said)["verified"] and sorted(path.name for path in tmp_path.iterdir()) == ["pack"]
+    assert len(list(out.glob("experts-*"))) == 2
