@@ -111,12 +111,9 @@ class Measured:
         self._looks = 0  # comparisons since the last move
         self._paired = Paired()  # the current depth and its rival
         self._first = False  # whether the rival's next pass is its first: a head's ring is filled then
-        self._costs: list[float | None] = [1.0] + [
-            None
-        ] * most  # passes without drafts that one of a depth costs
-        self._drawn: list[deque[bool]] = [
-            deque(maxlen=self.MEMORY) for _ in range(most)
-        ]  # of those it came to
+        # By depth: passes without drafts that one costs. By head: which of the drafts it came to were right.
+        self._costs: list[float | None] = [1.0, *[None] * most]
+        self._drawn: list[deque[bool]] = [deque(maxlen=self.MEMORY) for _ in range(most)]
         self._lost = 0.0  # tokens' time
         self._wait = self.WAIT
 

@@ -25,9 +25,7 @@ PRODUCTS_SHARE = (0.6, 1.0)  # of the kernels' measured speed, in a step that do
 LAYER_S = (0.0002, 0.0015)  # a layer's time beyond its bytes, where it was not measured
 LAYER_SHARE = (0.8, 2.0)  # of the measured one: of a model with few and small experts
 WASTED = 1.25  # bytes read over bytes needed, where guesses err (BENCHMARKS.md, Paging)
-CACHE_BYTES = (
-    16e9  # a pack up to here may lie in a cache that answered a second read of a few hundred megabytes
-)
+CACHE_BYTES = 16e9  # a pack up to here may lie in a cache that answers a second read
 WIDEST = 2.0  # the slow end over the fast one, at a known hit rate
 MATMUL_FLOPS = (30e9, 60e9)  # per core, of the kernels over many tokens (AVX-512, 4-bit weights)
 
@@ -157,11 +155,10 @@ def _parts(model: Structure, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_b
 
 def _compute_s(speeds: Speeds, n_bytes: float, share: float = 1.0) -> Range:
     """Seconds for products with weights of so many bytes; at best only this share of them."""
+    speed, (slow, fast) = speeds.ram_read, MEMORY_SHARE
     if speeds.products is not None:
-        return share * n_bytes / speeds.products / PRODUCTS_SHARE[
-            1
-        ], n_bytes / speeds.products / PRODUCTS_SHARE[0]
-    return share * n_bytes / speeds.ram_read / MEMORY_SHARE[1], n_bytes / speeds.ram_read / MEMORY_SHARE[0]
+        speed, (slow, fast) = speeds.products, PRODUCTS_SHARE
+    return share * n_bytes / speed / fast, n_bytes / speed / slow
 
 
 def _layer_s(speeds: Speeds, n_layers: int) -> Range:

@@ -76,9 +76,7 @@ class ExpertStore:
         self._turned_s = time.perf_counter()
         self._traffic = Traffic()
         self.resident = Resident(policy, self._traffic)
-        self.lock = (
-            threading.RLock() if gpu is None else gpu.lock
-        )  # while it is held, no page moves for others' sake
+        self.lock = threading.RLock() if gpu is None else gpu.lock  # held: no page moves for others' sake
 
     # ---- facts ----
 

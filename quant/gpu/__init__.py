@@ -38,9 +38,8 @@ PARTS = {
     "scale": (torch.float32,),
 }
 GEMV_TOKENS = {torch.bfloat16: 2, torch.float32: 8}  # beyond, bfloat16 goes to the tensor cores
-UNPACK_FROM = (
-    257  # tokens in bfloat16: W is unpacked and the library multiplies, unless `unpack_from` says otherwise
-)
+# Tokens in bfloat16 from which W is unpacked and the library multiplies, unless `unpack_from` says otherwise.
+UNPACK_FROM = 257
 VERSION = 1  # of these kernels, for whoever keeps what was measured of them
 DECODE_TOKENS = 8  # up to here an expert kernel runs one program per token and expert
 LEAST_CAPABILITY = (8, 0)
