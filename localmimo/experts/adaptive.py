@@ -15,7 +15,7 @@ from localmimo.experts.ages import Ages
 from localmimo.experts.recall import SHARPNESS, Recall
 from localmimo.experts.stats import HALF_LIVES, Page, RouterStats
 
-N_ROUNDS = (4, 16)  # forecasts per token, at least and at most
+N_ROUNDS = (4, 16)  # forecasts per token, at least and at most, where pages are missed
 FORECAST_PAGES = 1 << 15  # pages looked at per token, if that makes no fewer rounds
 LATER_ROUNDS = 2  # what is recalled for the tokens after the next turn is worked out every second time
 LINE = 64  # victims looked for in advance
@@ -73,8 +73,9 @@ class Adaptive:
         self._turnover.n_requests += len(experts)
         self._stats.request(layer, experts)
         self._waiting.append((row, list(experts)))
-        if len(self._waiting) >= self._round:
-            self._look_ahead()
+        begin = self._place[layer]
+        if len(self._waiting) >= self._round and not self._held[[begin + expert for expert in experts]].all():
+            self._look_ahead()  # somebody will have to give way
         else:
             self._pass_turn(row, list(experts))
 
