@@ -24,8 +24,8 @@ MEMORY_SHARE = (0.6, 1.0)  # of the read speed that the kernels reach (BENCHMARK
 PRODUCTS_SHARE = (0.6, 1.0)  # of the kernels' measured speed, in a step that does much else between products
 LAYER_S = (0.0002, 0.0015)  # a layer's time beyond its bytes, where it was not measured
 LAYER_SHARE = (0.8, 2.0)  # of the measured one: of a model with few and small experts
-# Where not every page can stay: a token's time for deciding which do (BENCHMARKS.md, Paging).
-FORECAST_S = (0.0025, 0.008)
+# Where not every page can stay: a forecast of which do, and how many a token makes if no layer, or each, misses one.
+FORECAST_S, FORECASTS = (0.0005, 0.0015), (1, 5)  # BENCHMARKS.md, Paging
 WASTED = 1.25  # bytes read over bytes needed, where guesses err (BENCHMARKS.md, Paging)
 CACHE_BYTES = 16e9  # a pack up to here may lie in a cache that answers a second read
 WIDEST = 2.0  # the slow end over the fast one, at a known hit rate
@@ -152,8 +152,10 @@ def _parts(model: Structure, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_b
     n_bytes = len(config.moe_layers) * misses * model.page_bytes
     slow, fast = disk_rates(speeds, misses, model.pack_bytes)
     disk = n_bytes / fast, WASTED * n_bytes / slow
-    deciding = FORECAST_S if tiers.disk_pages else (0.0, 0.0)
-    least, most = map(sum, zip(compute, layers, deciding, strict=True))
+    forecasts = (FORECASTS[0] + min(1.0, misses) * (FORECASTS[1] - FORECASTS[0])) if tiers.disk_pages else 0
+    least, most = (
+        sum(parts) for parts in zip(compute, layers, [forecasts * s for s in FORECAST_S], strict=True)
+    )
     return _Parts((least, most), disk)
 
 

@@ -112,7 +112,7 @@ class Adaptive:
         self._held[self._place[page[0]] + page[1]] = False
 
     def victims(self, n: int, keep: Collection[Page]) -> list[Page]:
-        if self._only_count:
+        if self._only_count or len(self._waiting) >= self._round:
             self._only_count = False
             self._look_ahead()
         found = self._from_line(n, keep)

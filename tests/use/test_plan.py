@@ -220,7 +220,7 @@ def test_speeds_measured_twice_span_a_range() -> None:
     known = replace(FAST, products=40e9, layer_s=0.0002)
     low, high = decode_range(model, budget, [known], 1.0, depth=1000)
     bytes_s = (model.read_bytes + 376 * model.page_bytes) / 40e9
-    assert low < 1 / (bytes_s + 48 * 0.0002 + 0.005) < high < 2 * low  # 5 ms: who stays, and who goes
+    assert low < 1 / (bytes_s + 48 * 0.0002 + 0.001) < high < 2 * low  # 1 ms: who stays
 
 
 def test_assumed_hit_rates_pass_through_the_published_points() -> None:
