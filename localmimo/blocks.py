@@ -34,9 +34,8 @@ class Blocks:
         self.lender = lender
         self.positions = positions
         self.slots: list[int] = []
-        self.table = torch.zeros(
-            -(-capacity // positions), dtype=torch.int32, device=lender.slab.device
-        )  # kernels read it: it stays where it is
+        # Kernels read it: it stays where it is.
+        self.table = torch.zeros(-(-capacity // positions), dtype=torch.int32, device=lender.slab.device)
 
     def reach(self, length: int) -> None:
         """Have room for the first `length` positions."""
