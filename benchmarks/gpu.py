@@ -389,12 +389,8 @@ PARTS: dict[str, Callable[[Bench], Facts]] = {
     "resident": resident, "whole": whole,
 }  # fmt: skip
 CHECKS = ("kernels", "engine", "whole")  # what --interpret runs
-AGAINST_COPIES = (
-    "products",
-    "attention",
-    "resident",
-    "whole",
-)  # held against the speeds that `copies` measures
+# Held against the speeds that `copies` measures.
+AGAINST_COPIES = ("products", "attention", "resident", "whole")
 LEAST_S = {"resident": 60, "whole": 150}  # a part is left out where less is left
 
 

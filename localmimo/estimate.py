@@ -152,11 +152,8 @@ def _parts(model: Structure, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_b
     n_bytes = len(config.moe_layers) * misses * model.page_bytes
     slow, fast = disk_rates(speeds, misses, model.pack_bytes)
     disk = n_bytes / fast, WASTED * n_bytes / slow
-    forecasts = (FORECASTS[0] + min(1.0, misses) * (FORECASTS[1] - FORECASTS[0])) if tiers.disk_pages else 0
-    least, most = (
-        sum(parts) for parts in zip(compute, layers, [forecasts * s for s in FORECAST_S], strict=True)
-    )
-    return _Parts((least, most), disk)
+    deciding = _deciding_s(tiers, misses)
+    return _Parts((compute[0] + layers[0] + deciding[0], compute[1] + layers[1] + deciding[1]), disk)
 
 
 def _compute_s(speeds: Speeds, n_bytes: float, share: float = 1.0) -> Range:
@@ -171,6 +168,14 @@ def _layer_s(speeds: Speeds, n_layers: int) -> Range:
     if speeds.layer_s is None:
         return n_layers * LAYER_S[0], n_layers * LAYER_S[1]
     return n_layers * speeds.layer_s * LAYER_SHARE[0], n_layers * speeds.layer_s * LAYER_SHARE[1]
+
+
+def _deciding_s(tiers: Tiers, misses: float) -> Range:
+    """A step's forecasts of which pages should stay, at so many misses a layer."""
+    if not tiers.disk_pages:
+        return 0.0, 0.0
+    n = FORECASTS[0] + min(1.0, misses) * (FORECASTS[1] - FORECASTS[0])
+    return n * FORECAST_S[0], n * FORECAST_S[1]
 
 
 def disk_rates(speeds: Speeds, in_flight: float, pack_bytes: int) -> Range:
@@ -202,9 +207,7 @@ def _prefill(model: Structure, plan: Plan, speeds: Speeds, tiers: Tiers, n_cores
     read_s = model.experts_bytes * touched * away / speeds.disk_read
     if tiers.gpu_slots:  # the GPU computes; the experts that it does not hold pass over the bus
         bus_s = model.experts_bytes * touched * (1 - tiers.gpu_slots / tiers.n_pages) / speeds.pcie
-        gpu_s = (
-            model.read_bytes + model.experts_bytes * touched
-        ) / speeds.gpu_read  # its arithmetic is not counted
+        gpu_s = (model.read_bytes + model.experts_bytes * touched) / speeds.gpu_read  # without its arithmetic
         return n / (read_s + bus_s + gpu_s), n / max(read_s, bus_s, gpu_s)
     flops = 2 * n * active_weights(model)
     fast = max(read_s, flops / (n_cores * MATMUL_FLOPS[1]))

@@ -7,7 +7,6 @@ whoever writes and reads gets `Rows`, which say where a position lies, and a sna
 """
 
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +18,14 @@ from localmimo.attend import Rows
 from localmimo.blocks import Blocks, Lender, Scattered
 from localmimo.config import LayerSpec
 from localmimo.plan import positions_per_slot
+from quant.hugepages import mapping
 from quant.kernels.attention import SCALE_BYTES
 
 CPU = torch.device("cpu")
 SLACK = 16  # tokens that a window layer can be taken back without a snapshot
 
 
-HUGE = (
-    64 << 20
-)  # from this size on memory is asked for in pages of megabytes: small ones slow a long read down
+HUGE = 64 << 20  # bytes from which on memory is asked for in huge pages: small ones slow a long read down
 
 
 def row_width(d: int, dtype: torch.dtype) -> int:
@@ -231,10 +229,7 @@ def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Main memory that costs nothing until it is written."""
     count = math.prod(shape)
     size = count * dtype.itemsize
-    block = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(mapping(max(1, size), huge=size >= HUGE), dtype=dtype, count=count).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from localmimo.sample import Sampling
 from localmimo.speeds import Speeds, file_spots, keep, kept, measured_speeds, products_key
 from localmimo.structure import Structure, structure_of
 from quant import Pack
-from quant.pack import PageAt
+from quant.pack import PageAt, experts_of
 
 N_TOKENS = 24
 N_RUNS = 2
@@ -90,8 +90,7 @@ def product_speed(pack: Pack, n_used: int) -> float:
 def _some_pages(pack: Pack, least: int) -> list[PageAt]:
     """Pages of the pack's first codec from all over it, in no order: a token's lie nowhere near each other."""
     assert pack.page is not None
-    layers = {int(number): len(facts["crc32"]) for number, facts in pack.manifest["layers"].items()}
-    pages = [pack.page_at(layer, expert) for layer, n in layers.items() for expert in range(n)]
+    pages = [pack.page_at(layer, expert) for layer, n in experts_of(pack).items() for expert in range(n)]
     pages = [page for page in pages if page.codec == pack.page.codec]
     random.Random(0).shuffle(pages)
     return pages[: max(least, PRODUCTS_BYTES // pack.page.bytes)]

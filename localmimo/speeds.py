@@ -8,7 +8,6 @@ core. Measurements are kept under LOCALMIMO_HOME for a week. Knows files and byt
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import random
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 from localmimo.home import home
 from quant.aside import written_aside
+from quant.hugepages import mapping
 
 N_READERS = 4  # reads in flight, as in `experts.tiers`
 ALIGN = 4096
@@ -152,9 +152,7 @@ class _Opened:
         opened = {file: _open(file) for file in files}
         self._files = {file: descriptor for file, (descriptor, _) in opened.items()}
         self.direct = all(direct for _, direct in opened.values())
-        self._memory = mmap.mmap(-1, N_READERS * self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)  # reads into small pages take half as long again
+        self._memory = mapping(N_READERS * self._size)  # reads into small pages take half as long again
         for start in range(0, len(self._memory), ALIGN):
             self._memory[start] = 1  # that it is there before the clock runs
 

@@ -30,7 +30,7 @@ class _Shared:
         """A mapping, and where in it nbytes are free."""
         with self.lock:
             if self.memory is None or self.taken + nbytes > SHARED_BYTES:
-                self.memory, self.taken = _mapping(SHARED_BYTES), 0
+                self.memory, self.taken = mapping(SHARED_BYTES), 0
             at, self.taken = self.taken, self.taken + -(-nbytes // LINE) * LINE
             return self.memory, at
 
@@ -44,12 +44,14 @@ def allocate(nbytes: int) -> torch.Tensor:
 
     if nbytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
-    memory, at = (_mapping(nbytes), 0) if nbytes >= LEAST_BYTES else _shared.cut(nbytes)
+    memory, at = (mapping(nbytes), 0) if nbytes >= LEAST_BYTES else _shared.cut(nbytes)
     return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=at)
 
 
-def _mapping(nbytes: int) -> mmap.mmap:
+def mapping(nbytes: int, *, huge: bool = True) -> mmap.mmap:
+    """Memory of the process alone, none of it taken before it is touched; in huge pages where there are any."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

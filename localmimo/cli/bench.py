@@ -17,7 +17,7 @@ from localmimo.cli.benchplot import chart, draw
 from localmimo.cli.card import card, card_lines
 from localmimo.cli.frame import INTERRUPTED
 from localmimo.cli.opener import OpenFlags, open_engine
-from localmimo.cli.packs import EMBEDDED, pack_folder
+from localmimo.cli.packs import EMBEDDED, folder_of, pack_folder
 from localmimo.cli.plot import check_plot, picture
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.config import ModelConfig
@@ -268,10 +268,9 @@ class Sheet:
         """This machine's, with the pack closed: before the first run and after the last one."""
         if not self.request.check_plan:
             return
-        from localmimo.embedded import embedded_pack
         from localmimo.overhead import speeds_now
 
-        pack = embedded_pack() if self.request.model == EMBEDDED else Path(self.request.model).expanduser()
+        pack = folder_of(self.request.model)
         self.ui.status.show(" measuring disk, memory and products ...", now=True)
         self._speeds.append(speeds_now(pack, Machine.probe().n_cores))
         self.ui.status.clear()

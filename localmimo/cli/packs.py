@@ -10,7 +10,16 @@ from pathlib import Path
 from localmimo.errors import BadModel
 from localmimo.mini import NAME as EMBEDDED
 
-__all__ = ["EMBEDDED", "pack_folder"]
+__all__ = ["EMBEDDED", "folder_of", "pack_folder"]
+
+
+def folder_of(name: str) -> Path:
+    """The folder of the embedded model's pack, by that name, or of a pack that a user named."""
+    if name != EMBEDDED:
+        return pack_folder(name)
+    from localmimo.embedded import embedded_pack
+
+    return embedded_pack()
 
 
 def pack_folder(name: str | Path) -> Path:

@@ -6,7 +6,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localmimo.cli.packs import EMBEDDED, pack_folder
+from localmimo.cli.packs import folder_of
 from localmimo.cli.plot import check_plot, draw_map, picture
 from localmimo.cli.ui import Ui, table
 from localmimo.errors import BadRequest, LocalMimoError
@@ -37,7 +37,7 @@ def run_stats(
 
     check_plot(plot)
     _check_recipe(recipe, hot_share)
-    folder = _folder(name)
+    folder = folder_of(name)
     counts, path = _layers(folder, profile)
     layers, found = list(counts), _profile(path, counts)
     held = running(path, counts)
@@ -72,14 +72,6 @@ def run_stats(
         ui.note(f" {path}: {found.tokens:,.0f} tokens")
         ui.data(report(facts))
     return 0
-
-
-def _folder(name: str) -> Path:
-    if name != EMBEDDED:
-        return pack_folder(name)
-    from localmimo.embedded import embedded_pack
-
-    return embedded_pack()
 
 
 def _layers(folder: Path, profile: str) -> tuple[dict[int, int], Path]:

@@ -123,9 +123,8 @@ class GpuShelf:
         if not self.n_slots or (self._tokens % EVERY and not self._free):
             return 0
         since_s = token_s if self._free else token_s * EVERY
-        most = min(
-            most_uploads(since_s, self._costs), 1 + len(ram) // 2
-        )  # the others' slots in RAM are needed
+        # At most half of what RAM holds: the others' slots are needed.
+        most = min(most_uploads(since_s, self._costs), 1 + len(ram) // 2)
         coming = self._chances([page for page in ram if self.fits(page)])
         swaps = choose(coming, self._chances(list(self._held)), len(self._free), most, self._costs)
         for swap in swaps:
@@ -166,9 +165,8 @@ class GpuShelf:
         Raises OutOfMemoryError where the device has taken so many back that it can not be.
         """
         with self.lock:
-            if not self._tier.n_slots and self._tier.resize(
-                self._full, []
-            ):  # all was lost: perhaps it can be had now
+            all_lost = not self._tier.n_slots
+            if all_lost and self._tier.resize(self._full, []):  # perhaps it can be had now
                 self._hold_nothing(n_lent=0)
             self._tier.order()  # a copy into one of them may be under way
             n_missing = n - len(self._free)

@@ -179,7 +179,6 @@ class ExpertStore:
 
     def _start_reads(self, missing: deque[Page], flying: dict[Page, Read]) -> None:
         """Start reading as many missing pages as slots can be had for."""
-        self._claim_guessed(missing, flying)
         slots = self._take_slots(len(missing)) if missing else []
         if missing and not slots and not flying and not self._pinned:
             slots = [self._must_take_slot()]

@@ -18,6 +18,7 @@ from torch import Tensor
 from localmimo.errors import BadModel
 from localmimo.experts.pinning import Pinning
 from localmimo.experts.readers import Job, Readers, Task
+from quant.hugepages import mapping
 from quant.kernels import crc32
 from quant.pack import PageAt
 
@@ -33,9 +34,7 @@ class RamTier:
     def __init__(self, n_slots: int, page_bytes: int, pinning: Pinning | None = None) -> None:
         self.n_slots = n_slots
         self.page_bytes = page_bytes
-        self._map = mmap.mmap(-1, n_slots * page_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)  # small pages cost a streaming read most of its bandwidth
+        self._map = mapping(n_slots * page_bytes)
         self._bytes = memoryview(self._map)
         self._slots = torch.frombuffer(self._map, dtype=torch.uint8).view(n_slots, page_bytes).unbind()
         self._pinning = pinning

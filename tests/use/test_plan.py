@@ -16,7 +16,7 @@ from localmimo.experts.trace import Trace
 from localmimo.family import find_member
 from localmimo.hits import assumed_hits, profile_hits, replayed_hits
 from localmimo.machine import Machine
-from localmimo.plan import make_plan
+from localmimo.plan import Plan, make_plan
 from localmimo.speeds import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
 from localmimo.structure import Structure, structure_of
 from tests.packs import make_pack
@@ -169,9 +169,9 @@ def test_the_slack_is_the_caches() -> None:
 # ---- arithmetic ----
 
 
-def test_more_hits_and_faster_parts_are_never_slower() -> None:
-    model = flash()
-    budget = make_plan(
+def budget_of(model: Structure) -> Plan:
+    """96 GiB, which do not hold every expert."""
+    return make_plan(
         model.config,
         dense_bytes=model.dense_bytes,
         page_bytes=model.page_bytes,
@@ -179,6 +179,11 @@ def test_more_hits_and_faster_parts_are_never_slower() -> None:
         ram_bytes=96 << 30,
         slack=16,
     )
+
+
+def test_more_hits_and_faster_parts_are_never_slower() -> None:
+    model = flash()
+    budget = budget_of(model)
     before = (0.0, 0.0)
     for tenth in range(11):
         low, high = decode_range(model, budget, [FAST], tenth / 10, depth=1000)
@@ -204,14 +209,7 @@ def test_a_cache_that_answers_widens_the_range_of_a_small_pack_alone() -> None:
 
 def test_speeds_measured_twice_span_a_range() -> None:
     model, slower = flash(), replace(FAST, disk_read=5e9, disk_read_alone=3e9, ram_read=60e9)
-    budget = make_plan(
-        model.config,
-        dense_bytes=model.dense_bytes,
-        page_bytes=model.page_bytes,
-        context=32_768,
-        ram_bytes=96 << 30,
-        slack=16,
-    )
+    budget = budget_of(model)
     first, later, both = (
         decode_range(model, budget, speeds, 1.0, depth=1000) for speeds in ([FAST], [slower], [FAST, slower])
     )
