@@ -123,7 +123,7 @@ def test_bench_says_what_the_gpu_held() -> None:
 
     from localmimo.cli.bench import Request, run_bench
     from localmimo.cli.opener import OpenFlags
-    from tests.use.scripted import Capture
+    from tests.scripted import Capture
 
     shown = Capture()
     opening = OpenFlags(profile=None, device="cuda", context="64", vram="2GiB")

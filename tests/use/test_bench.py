@@ -23,8 +23,8 @@ from quant import convert
 from tests.packs import make_pack
 from tests.tiny import make_checkpoint
 
-from .scripted import Capture
-from .test_app import localmimo
+from tests.scripted import Capture
+from tests.use.test_app import localmimo
 
 SMALL: dict[str, Any] = {
     "prompt_tokens": 24,

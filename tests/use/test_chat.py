@@ -11,7 +11,7 @@ from localmimo.cli.chat import Options, model_and_prompt, run_chat
 from localmimo.cli.opener import OpenFlags
 from localmimo.errors import BadModel, BadRequest
 
-from .scripted import INTERRUPT, Capture, ScriptedEngine
+from tests.scripted import INTERRUPT, Capture, ScriptedEngine
 
 
 class Piped(io.StringIO):

@@ -21,7 +21,7 @@ from quant.errors import BadPack, NoSpace
 from tests.packs import add_tokenizer
 from tests.tiny import make_checkpoint
 
-from .scripted import Capture
+from tests.scripted import Capture
 
 ROOT = Path(__file__).parent.parent.parent
 

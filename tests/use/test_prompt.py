@@ -15,8 +15,8 @@ from localmimo.prompt import Prompts
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 
-from . import bpe
-from .test_text import PROMPT_IDS
+from tests.use import bpe
+from tests.use.test_text import PROMPT_IDS
 
 SPELLINGS = [*bpe.CONTROL[:3], *bpe.WRITTEN[:2], *bpe.WRITTEN[-4:], "<think", "im_end|>", "a", " ", "\n", "ü"]
 SPELLED = st.lists(st.sampled_from(SPELLINGS), max_size=8).map("".join)

@@ -10,7 +10,7 @@ from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
 from localmimo.errors import BadRequest
 
-from .scripted import INTERRUPT, Capture, ScriptedEngine, ScriptedReader, full
+from tests.scripted import INTERRUPT, Capture, ScriptedEngine, ScriptedReader, full
 
 
 def converse(

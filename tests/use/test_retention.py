@@ -17,8 +17,8 @@ from localmimo.turns import Turns
 from quant import convert
 from tests.tiny import make_checkpoint
 
-from . import bpe
-from .scripted import Capture, ScriptedReader
+from tests.use import bpe
+from tests.scripted import Capture, ScriptedReader
 
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {"at": {"type": "integer"}}}}
 CALL = "<tool_call>\n<function=clock>\n\n<parameter=at> 0{}</parameter></function></tool_call>"

@@ -19,14 +19,14 @@ from localmimo.generate import Generation
 from localmimo.tools import tools_of
 from localmimo.turns import Turns as Kept
 
-from .scripted import Capture, ScriptedReader
-from .test_retention import Script
+from tests.scripted import Capture, ScriptedReader
+from tests.use.test_retention import Script
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
-from .serve import conversations as talks
-from .serve.running import Running
+from tests.use.serve import conversations as talks
+from tests.use.serve.running import Running
 
 TOOLS = 'def get_weather(city: str, days: int) -> str:\n    return "rain"\n'
 

@@ -11,7 +11,7 @@ from localmimo.draft import MOST_DRAFTS, DraftStats
 from localmimo.errors import BadRequest
 from localmimo.generate import Stats, Step
 
-from .scripted import Capture
+from tests.scripted import Capture
 
 
 class Terminal:

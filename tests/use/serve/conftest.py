@@ -16,7 +16,7 @@ from localmimo.engine import Engine, load
 from quant import convert
 from tests.tiny import make_checkpoint
 
-from .running import Running, Scripted, scripted
+from tests.use.serve.running import Running, Scripted, scripted
 
 MINI = Path(mini.__file__).with_name("mimo-mini")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .running import Running, Scripted
-from .test_chat import CALL
+from tests.use.serve.running import Running, Scripted
+from tests.use.serve.test_chat import CALL
 
 THOUGHT = "<think>Hm, rivers.</think>"
 

@@ -13,8 +13,8 @@ from localmimo.engine import Engine
 from localmimo.serve.connection import Limits
 from localmimo.serve.guard import Guard
 
-from .running import Running, Scripted, wait_for
-from .test_chat import HELLO, PATH
+from tests.use.serve.running import Running, Scripted, wait_for
+from tests.use.serve.test_chat import HELLO, PATH
 
 CHAT, TEXT, ITEMS, BLOCKS = PATH, "/v1/completions", "/v1/responses", "/v1/messages"
 SAID = {"role": "user", "content": "Hello."}

@@ -8,7 +8,7 @@ import pytest
 from localmimo.engine import Engine
 from localmimo.sample import Sampling
 
-from .running import Running, Scripted
+from tests.use.serve.running import Running, Scripted
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Tell me about rivers."}]

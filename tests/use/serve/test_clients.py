@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .running import Running, Scripted
-from .test_chat import CALL, CUT_OFF, HELLO, WEATHER
+from tests.use.serve.running import Running, Scripted
+from tests.use.serve.test_chat import CALL, CUT_OFF, HELLO, WEATHER
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
 anthropic = pytest.importorskip("anthropic", reason="the package anthropic is not installed")

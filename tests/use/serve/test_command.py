@@ -17,8 +17,8 @@ from localmimo import load
 from localmimo.cli.app import run
 from tests.packs import make_pack
 
-from .running import wait_for
-from .test_chat import HELLO, PATH
+from tests.use.serve.running import wait_for
+from tests.use.serve.test_chat import HELLO, PATH
 
 ROOT = Path(__file__).parents[3]
 

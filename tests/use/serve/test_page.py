@@ -11,8 +11,8 @@ import pytest
 
 from localmimo.engine import Engine
 
-from .running import Running, Scripted, wait_for
-from .test_chat import CALL, CUT_OFF, WEATHER
+from tests.use.serve.running import Running, Scripted, wait_for
+from tests.use.serve.test_chat import CALL, CUT_OFF, WEATHER
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_a_browser = pytest.mark.skipif(

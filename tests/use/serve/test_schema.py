@@ -13,7 +13,7 @@ from localmimo.serve import pages
 from localmimo.serve.app import PATHS
 from localmimo.serve.openapi import description
 
-from .running import Running
+from tests.use.serve.running import Running
 
 
 def test_every_route_is_described(server: Running) -> None:

@@ -10,8 +10,8 @@ from localmimo.generate import Stats
 from localmimo.serve.shelf import Shelf, reach
 from localmimo.turns import Turns
 
-from . import conversations as talks
-from .running import Running, Scripted
+from tests.use.serve import conversations as talks
+from tests.use.serve.running import Running, Scripted
 
 PLENTY = 1 << 30
 

@@ -13,7 +13,7 @@ from localmimo.template import ChatTemplate
 from localmimo.toolcall import ToolCall
 from localmimo.toolchoice import ToolChoice, rules_of_calls
 
-from .running import Running, Scripted
+from tests.use.serve.running import Running, Scripted
 
 pytest.importorskip("llguidance", reason="the extra grammar is not installed")
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 
 from localmimo.text import Tokenizer
 
-from . import bpe
+from tests.use import bpe
 
 # A busy machine is no reason to fail.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
