@@ -33,10 +33,10 @@ from localmimo.model import Placed, Transformer, load_weights
 from localmimo.plan import Plan, make_plan
 from localmimo.session import Session
 from localmimo.shapes import _expected as expected_shapes
-from quant.codec import codec
-from quant.pack import PageAt
-from quant.page import PageLayout
-from quant.qtensor import DTYPES, QTensor
+from quant.formats.codec import codec
+from quant.formats.page import PageLayout
+from quant.formats.qtensor import DTYPES, QTensor
+from quant.pack.pack import PageAt
 
 Tensor = torch.Tensor
 SKEW = 0.15  # of the router's bias: about what makes an eighth of the experts answer half of the requests

@@ -1,6 +1,6 @@
 """Checkpoints that nobody has: tensors made up when they are read, and a hub on loopback that serves them.
 
-Every stored tensor of a config.json is described by `quant.published`; its bytes are pseudo-random and the same each
+Every stored tensor of a config.json is described by `quant.checkpoint.published`; its bytes are pseudo-random and the same each
 time, FP8 codes as of a Gaussian. `serving` gives such a checkpoint out file by file over the hub's protocol, so that
 `localmimo quantize --discard-source` converts what would not fit on this disk.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from localmimo.mini import CHECKPOINT
-from quant.codec import PartSpec
-from quant.published import Tensor, published_tensors
-from quant.shard import DTYPE_NAMES, ShardPlan, plan_shard
+from quant.checkpoint.published import Tensor, published_tensors
+from quant.files.safetensors import DTYPE_NAMES, ShardPlan, plan_shard
+from quant.formats.codec import PartSpec
 
 POOL_BYTES = 32 << 20
 PIECE_BYTES = 8 << 20  # sent at a time

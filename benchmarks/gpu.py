@@ -33,9 +33,9 @@ from localmimo.device import Device, find_device
 from localmimo.errors import NoDevice
 from localmimo.machine import Machine, format_bytes
 from quant import gpu
-from quant.codec import codec
-from quant.page import PageLayout
-from quant.qtensor import DTYPES, QTensor
+from quant.formats.codec import codec
+from quant.formats.page import PageLayout
+from quant.formats.qtensor import DTYPES, QTensor
 
 Tensor = torch.Tensor
 Facts = dict[str, Any]

@@ -33,10 +33,10 @@ import torch
 
 from benchmarks.rivals import Rival, expert_rivals, matrix_rivals
 from quant import kernels
-from quant.codec import codec
-from quant.hugepages import allocate
-from quant.page import PageLayout
-from quant.qtensor import DTYPES, QTensor
+from quant.files.hugepages import allocate
+from quant.formats.codec import codec
+from quant.formats.page import PageLayout
+from quant.formats.qtensor import DTYPES, QTensor
 
 HIDDEN, INNER, TOP_K = 4096, 2048, 8
 POOL_BYTES = 256 << 20  # what each candidate cycles through

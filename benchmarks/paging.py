@@ -39,7 +39,7 @@ from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import N_READERS, DiskTier, RamTier
 from localmimo.session import Session
 from quant import Pack
-from quant.pack import experts_of
+from quant.pack.pack import experts_of
 
 WARM_TOKENS = 24
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.generated import REPOSITORY, first_layers, serving
 from localmimo.family import MEMBERS, find_member
-from quant.published import published_tensors
+from quant.checkpoint.published import published_tensors
 
 
 def run(*arguments: str) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from localmimo import load
 from localmimo.engine import Engine
 from localmimo.experts.run import grouped
 from localmimo.mini import CHECKPOINT, HELD_OUT
-from quant import Pack, Recipe, convert, fourbit
-from quant.codec import codec
-from quant.page import Expert
+from quant import Pack, Recipe, convert
+from quant.formats import fourbit
+from quant.formats.codec import codec
+from quant.formats.page import Expert
 
 Key = tuple[int, int]  # layer, expert
 WINDOW = 512

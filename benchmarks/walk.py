@@ -22,13 +22,13 @@ import torch
 from benchmarks.generated import Pools
 from localmimo.family import MEMBERS, find_member
 from quant import Recipe, Source
+from quant.checkpoint.pieces import Matrix
+from quant.convert.listing import FilePlan, Listing
+from quant.convert.packing import make_page, pack_bands
 from quant.errors import BadCheckpoint
-from quant.listing import FilePlan, Listing
-from quant.packing import make_page, pack_bands
-from quant.page import PageLayout
-from quant.pieces import Matrix
-from quant.qtensor import row_bands
-from quant.shard import Shard
+from quant.files.safetensors import Shard
+from quant.formats.page import PageLayout
+from quant.formats.qtensor import row_bands
 
 HEAD = 1 << 22  # weights of a dense matrix that are really converted
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localmimo.errors import BadModel
-from quant.geometry import MAX_EXPERTS, MAX_LAYERS
-from quant.smallfile import CONFIG_BYTES, read_small
+from quant.checkpoint.geometry import MAX_EXPERTS, MAX_LAYERS
+from quant.files.bounded import CONFIG_BYTES, read_small
 
 MODEL_TYPES = ("mimo_v2_flash", "mimo_v2")
 MAX_NUMBER = 1 << 53  # beyond this, and for what is no number, floats stop being counts

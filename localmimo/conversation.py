@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from localmimo.errors import BadRequest, BadSession
 from localmimo.home import home
 from localmimo.messages import check_messages
-from quant.aside import written_aside
-from quant.smallfile import read_small
+from quant.files.atomic import written_aside
+from quant.files.bounded import read_small
 
 if TYPE_CHECKING:
     from localmimo.engine import Engine

@@ -50,7 +50,7 @@ from localmimo.text import Tokenizer
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from localmimo.watched import Hear, Watched
 from quant import Pack
-from quant.matmul import backend
+from quant.ops.linear import backend
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Callable[..., Any] | Tool | Mapping[str, Any]]

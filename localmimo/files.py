@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from localmimo.errors import BadModel
-from quant.smallfile import LIST_BYTES, read_small
+from quant.files.bounded import LIST_BYTES, read_small
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from localmimo.attend import Rows
 from localmimo.blocks import Blocks, Lender, Scattered
 from localmimo.config import LayerSpec
 from localmimo.plan import positions_per_slot
-from quant.hugepages import mapping
+from quant.files.hugepages import mapping
 from quant.kernels.attention import SCALE_BYTES
 
 CPU = torch.device("cpu")

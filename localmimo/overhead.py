@@ -22,7 +22,7 @@ from localmimo.sample import Sampling
 from localmimo.speeds import Speeds, file_spots, keep, kept, measured_speeds, products_key
 from localmimo.structure import Structure, structure_of
 from quant import Pack
-from quant.pack import PageAt, experts_of
+from quant.pack.pack import PageAt, experts_of
 
 N_TOKENS = 24
 N_RUNS = 2
@@ -66,7 +66,7 @@ def product_speed(pack: Pack, n_used: int) -> float:
     """
     import torch
 
-    from quant.ffn import experts
+    from quant.ops.experts import experts
 
     assert pack.page is not None
     places = _some_pages(pack, n_used)

@@ -15,9 +15,9 @@ from torch import Tensor
 from localmimo.blocks import Scattered
 from localmimo.errors import BadSession
 from quant import kernels
-from quant.aside import written_aside
-from quant.codec import PartSpec
-from quant.shard import DTYPE_NAMES, Shard, ShardPlan, Stored, plan_shard
+from quant.files.atomic import written_aside
+from quant.files.safetensors import DTYPE_NAMES, Shard, ShardPlan, Stored, plan_shard
+from quant.formats.codec import PartSpec
 
 FORMAT, VERSION = "localmimo-session", "1"
 MAX_HEADER = 4 << 20  # a thousand tensors need a fifth of a megabyte

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from localmimo.config import LayerSpec, ModelConfig
 from localmimo.errors import BadModel
-from quant.pack import Pack, experts_of
+from quant.pack.pack import Pack, experts_of
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 

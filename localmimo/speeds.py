@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localmimo.home import home
-from quant.aside import written_aside
-from quant.hugepages import mapping
+from quant.files.atomic import written_aside
+from quant.files.hugepages import mapping
 
 N_READERS = 4  # reads in flight, as in `experts.tiers`
 ALIGN = 4096

@@ -13,9 +13,9 @@ from localmimo.config import ModelConfig
 from localmimo.errors import BadModel
 from localmimo.family import MEMBERS, Member, find_member, member_like
 from quant import Pack, Recipe, Source
+from quant.convert.listing import Listing
 from quant.errors import BadCheckpoint
-from quant.listing import Listing
-from quant.pack import MANIFEST
+from quant.pack.pack import MANIFEST
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from localmimo.child import Child, ChildLost
 from localmimo.errors import BadModel, BadRequest
 from localmimo.files import read_json
 from localmimo.messages import Message, check_messages, check_tools
-from quant.smallfile import CONFIG_BYTES, read_small
+from quant.files.bounded import CONFIG_BYTES, read_small
 
 TEMPLATES = Path(__file__).with_name("templates")
 LIMIT_S = 10.0  # for a prompt; the longest conversations take a tenth of a second

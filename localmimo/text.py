@@ -16,7 +16,7 @@ import tokenizers
 
 from localmimo.errors import BadModel, BadRequest
 from localmimo.files import read_json
-from quant.smallfile import LIST_BYTES, read_small
+from quant.files.bounded import LIST_BYTES, read_small
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # rows of a padded vocabulary that no token stands for
 

@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quant.conversion import Progress, convert
+    from quant.checkpoint.source import Source
+    from quant.convert.conversion import Progress, convert
+    from quant.convert.recipe import Recipe
     from quant.errors import QuantError
-    from quant.matmul import backend, linear
-    from quant.pack import Pack
-    from quant.qtensor import QTensor, quantize
-    from quant.recipe import Recipe
-    from quant.report import verify
-    from quant.source import Source
+    from quant.formats.qtensor import QTensor, quantize
+    from quant.ops.linear import backend, linear
+    from quant.pack.pack import Pack
+    from quant.pack.verify import verify
 
 _HOMES = {
     "convert": "conversion",

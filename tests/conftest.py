@@ -6,7 +6,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from localmimo.text import Tokenizer
-
 from tests.use import bpe
 
 # A busy machine is no reason to fail.

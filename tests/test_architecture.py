@@ -131,13 +131,14 @@ def test_only_the_quantize_face_and_the_embedded_model_convert() -> None:
     users = {
         name_of(p, "localmimo")
         for p in rooms("localmimo")
-        if {"quant.convert", "quant.conversion"} & imports(p)
+        if {"quant.convert", "quant.convert.conversion"} & imports(p)
     }
     assert users <= {"cli.quantize", "embedded"}
 
 
 @pytest.mark.parametrize(
-    "module", ["localmimo", "localmimo.cli.app", "localmimo.plan", "localmimo.chat", "quant", "quant.recipe"]
+    "module",
+    ["localmimo", "localmimo.cli.app", "localmimo.plan", "localmimo.chat", "quant", "quant.convert.recipe"],
 )
 def test_light_rooms_do_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

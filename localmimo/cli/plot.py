@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
-from quant.aside import written_aside
+from quant.files.atomic import written_aside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -22,7 +22,7 @@ from localmimo.machine import Machine, format_bytes
 
 if TYPE_CHECKING:
     from quant import Progress, Source
-    from quant.listing import Listing
+    from quant.convert.listing import Listing
 
 ASK_BYTES = 20_000_000_000  # conversions beyond this ask first, in a terminal
 STOPPED = "Run the same command to continue; --restart to begin again."
@@ -60,8 +60,8 @@ def run_quantize(job: Conversion, ui: Ui) -> int:
 def open_source(job: Conversion, ui: Ui) -> Source:
     """A folder, or a repository on the hub: by its name, or by that of the member of the family."""
     from quant import Source
+    from quant.checkpoint.hub import REPOSITORY, Hub
     from quant.errors import Unreachable
-    from quant.hub import REPOSITORY, Hub
 
     folder = Path(job.source).expanduser()
     name = str(job.source)
@@ -129,8 +129,8 @@ class Room:
 
     @classmethod
     def of(cls, out: Path, listing: Listing, source: Source, *, restart: bool) -> Room:
-        from quant.conversion import schedule_of
-        from quant.writer import existing_parent, partial_path, read_journal
+        from quant.convert.conversion import schedule_of
+        from quant.convert.writer import existing_parent, partial_path, read_journal
 
         out = out.expanduser().absolute()
         done = {} if restart else read_journal(partial_path(out))[1]

@@ -10,7 +10,7 @@ from localmimo.cli.packs import folder_of
 from localmimo.cli.plot import check_plot, draw_map, picture
 from localmimo.cli.ui import Ui, table
 from localmimo.errors import BadRequest, LocalMimoError
-from quant.aside import written_aside
+from quant.files.atomic import written_aside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,7 +77,7 @@ def run_stats(
 def _layers(folder: Path, profile: str) -> tuple[dict[int, int], Path]:
     """The MoE layers of a pack with their numbers of experts, and the file of a profile."""
     from localmimo.experts.profile import profile_path
-    from quant.pack import Pack, experts_of
+    from quant.pack.pack import Pack, experts_of
 
     with Pack.open(folder) as pack:
         return experts_of(pack), profile_path(folder, pack.id, profile)

@@ -11,7 +11,7 @@ from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.machine import format_bytes
 
 if TYPE_CHECKING:
-    from quant.report import Report
+    from quant.pack.verify import Report
 
 
 def run_verify(pack: Path, ui: Ui, *, as_json: bool) -> int:
@@ -41,7 +41,7 @@ def run_verify(pack: Path, ui: Ui, *, as_json: bool) -> int:
 def read_back(pack: Path, ui: Ui) -> Report:
     """Verify a pack file by file. Raises BadPack where the folder cannot even be opened."""
     from quant import Pack
-    from quant.report import Report, verify_steps
+    from quant.pack.verify import Report, verify_steps
 
     with Pack.open(pack) as opened:
         name, n_bytes = opened.name, opened.n_bytes

@@ -20,8 +20,8 @@ from localmimo.experts.slots import Slots
 from localmimo.experts.tiers import GpuTier
 from localmimo.experts.uploads import Costs, choose, most_uploads
 from quant import gpu
-from quant.ffn import experts as run_pages
-from quant.page import PageLayout
+from quant.formats.page import PageLayout
+from quant.ops.experts import experts as run_pages
 
 EVERY = 8  # tokens between two looks at who should be here, once no slot is free
 

@@ -14,7 +14,7 @@ from localmimo.experts.policy import Page
 from localmimo.experts.readers import Task
 from localmimo.experts.slots import Read, Slots
 from localmimo.experts.tiers import DiskTier
-from quant.pack import PageAt
+from quant.pack.pack import PageAt
 
 
 class Guesses:

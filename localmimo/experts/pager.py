@@ -28,7 +28,7 @@ from localmimo.experts.tiers import GpuTier
 from localmimo.machine import Machine
 from localmimo.plan import Plan, Vram
 from quant import Pack
-from quant.pack import MANIFEST, experts_of
+from quant.pack.pack import MANIFEST, experts_of
 
 PUBLISH_S = 1.0  # between two looks at where the pages lie, at least
 LIFT = 16  # pages that go to the GPU at a time: while they do, no step begins

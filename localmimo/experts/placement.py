@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from localmimo.experts.stats import Page
-from quant.aside import written_aside
-from quant.smallfile import read_small
+from quant.files.atomic import written_aside
+from quant.files.bounded import read_small
 
 LETTERS = {"ram": "r", "gpu": "g"}  # of a page's tier; any other letter: on disk alone
 MOST_BYTES = 1 << 20

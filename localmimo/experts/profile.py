@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from localmimo.errors import BadRequest
 from localmimo.home import home
-from quant.aside import written_aside
+from quant.files.atomic import written_aside
 
 SESSION_TOKENS = 512
 PROFILE_TOKENS = 2048

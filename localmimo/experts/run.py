@@ -13,8 +13,8 @@ from torch import Tensor
 from localmimo.experts.slots import Arrival
 from localmimo.experts.store import ExpertStore
 from localmimo.model import Guess
-from quant.ffn import experts as run_pages
-from quant.ffn import in_order
+from quant.ops.experts import experts as run_pages
+from quant.ops.experts import in_order
 
 # Up to so many tokens are a decode step, its pages as they come; more are a prompt, its pages in file order.
 STEP_TOKENS = 16

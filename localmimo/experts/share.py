@@ -26,8 +26,8 @@ from localmimo.experts.store import ExpertStore
 from localmimo.model import Guess
 from localmimo.plan import SHARED_TOKENS
 from quant import gpu
-from quant.ffn import experts as run_pages
-from quant.ffn import in_order, run_expert
+from quant.ops.experts import experts as run_pages
+from quant.ops.experts import in_order, run_expert
 
 
 def runner_of(store: ExpertStore, slot_bytes: int, gpu: torch.device | None) -> "ExpertRunner | SharedRunner":

@@ -12,7 +12,7 @@ from torch import Tensor
 from localmimo.experts.policy import Page, Policy
 from localmimo.experts.readers import Task
 from localmimo.experts.tiers import RamTier
-from quant.page import PageLayout
+from quant.formats.page import PageLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from localmimo.experts.slots import Arrival, Read, Slots
 from localmimo.experts.tiers import N_READERS, DiskTier, RamTier, stalled
 from localmimo.experts.traffic import Traffic
 from quant import Pack
-from quant.pack import PageAt, experts_of
-from quant.page import PageLayout
+from quant.formats.page import PageLayout
+from quant.pack.pack import PageAt, experts_of
 
 STALL_S = 60.0  # a disk that gives nothing for so long is taken for broken
 GROUP = 16  # pages of a prompt's stream handed over at a time

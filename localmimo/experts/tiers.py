@@ -18,9 +18,9 @@ from torch import Tensor
 from localmimo.errors import BadModel
 from localmimo.experts.pinning import Pinning
 from localmimo.experts.readers import Job, Readers, Task
-from quant.hugepages import mapping
+from quant.files.hugepages import mapping
 from quant.kernels import crc32
-from quant.pack import PageAt
+from quant.pack.pack import PageAt
 
 N_READERS = 4  # reads in flight; a SATA disk is busy with one, an NVMe drive with four reads of megabytes
 

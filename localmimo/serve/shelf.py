@@ -28,8 +28,8 @@ from localmimo.errors import BadSession, LocalMimoError
 from localmimo.files import read_json
 from localmimo.kv import SLACK
 from localmimo.turns import Turn, Turns
-from quant.aside import written_aside
-from quant.smallfile import read_small
+from quant.files.atomic import written_aside
+from quant.files.bounded import read_small
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,11 +20,11 @@ from weakref import WeakSet
 
 import torch
 
-from quant.codec import codec as codec_of
+from quant.formats.codec import codec as codec_of
 
 if TYPE_CHECKING:
-    from quant.page import PageLayout
-    from quant.qtensor import QTensor
+    from quant.formats.page import PageLayout
+    from quant.formats.qtensor import QTensor
 
 Tensor = torch.Tensor
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from quant.codec import ceil_div
+from quant.formats.codec import ceil_div
 from quant.gpu.attention import LEAST_KEYS, attend_kernel, merge_kernel, place_kernel
 
 Tensor = torch.Tensor

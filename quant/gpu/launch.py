@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from quant import fourbit
-from quant.codec import ROW_GROUP, ceil_div, codec
+from quant.formats import fourbit
+from quant.formats.codec import ROW_GROUP, ceil_div, codec
+from quant.formats.page import PageLayout
+from quant.formats.qtensor import QTensor, row_bands
 from quant.gpu.gemv import add_up_kernel, gemv_kernel
 from quant.gpu.matmul import down_tiles_kernel, gate_up_tiles_kernel, matmul_kernel
 from quant.gpu.routed import down_kernel, gate_up_kernel
 from quant.gpu.unpack import BY_SHUFFLE, INT8, dequantize_kernel
-from quant.page import PageLayout
-from quant.qtensor import QTensor, row_bands
 
 Tensor = torch.Tensor
 

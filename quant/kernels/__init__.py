@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from quant.codec import codec as codec_of
+from quant.formats.codec import codec as codec_of
 
 if TYPE_CHECKING:
-    from quant.fourbit import Book
-    from quant.page import PageLayout
-    from quant.qtensor import QTensor
+    from quant.formats.fourbit import Book
+    from quant.formats.page import PageLayout
+    from quant.formats.qtensor import QTensor
 
 try:
     from quant.kernels import _native

@@ -16,7 +16,7 @@ from quant import kernels
 from quant.kernels.attention import EVERYTHING, LARGEST_HEAD, SCALE_BYTES, STORES, floats, in_rows
 
 if TYPE_CHECKING:
-    from quant.qtensor import QTensor
+    from quant.formats.qtensor import QTensor
 
 Tensor = torch.Tensor
 Choice = tuple[Tensor, Tensor, Tensor]  # normed [n, hidden], chosen [n, k], weights [n, k]

@@ -16,7 +16,7 @@ from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import GpuTier
 from localmimo.experts.uploads import HORIZON, Costs, Swap, choose, most_uploads, pays_back
 from quant import Pack, Recipe
-from quant.pack import experts_of
+from quant.pack.pack import experts_of
 from tests.gpu.pages import relative
 from tests.packs import make_pack
 

@@ -18,7 +18,7 @@ from localmimo.experts.run import STEP_TOKENS, ExpertRunner, grouped
 from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import DiskTier
 from quant import Pack, Recipe
-from quant.matmul import backend
+from quant.ops.linear import backend
 from tests.packs import make_pack
 
 

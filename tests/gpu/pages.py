@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from quant.page import Expert, PageLayout
-from quant.qtensor import QTensor, quantize
+from quant.formats.page import Expert, PageLayout
+from quant.formats.qtensor import QTensor, quantize
 
 Tensor = torch.Tensor
 

@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from localmimo.attend import Rows
 from quant import gpu
-from quant.ffn import experts as run_pages
-from quant.ffn import in_order
+from quant.formats.page import PageLayout
+from quant.formats.qtensor import QTensor
 from quant.kernels import attention
-from quant.matmul import linear
-from quant.page import PageLayout
-from quant.qtensor import QTensor
+from quant.ops.experts import experts as run_pages
+from quant.ops.experts import in_order
+from quant.ops.linear import linear
 from tests.gpu import interpreter, recording
 
 Tensor = torch.Tensor

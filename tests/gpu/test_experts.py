@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from quant import gpu
+from quant.formats.page import PageLayout
 from quant.gpu import FORMATS
-from quant.page import PageLayout
 from tests.gpu.pages import random_routing, random_slab, relative, true_rows
 
 SLOTS = torch.tensor([-1, 2, 0, -1, 1, -1], dtype=torch.int32)

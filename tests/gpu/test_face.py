@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from quant import gpu
-from quant.page import PageLayout
-from quant.qtensor import QTensor
+from quant.formats.page import PageLayout
+from quant.formats.qtensor import QTensor
 from tests.gpu.pages import random_matrix, random_routing, random_slab
 
 ROOT = Path(__file__).parents[2]

@@ -32,11 +32,11 @@ from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 from localmimo.turns import Turns
 from quant import Recipe
+from quant.checkpoint.source import INDEX, Source
+from quant.convert.writer import JOURNAL, read_journal
 from quant.errors import BadCheckpoint, QuantError
-from quant.pack import Pack
-from quant.shard import Shard
-from quant.source import INDEX, Source
-from quant.writer import JOURNAL, read_journal
+from quant.files.safetensors import Shard
+from quant.pack.pack import Pack
 from tests.packs import make_pack
 
 CORPUS = Path(__file__).with_name("corpus")

@@ -28,7 +28,7 @@ from localmimo.experts.store import ExpertStore
 from localmimo.sample import Sampling
 from localmimo.serve.shelf import Saved, Shelf
 from localmimo.turns import Turns
-from quant.pack import Pack
+from quant.pack.pack import Pack
 from tests.packs import make_pack
 
 PROMPT = "one two three " * 12

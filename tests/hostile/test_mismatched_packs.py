@@ -9,7 +9,7 @@ import pytest
 from localmimo import load
 from localmimo.errors import LocalMimoError
 from quant.errors import QuantError
-from quant.pack import Pack
+from quant.pack.pack import Pack
 from tests.packs import make_pack
 
 

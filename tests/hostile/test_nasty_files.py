@@ -26,13 +26,13 @@ from localmimo.files import read_json
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 from quant import Recipe
+from quant.checkpoint.hub import _read_listing
+from quant.checkpoint.published import AUDIO, VISION
+from quant.checkpoint.source import INDEX, Source
+from quant.convert.writer import JOURNAL, read_journal
 from quant.errors import BadCheckpoint, BadPack, BadRecipe
-from quant.hub import _read_listing
-from quant.pack import Pack
-from quant.published import AUDIO, VISION
-from quant.shard import Shard
-from quant.source import INDEX, Source
-from quant.writer import JOURNAL, read_journal
+from quant.files.safetensors import Shard
+from quant.pack.pack import Pack
 from tests.packs import make_pack
 from tests.tiny import make_checkpoint, make_config
 

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant import fourbit, kernels
-from quant.codec import codec as codec_of
+from quant import kernels
+from quant.formats import fourbit
+from quant.formats.codec import codec as codec_of
+from quant.formats.page import PageLayout
+from quant.formats.qtensor import DTYPES, QTensor
 from quant.kernels import FORMATS, attention
-from quant.page import PageLayout
-from quant.qtensor import DTYPES, QTensor
-from tests.kernels.isa import ISAS, needs_native
+from tests.quant.kernels.isa import ISAS, needs_native
 
 pytestmark = needs_native
 Tensor = torch.Tensor

@@ -10,8 +10,8 @@ from localmimo.engine import Engine
 from localmimo.kv import KVCache
 from localmimo.model import Transformer, pieces_of
 from quant import kernels
-from tests.kernels.isa import needs_native
 from tests.packs import make_pack
+from tests.quant.kernels.isa import needs_native
 
 pytestmark = needs_native
 

@@ -5,7 +5,7 @@ import pytest
 from localmimo.config import ModelConfig
 from localmimo.family import MEMBERS, Member, find_member, member_like
 from quant import Recipe, Source
-from quant.published import published_tensors
+from quant.checkpoint.published import published_tensors
 
 ONE_OF_A_KIND = [member for member in MEMBERS if not member.name.endswith("-base")]
 

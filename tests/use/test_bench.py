@@ -21,9 +21,8 @@ from localmimo.mini import CHECKPOINT
 from localmimo.text import Tokenizer
 from quant import convert
 from tests.packs import make_pack
-from tests.tiny import make_checkpoint
-
 from tests.scripted import Capture
+from tests.tiny import make_checkpoint
 from tests.use.test_app import localmimo
 
 SMALL: dict[str, Any] = {

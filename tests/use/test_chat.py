@@ -10,7 +10,6 @@ import pytest
 from localmimo.cli.chat import Options, model_and_prompt, run_chat
 from localmimo.cli.opener import OpenFlags
 from localmimo.errors import BadModel, BadRequest
-
 from tests.scripted import INTERRUPT, Capture, ScriptedEngine
 
 

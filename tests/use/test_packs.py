@@ -19,9 +19,8 @@ from localmimo.errors import BadRequest
 from quant import Progress
 from quant.errors import BadPack, NoSpace
 from tests.packs import add_tokenizer
-from tests.tiny import make_checkpoint
-
 from tests.scripted import Capture
+from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -90,7 +89,7 @@ def test_the_default_name(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 SLOW = """
 import sys, time
-import quant.conversion as conversion
+import quant.convert.conversion as conversion
 make_page = conversion.make_page
 def slowly(source, name, page):
     time.sleep(0.3 if name.startswith("layers.2.") else 0)

@@ -14,7 +14,6 @@ from localmimo.marks import MARKS
 from localmimo.prompt import Prompts
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
-
 from tests.use import bpe
 from tests.use.test_text import PROMPT_IDS
 

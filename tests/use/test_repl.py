@@ -9,7 +9,6 @@ import pytest
 from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
 from localmimo.errors import BadRequest
-
 from tests.scripted import INTERRUPT, Capture, ScriptedEngine, ScriptedReader, full
 
 

@@ -15,10 +15,9 @@ from localmimo.engine import Engine
 from localmimo.template import TEMPLATES
 from localmimo.turns import Turns
 from quant import convert
-from tests.tiny import make_checkpoint
-
-from tests.use import bpe
 from tests.scripted import Capture, ScriptedReader
+from tests.tiny import make_checkpoint
+from tests.use import bpe
 
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {"at": {"type": "integer"}}}}
 CALL = "<tool_call>\n<function=clock>\n\n<parameter=at> 0{}</parameter></function></tool_call>"

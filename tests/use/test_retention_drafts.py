@@ -18,7 +18,6 @@ from localmimo.engine import Engine
 from localmimo.generate import Generation
 from localmimo.tools import tools_of
 from localmimo.turns import Turns as Kept
-
 from tests.scripted import Capture, ScriptedReader
 from tests.use.test_retention import Script
 

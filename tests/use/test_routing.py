@@ -15,7 +15,7 @@ from localmimo.experts.profile import profile_path
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.trace import TraceWriter
 from quant import Pack
-from quant.recipe import Recipe
+from quant.convert.recipe import Recipe
 from tests.packs import make_pack
 
 

@@ -10,7 +10,6 @@ from localmimo.cli.ui import bar, fit, parse_count, rows, seconds, table
 from localmimo.draft import MOST_DRAFTS, DraftStats
 from localmimo.errors import BadRequest
 from localmimo.generate import Stats, Step
-
 from tests.scripted import Capture
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from localmimo.errors import BadModel, BadRequest
 from localmimo.text import Decoder, Tokenizer
-
 from tests.use import bpe
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

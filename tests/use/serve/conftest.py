@@ -15,7 +15,6 @@ from localmimo import mini
 from localmimo.engine import Engine, load
 from quant import convert
 from tests.tiny import make_checkpoint
-
 from tests.use.serve.running import Running, Scripted, scripted
 
 MINI = Path(mini.__file__).with_name("mimo-mini")

@@ -12,7 +12,6 @@ import pytest
 from localmimo.engine import Engine
 from localmimo.serve.connection import Limits
 from localmimo.serve.guard import Guard
-
 from tests.use.serve.running import Running, Scripted, wait_for
 from tests.use.serve.test_chat import HELLO, PATH
 

@@ -7,7 +7,6 @@ import pytest
 
 from localmimo.engine import Engine
 from localmimo.sample import Sampling
-
 from tests.use.serve.running import Running, Scripted
 
 PATH = "/v1/chat/completions"

@@ -16,7 +16,6 @@ import pytest
 from localmimo import load
 from localmimo.cli.app import run
 from tests.packs import make_pack
-
 from tests.use.serve.running import wait_for
 from tests.use.serve.test_chat import HELLO, PATH
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from localmimo.engine import Engine
-
 from tests.use.serve.running import Running, Scripted, wait_for
 from tests.use.serve.test_chat import CALL, CUT_OFF, WEATHER
 

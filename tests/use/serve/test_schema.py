@@ -12,7 +12,6 @@ from localmimo.engine import Engine
 from localmimo.serve import pages
 from localmimo.serve.app import PATHS
 from localmimo.serve.openapi import description
-
 from tests.use.serve.running import Running
 
 

@@ -9,7 +9,6 @@ from localmimo.engine import Engine
 from localmimo.generate import Stats
 from localmimo.serve.shelf import Shelf, reach
 from localmimo.turns import Turns
-
 from tests.use.serve import conversations as talks
 from tests.use.serve.running import Running, Scripted
 

@@ -12,7 +12,6 @@ from localmimo.grammar import Grammar, Grammars
 from localmimo.template import ChatTemplate
 from localmimo.toolcall import ToolCall
 from localmimo.toolchoice import ToolChoice, rules_of_calls
-
 from tests.use.serve.running import Running, Scripted
 
 pytest.importorskip("llguidance", reason="the extra grammar is not installed")

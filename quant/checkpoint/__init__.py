@@ -1,0 +1,1 @@
+"""What others made: a Hugging Face checkpoint's names and encodings become canonical names and values."""

@@ -1,0 +1,1 @@
+"""A checkpoint and a recipe become a pack, unit by unit, resumable."""

@@ -1,0 +1,1 @@
+"""A pack: opened read-only, described by its manifest, verified."""
