@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo.errors import BadRequest, BadSession
-from localmimo.home import home
 from localmimo.messages import check_messages
+from localmimo.system.paths import home
 from quant.files.atomic import written_aside
 from quant.files.bounded import read_small
 

@@ -5,8 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from localmimo.home import home
 from localmimo.mini import CHECKPOINT, NAME
+from localmimo.system.paths import home
 
 
 def embedded_pack() -> Path:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from localmimo.home import home
+from localmimo.system.paths import home
 from quant.files.atomic import written_aside
 from quant.files.hugepages import mapping
 

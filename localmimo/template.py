@@ -14,10 +14,10 @@ from typing import Any
 import jinja2
 
 from localmimo import sandbox
-from localmimo.child import Child, ChildLost
 from localmimo.errors import BadModel, BadRequest
-from localmimo.files import read_json
 from localmimo.messages import Message, check_messages, check_tools
+from localmimo.system.helper_process import Child, ChildLost
+from localmimo.system.json_files import read_json
 from quant.files.bounded import CONFIG_BYTES, read_small
 
 TEMPLATES = Path(__file__).with_name("templates")

@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 
 from localmimo.errors import BadModel, BadRequest
-from localmimo.files import read_json
+from localmimo.system.json_files import read_json
 from quant.files.bounded import LIST_BYTES, read_small
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # rows of a padded vocabulary that no token stands for

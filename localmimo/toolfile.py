@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from localmimo.child import Child, ChildLost
 from localmimo.errors import BadRequest
+from localmimo.system.helper_process import Child, ChildLost
 from localmimo.tools import Tool, ToolFailed
 
 OPENING_S = 60.0  # for the file's own imports

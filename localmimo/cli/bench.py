@@ -24,11 +24,11 @@ from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
 from localmimo.estimate import decode_range
 from localmimo.experts.trace import TraceWriter
-from localmimo.lines import Lines
 from localmimo.machine import Machine, format_bytes
 from localmimo.plan import DEFAULT_CONTEXT
 from localmimo.speeds import Speeds
 from localmimo.structure import Structure, structure_of
+from localmimo.system.jsonl import Lines
 
 if TYPE_CHECKING:
     from localmimo.corpus import Corpus

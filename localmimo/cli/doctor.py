@@ -257,7 +257,7 @@ def _pinned() -> Findings:
 
 
 def _home() -> Findings:
-    from localmimo.home import home
+    from localmimo.system.paths import home
 
     try:
         place = home()
@@ -279,7 +279,7 @@ def _home() -> Findings:
 
 def _disks(pack: str | None, quick: bool) -> Callable[[], Findings]:
     def disk() -> Findings:
-        from localmimo.home import home
+        from localmimo.system.paths import home
 
         place = Path(pack).expanduser() if pack else home()
         if place.is_dir():

@@ -18,7 +18,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 
-from localmimo.home import home
+from localmimo.system.paths import home
 
 PROMPT = "› "
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localmimo.lines import Lines
+from localmimo.system.jsonl import Lines
 
 if TYPE_CHECKING:
     from localmimo.generate import Step

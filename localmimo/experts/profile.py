@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmimo.errors import BadRequest
-from localmimo.home import home
+from localmimo.system.paths import home
 from quant.files.atomic import written_aside
 
 SESSION_TOKENS = 512

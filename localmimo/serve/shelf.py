@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localmimo.errors import BadSession, LocalMimoError
-from localmimo.files import read_json
 from localmimo.kv import SLACK
+from localmimo.system.json_files import read_json
 from localmimo.turns import Turn, Turns
 from quant.files.atomic import written_aside
 from quant.files.bounded import read_small

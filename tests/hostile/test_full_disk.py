@@ -19,8 +19,8 @@ from localmimo.engine import Engine
 from localmimo.errors import BadRequest, BadSession
 from localmimo.experts.profile import Profile, write_profile
 from localmimo.experts.trace import TraceWriter, read_trace
-from localmimo.lines import Lines
 from localmimo.serve.shelf import _found, _write_index
+from localmimo.system.jsonl import Lines
 from tests.packs import make_pack
 
 

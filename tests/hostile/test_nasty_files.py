@@ -22,7 +22,7 @@ from localmimo.errors import BadModel, BadRequest, BadSession
 from localmimo.experts.profile import BadProfile, read_profile, write_profile
 from localmimo.experts.profile import Profile as Counted
 from localmimo.experts.trace import read_trace
-from localmimo.files import read_json
+from localmimo.system.json_files import read_json
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 from quant import Recipe

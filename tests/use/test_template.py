@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from localmimo.child import Child
 from localmimo.errors import BadModel, BadRequest
 from localmimo.messages import check_messages
+from localmimo.system.helper_process import Child
 from localmimo.template import ChatTemplate, family
 
 GOLDEN = Path(__file__).with_name("golden")
