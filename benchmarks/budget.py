@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.make_checkpoint import Shape, make_checkpoint
 from benchmarks.mmap import GROUPS, capped
-from localmimo.machine import parse_bytes
+from localmimo.hardware.host import parse_bytes
 from quant import convert
 
 OVER = 1.03  # of the budget, at most
@@ -38,7 +38,7 @@ import json, sys
 import torch
 from localmimo import Sampling, load
 from localmimo.engine import Engine
-from localmimo.machine import parse_bytes
+from localmimo.hardware.host import parse_bytes
 
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))

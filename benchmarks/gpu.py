@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 from localmimo.config import ModelConfig
-from localmimo.device import Device, find_device
 from localmimo.errors import NoDevice
-from localmimo.machine import Machine, format_bytes
+from localmimo.hardware.device import Device, find_device
+from localmimo.hardware.host import Machine, format_bytes
 from quant import gpu
 from quant.formats.codec import codec
 from quant.formats.page import PageLayout
@@ -324,7 +324,7 @@ def _config(bench: Bench, n_layers: int | None = None) -> ModelConfig:
 def _run(bench: Bench, config: ModelConfig, ram: int, prompt: int, steps: int) -> Facts:
     """Prefill and decode of one model with random weights, and what bounds them."""
     from benchmarks.flash import opened
-    from localmimo.speeds import measure_ram
+    from localmimo.hardware.bandwidth import measure_ram
 
     machine = Machine.probe()
     free = find_device(str(bench.facts)).automatic_bytes

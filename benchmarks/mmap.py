@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from localmimo.machine import parse_bytes
+from localmimo.hardware.host import parse_bytes
 
 GROUPS = Path("/sys/fs/cgroup/memory")
 LIBRARIES = 450 << 20  # interpreter, torch and its pools: in the cap, outside our --ram

@@ -22,8 +22,6 @@ from localmimo.batch import Batch
 from localmimo.chat import StreamParser
 from localmimo.config import ModelConfig
 from localmimo.constraint import Constraints
-from localmimo.crossover import settle
-from localmimo.device import out_of_memory
 from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull
@@ -34,6 +32,8 @@ from localmimo.experts.store import Traffic
 from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
 from localmimo.grammar import Grammar
 from localmimo.graphs import Graphs
+from localmimo.hardware.device import out_of_memory
+from localmimo.hardware.unpack_threshold import settle
 from localmimo.mini import NAME
 from localmimo.model import Placed, Transformer, load_weights
 from localmimo.mtp import load_heads

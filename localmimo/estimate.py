@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from localmimo.config import ModelConfig
+from localmimo.hardware.bandwidth import N_READERS, Speeds
 from localmimo.plan import Plan, kv_row_bytes
-from localmimo.speeds import N_READERS, Speeds
 from localmimo.structure import Structure
 
 Range = tuple[float, float]  # low, high

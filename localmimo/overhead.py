@@ -18,8 +18,8 @@ from statistics import median
 from localmimo.engine import load
 from localmimo.errors import BadModel
 from localmimo.experts.tiers import DiskTier, RamTier
+from localmimo.hardware.bandwidth import Speeds, file_spots, keep, kept, measured_speeds, products_key
 from localmimo.sample import Sampling
-from localmimo.speeds import Speeds, file_spots, keep, kept, measured_speeds, products_key
 from localmimo.structure import Structure, structure_of
 from quant import Pack
 from quant.pack.pack import PageAt, experts_of

@@ -15,7 +15,7 @@ from typing import Any
 
 from localmimo.config import LayerSpec, ModelConfig
 from localmimo.errors import DoesNotFit
-from localmimo.machine import format_bytes
+from localmimo.hardware.host import format_bytes
 
 PREFILL_CHUNK = (
     1024  # tokens that go through a layer at a time: fixed, so that a budget never changes an answer

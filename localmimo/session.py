@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from localmimo.blocks import Lender, Scattered
-from localmimo.device import broke_down, out_of_memory
 from localmimo.errors import BadRequest, BadSession, ContextFull
 from localmimo.graphs import Graphs
+from localmimo.hardware.device import broke_down, out_of_memory
 from localmimo.kv import SLACK, KVCache, Snapshot, WindowKV
 from localmimo.model import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.mtp import Choose, Drafter, DraftHead

@@ -24,9 +24,9 @@ from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
 from localmimo.estimate import decode_range
 from localmimo.experts.trace import TraceWriter
-from localmimo.machine import Machine, format_bytes
+from localmimo.hardware.bandwidth import Speeds
+from localmimo.hardware.host import Machine, format_bytes
 from localmimo.plan import DEFAULT_CONTEXT
-from localmimo.speeds import Speeds
 from localmimo.structure import Structure, structure_of
 from localmimo.system.jsonl import Lines
 

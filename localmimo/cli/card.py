@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo import __version__
-from localmimo.machine import Machine, format_bytes
+from localmimo.hardware.host import Machine, format_bytes
 
 if TYPE_CHECKING:
     from localmimo.corpus import Corpus

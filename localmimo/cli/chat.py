@@ -18,7 +18,7 @@ from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.toolbox import Ask, Toolbox
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
-from localmimo.machine import format_bytes
+from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
     from localmimo.answer import Answer

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from localmimo.cli.screen import figures
 from localmimo.cli.ui import fit, parse_count
 from localmimo.errors import BadRequest, LocalMimoError
-from localmimo.machine import format_bytes
+from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
     from localmimo.cli.repl import Repl

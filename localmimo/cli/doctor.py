@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from localmimo.cli.ui import Ui
 from localmimo.errors import LocalMimoError
-from localmimo.machine import Machine, format_bytes
+from localmimo.hardware.host import Machine, format_bytes
 
 Verdict = Literal["ok", "warn", "fail"]
 MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
@@ -151,7 +151,7 @@ def _kernels() -> Findings:
 
 
 GPU = (
-    "import json; from dataclasses import asdict; from localmimo.device import find_device; "
+    "import json; from dataclasses import asdict; from localmimo.hardware.device import find_device; "
     "from localmimo.errors import NoDevice\n"
     "try: print(json.dumps(asdict(find_device('cuda'))))\n"
     "except NoDevice as error: print(json.dumps({'error': str(error)}))"
@@ -289,7 +289,7 @@ def _disks(pack: str | None, quick: bool) -> Callable[[], Findings]:
 
 
 def _disk(place: Path, quick: bool) -> Findings:
-    from localmimo.speeds import disk_speed, file_spots, ram_speed
+    from localmimo.hardware.bandwidth import disk_speed, file_spots, ram_speed
 
     files = sorted(place.glob("experts-*.safetensors"))
     page = _page_bytes(place)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.ui import Ui, bar, parse_count
-from localmimo.device import check_device
-from localmimo.machine import parse_bytes
+from localmimo.hardware.device import check_device
+from localmimo.hardware.host import parse_bytes
 
 if TYPE_CHECKING:
     from localmimo.engine import Engine

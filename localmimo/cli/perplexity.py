@@ -113,7 +113,7 @@ def _engines(job: Measurement, ui: Ui) -> Iterator[Engine]:
     names = [job.pack, *([job.against] if job.against else [])]
     folders = [None if name == EMBEDDED else pack_folder(name) for name in names]  # before torch is loaded
     from localmimo.engine import load
-    from localmimo.machine import Machine, parse_bytes
+    from localmimo.hardware.host import Machine, parse_bytes
 
     budget = Machine.probe().automatic_ram_bytes if job.ram is None else parse_bytes(job.ram)
     for name, folder in zip(names, folders, strict=True):

@@ -14,7 +14,8 @@ from localmimo.cli.ui import Ui, rows, seconds
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.estimate import CACHE_BYTES, Estimate, Range, Tiers, estimate
 from localmimo.experts.trace import Trace, read_trace
-from localmimo.machine import Machine, format_bytes, parse_bytes
+from localmimo.hardware.bandwidth import Speeds, file_spots, measured_speeds
+from localmimo.hardware.host import Machine, format_bytes, parse_bytes
 from localmimo.plan import (
     DEFAULT_CONTEXT,
     PREFILL_CHUNK,
@@ -27,7 +28,6 @@ from localmimo.plan import (
     make_plan,
     workspace_bytes,
 )
-from localmimo.speeds import Speeds, file_spots, measured_speeds
 from localmimo.structure import Structure, structure_of
 
 WINDOW_SLACK = 16  # rows of a window ring beyond the window; a test holds it against kv.SLACK
@@ -140,7 +140,7 @@ def _machine(question: Question, model: Structure) -> tuple[Machine, Speeds]:
     if question.pcie:
         given["pcie"] = float(_rate(question.pcie, "--pcie"))
     if question.disk_read and question.ram_read:
-        from localmimo.speeds import ASSUMED
+        from localmimo.hardware.bandwidth import ASSUMED
 
         return machine, replace(ASSUMED, **given)
     spots = file_spots(model.files, model.page_bytes)

@@ -18,7 +18,7 @@ from localmimo.cli.verify import read_back
 from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
 from localmimo.family import find_member
-from localmimo.machine import Machine, format_bytes
+from localmimo.hardware.host import Machine, format_bytes
 
 if TYPE_CHECKING:
     from quant import Progress, Source

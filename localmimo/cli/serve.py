@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from localmimo.cli.opener import OpenFlags, open_engine
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
-from localmimo.machine import parse_bytes
+from localmimo.hardware.host import parse_bytes
 from localmimo.serve.address import is_loopback, listen
 
 if TYPE_CHECKING:

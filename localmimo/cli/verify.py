@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from localmimo.cli.packs import pack_folder
 from localmimo.cli.ui import Ui, bar, seconds
-from localmimo.machine import format_bytes
+from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
     from quant.pack.verify import Report

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from localmimo.config import ModelConfig
-from localmimo.device import no_kernels
 from localmimo.experts import placement
 from localmimo.experts.gpu import GpuShelf, measured_costs
 from localmimo.experts.pinning import Pinning
@@ -25,7 +24,8 @@ from localmimo.experts.profile import profile_path
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import GpuTier
-from localmimo.machine import Machine
+from localmimo.hardware.device import no_kernels
+from localmimo.hardware.host import Machine
 from localmimo.plan import Plan, Vram
 from quant import Pack
 from quant.pack.pack import MANIFEST, experts_of

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from localmimo import load
 from localmimo.experts.pressure import Pressure, low_bytes, slots_wanted
-from localmimo.machine import _cgroup
+from localmimo.hardware.host import _cgroup
 from localmimo.sample import Sampling
 from tests.packs import make_pack
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu as benchmark
 from benchmarks.gpu import Bench
-from localmimo.device import Device
+from localmimo.hardware.device import Device
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,8 +6,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from localmimo import crossover, load
-from localmimo.crossover import crossing
+from localmimo import load
+from localmimo.hardware import unpack_threshold as crossover
+from localmimo.hardware.unpack_threshold import crossing
 from quant import gpu
 from tests.gpu import pretended
 from tests.gpu.pages import random_matrix

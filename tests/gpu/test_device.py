@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from localmimo import load
-from localmimo.device import check_device, find_device
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
+from localmimo.hardware.device import check_device, find_device
 from localmimo.opening import Opening
 from tests.gpu import pretended
 
@@ -34,7 +34,7 @@ def refused(words: str, name: str = "cuda") -> None:
     """Asked for it is an error; "auto" takes the CPU, and says why where somebody installed a driver."""
     with pytest.raises(NoDevice, match=words) as error:
         find_device(name)
-    with patch("localmimo.device._driver_is_there", return_value=True):
+    with patch("localmimo.hardware.device._driver_is_there", return_value=True):
         found = find_device("auto") if name == "cuda" else None
     assert found is None or (not found.is_gpu and found.note == str(error.value))
 
@@ -52,16 +52,16 @@ def test_what_is_wrong_with_a_gpu_is_a_sentence() -> None:
         refused("Pretended GPU has compute capability 7.5, and the kernels need 8.0 or more")
     with pretended.device():
         refused("There is no cuda:3: this machine has 1 ", "cuda:3")
-        with patch("localmimo.device.find_spec", return_value=None):
+        with patch("localmimo.hardware.device.find_spec", return_value=None):
             refused("need triton, which is not installed: pip install triton")
-        with patch("localmimo.device.version", return_value="3.2.0"):
+        with patch("localmimo.hardware.device.version", return_value="3.2.0"):
             refused(
                 "triton 3.2.0 is installed and the GPU kernels need 3.3 or more, which comes with torch 2.7"
             )
-        with patch("localmimo.device.shutil.which", return_value=None), patch.dict("os.environ"):
+        with patch("localmimo.hardware.device.shutil.which", return_value=None), patch.dict("os.environ"):
             os.environ.pop("CC", None)
             refused("neither gcc nor clang: apt install gcc")
-        with patch("localmimo.device.sysconfig.get_path", return_value="/nowhere"):
+        with patch("localmimo.hardware.device.sysconfig.get_path", return_value="/nowhere"):
             refused("no Python.h: apt install python3-dev")
         with patch.object(torch.cuda, "device_count", return_value=0):
             refused("no GPU that CUDA can see")

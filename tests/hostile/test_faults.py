@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localmimo import LocalMimoError, load, speeds
+from localmimo import LocalMimoError, load
 from localmimo.engine import Engine
 from localmimo.experts.policy import Lru
 from localmimo.experts.pressure import Pressure
 from localmimo.experts.profile import read_profile
 from localmimo.experts.readers import Readers
 from localmimo.experts.store import ExpertStore
+from localmimo.hardware import bandwidth as speeds
 from localmimo.sample import Sampling
 from localmimo.serve.shelf import Saved, Shelf
 from localmimo.turns import Turns

@@ -9,7 +9,7 @@ from localmimo import attend, kv
 from localmimo import plan as plans
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts import run
-from localmimo.machine import Machine, _cgroup, format_bytes, parse_bytes
+from localmimo.hardware.host import Machine, _cgroup, format_bytes, parse_bytes
 from localmimo.plan import Plan, make_plan
 from tests.model.test_config import FLASH, parse
 

@@ -14,10 +14,10 @@ from localmimo.errors import DoesNotFit
 from localmimo.estimate import Tiers, decode_range, disk_rates, estimate
 from localmimo.experts.trace import Trace
 from localmimo.family import find_member
+from localmimo.hardware.bandwidth import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
+from localmimo.hardware.host import Machine
 from localmimo.hits import assumed_hits, profile_hits, replayed_hits
-from localmimo.machine import Machine
 from localmimo.plan import Plan, make_plan
-from localmimo.speeds import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
 from localmimo.structure import Structure, structure_of
 from tests.packs import make_pack
 from tests.tiny import make_checkpoint
@@ -266,7 +266,7 @@ def test_measuring_a_disk_and_memory(tmp_path: Path) -> None:
 
 
 def test_what_a_measured_plan_says(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from localmimo import speeds
+    from localmimo.hardware import bandwidth as speeds
 
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
     ask = ("plan", str(pack), "--ram", "64MiB", "-c", "256")
@@ -285,7 +285,7 @@ def test_what_a_measured_plan_says(pack: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from localmimo import speeds
+    from localmimo.hardware import bandwidth as speeds
 
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
     speeds.keep("ram", {"read": 5e9})

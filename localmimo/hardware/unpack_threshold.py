@@ -10,7 +10,7 @@ from math import inf
 
 import torch
 
-from localmimo.speeds import keep, kept
+from localmimo.hardware.bandwidth import keep, kept
 from quant import QTensor, gpu
 
 COUNTS = (16, 32, 64, 128, 256, 512, 1024)  # of tokens, ascending

@@ -1,0 +1,1 @@
+"""What this computer has: memory, disks, a GPU, and how fast they are."""
