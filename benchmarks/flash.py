@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from localmimo.config import ModelConfig
 from localmimo.experts.adaptive import Adaptive
 from localmimo.experts.gpu import GpuShelf, measured_costs
 from localmimo.experts.pinning import Pinning
@@ -29,10 +28,11 @@ from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import GpuTier
 from localmimo.graphs import Graphs
 from localmimo.kv import SLACK
-from localmimo.model import Placed, Transformer, load_weights
+from localmimo.model.config import ModelConfig
+from localmimo.model.transformer import Placed, Transformer, load_weights
+from localmimo.model.weight_shapes import _expected as expected_shapes
 from localmimo.plan import Plan, make_plan
 from localmimo.session import Session
-from localmimo.shapes import _expected as expected_shapes
 from quant.formats.codec import codec
 from quant.formats.page import PageLayout
 from quant.formats.qtensor import DTYPES, QTensor

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from localmimo.config import ModelConfig
 from localmimo.errors import NoDevice
 from localmimo.hardware.device import Device, find_device
 from localmimo.hardware.host import Machine, format_bytes
+from localmimo.model.config import ModelConfig
 from quant import gpu
 from quant.formats.codec import codec
 from quant.formats.page import PageLayout
@@ -86,8 +86,8 @@ class Bench:
 
 def kernels(bench: Bench) -> Facts:
     """Relative errors of every kernel."""
-    from localmimo.attend import Rows, extend_reference, rope_table
-    from localmimo.config import LayerSpec
+    from localmimo.model.attention import Rows, extend_reference, rope_table
+    from localmimo.model.config import LayerSpec
     from tests.gpu.pages import random_matrix, random_routing, random_slab, relative, true_rows
 
     small = bench.interpret
@@ -310,8 +310,8 @@ def attention(bench: Bench) -> Facts:
 
 
 def _config(bench: Bench, n_layers: int | None = None) -> ModelConfig:
-    from localmimo.family import find_member
     from localmimo.mini import CHECKPOINT
+    from localmimo.model.members import find_member
 
     if bench.interpret:
         return ModelConfig.parse(json.loads((CHECKPOINT / "config.json").read_text()), None)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generated import REPOSITORY, first_layers, serving
-from localmimo.family import MEMBERS, find_member
+from localmimo.model.members import MEMBERS, find_member
 from quant.checkpoint.published import published_tensors
 
 

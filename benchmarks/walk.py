@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.generated import Pools
-from localmimo.family import MEMBERS, find_member
+from localmimo.model.members import MEMBERS, find_member
 from quant import Recipe, Source
 from quant.checkpoint.pieces import Matrix
 from quant.convert.listing import FilePlan, Listing

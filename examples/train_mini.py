@@ -39,7 +39,7 @@ from mini_training.network import (
 from mini_training.sampling import sample_answers
 from torch import Tensor
 
-from localmimo.model import rms_norm
+from localmimo.model.transformer import rms_norm
 
 COOL_FROM = 0.75  # share of the trunk's time after which the learning rate falls
 LATE_FROM = 0.60  # share of the time from which the mix moves to its late shares

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from localmimo.errors import BadRequest
-from localmimo.model import nothing_to_check
+from localmimo.model.transformer import nothing_to_check
 from localmimo.mtp import Choose
 from localmimo.paired import Paired
 from localmimo.session import Session

@@ -20,7 +20,6 @@ from localmimo.agent import Approve, Run, run_agent
 from localmimo.answer import Answer, Message
 from localmimo.batch import Batch
 from localmimo.chat import StreamParser
-from localmimo.config import ModelConfig
 from localmimo.constraint import Constraints
 from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
@@ -35,7 +34,10 @@ from localmimo.graphs import Graphs
 from localmimo.hardware.device import out_of_memory
 from localmimo.hardware.unpack_threshold import settle
 from localmimo.mini import NAME
-from localmimo.model import Placed, Transformer, load_weights
+from localmimo.model.config import ModelConfig
+from localmimo.model.load_progress import Hear, Watched
+from localmimo.model.transformer import Placed, Transformer, load_weights
+from localmimo.model.weight_shapes import check_shapes
 from localmimo.mtp import load_heads
 from localmimo.opening import Dtype, Kv, Opening
 from localmimo.options import Options
@@ -44,11 +46,9 @@ from localmimo.prompt import Prompt, Prompts
 from localmimo.sample import Sampling
 from localmimo.saved import Identity
 from localmimo.session import Progress, Session
-from localmimo.shapes import check_shapes
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
-from localmimo.watched import Hear, Watched
 from quant import Pack
 from quant.ops.linear import backend
 

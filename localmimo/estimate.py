@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localmimo.config import ModelConfig
 from localmimo.hardware.bandwidth import N_READERS, Speeds
+from localmimo.model.config import ModelConfig
 from localmimo.plan import Plan, kv_row_bytes
 from localmimo.structure import Structure
 

@@ -14,9 +14,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from localmimo.attend import Rows
 from localmimo.kv import KVCache
-from localmimo.model import Experts, Piece, Transformer, nothing_to_check, nothing_to_report, rope_rows
+from localmimo.model.attention import Rows
+from localmimo.model.transformer import (
+    Experts,
+    Piece,
+    Transformer,
+    nothing_to_check,
+    nothing_to_report,
+    rope_rows,
+)
 
 MOST_TOKENS = 8  # of a step: longer ones are prompts, which are few
 MOST_GRAPHS = 256  # of one shape: where placement changes often, old stretches are forgotten

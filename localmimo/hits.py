@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from localmimo.config import ModelConfig
 from localmimo.experts.adaptive import Adaptive
 from localmimo.experts.policy import Lru, Policy
 from localmimo.experts.profile import BadProfile, profile_path, read_profile
 from localmimo.experts.replay import play
 from localmimo.experts.stats import RouterStats
 from localmimo.experts.trace import Trace
+from localmimo.model.config import ModelConfig
 
 Range = tuple[float, float]  # low, high
 

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from localmimo.attend import Rows
 from localmimo.blocks import Blocks, Lender, Scattered
-from localmimo.config import LayerSpec
+from localmimo.model.attention import Rows
+from localmimo.model.config import LayerSpec
 from localmimo.plan import positions_per_slot
 from quant.files.hugepages import mapping
 from quant.kernels.attention import SCALE_BYTES

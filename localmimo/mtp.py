@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localmimo.kv import SLACK, KVCache
-from localmimo.model import DenseSource, Guess, Transformer, Weights, load_block, rms_norm
+from localmimo.model.transformer import DenseSource, Guess, Transformer, Weights, load_block, rms_norm
 from localmimo.trail import Trail
 from quant import QTensor, linear
 

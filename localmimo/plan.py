@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from localmimo.config import LayerSpec, ModelConfig
 from localmimo.errors import DoesNotFit
 from localmimo.hardware.host import format_bytes
+from localmimo.model.config import LayerSpec, ModelConfig
 
 PREFILL_CHUNK = (
     1024  # tokens that go through a layer at a time: fixed, so that a budget never changes an answer

@@ -17,7 +17,7 @@ from localmimo.errors import BadRequest, BadSession, ContextFull
 from localmimo.graphs import Graphs
 from localmimo.hardware.device import broke_down, out_of_memory
 from localmimo.kv import SLACK, KVCache, Snapshot, WindowKV
-from localmimo.model import Experts, Transformer, nothing_to_check, nothing_to_report
+from localmimo.model.transformer import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.mtp import Choose, Drafter, DraftHead
 from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
 from localmimo.saved import Identity, SavedSession, write

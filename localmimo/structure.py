@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from localmimo.config import ModelConfig
 from localmimo.errors import BadModel
-from localmimo.family import MEMBERS, Member, find_member, member_like
+from localmimo.model.config import ModelConfig
+from localmimo.model.members import MEMBERS, Member, find_member, member_like
 from quant import Pack, Recipe, Source
 from quant.convert.listing import Listing
 from quant.errors import BadCheckpoint

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localmimo.attend import rope_table, rotate
-from localmimo.model import rms_norm, route
+from localmimo.model.attention import rope_table, rotate
+from localmimo.model.transformer import rms_norm, route
 
 from .experts import Experts
 

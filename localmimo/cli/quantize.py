@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.cli.verify import read_back
-from localmimo.config import ModelConfig
 from localmimo.errors import BadRequest
-from localmimo.family import find_member
 from localmimo.hardware.host import Machine, format_bytes
+from localmimo.model.config import ModelConfig
+from localmimo.model.members import find_member
 
 if TYPE_CHECKING:
     from quant import Progress, Source

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from localmimo.config import ModelConfig
 from localmimo.experts import placement
 from localmimo.experts.gpu import GpuShelf, measured_costs
 from localmimo.experts.pinning import Pinning
@@ -26,6 +25,7 @@ from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import GpuTier
 from localmimo.hardware.device import no_kernels
 from localmimo.hardware.host import Machine
+from localmimo.model.config import ModelConfig
 from localmimo.plan import Plan, Vram
 from quant import Pack
 from quant.pack.pack import MANIFEST, experts_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localmimo.experts.slots import Arrival
 from localmimo.experts.store import ExpertStore
-from localmimo.model import Guess
+from localmimo.model.transformer import Guess
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order
 

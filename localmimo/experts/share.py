@@ -23,7 +23,7 @@ from localmimo.experts.run import (
 )
 from localmimo.experts.slots import Arrival
 from localmimo.experts.store import ExpertStore
-from localmimo.model import Guess
+from localmimo.model.transformer import Guess
 from localmimo.plan import SHARED_TOKENS
 from quant import gpu
 from quant.ops.experts import experts as run_pages

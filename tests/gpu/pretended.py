@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from localmimo.attend import Rows
+from localmimo.model.attention import Rows
 from quant import gpu
 from quant.formats.page import PageLayout
 from quant.formats.qtensor import QTensor

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from localmimo.attend import Rows, extend_reference, rope_table
-from localmimo.config import LayerSpec
 from localmimo.kv import row_width
+from localmimo.model.attention import Rows, extend_reference, rope_table
+from localmimo.model.config import LayerSpec
 from quant import gpu
 from tests.gpu.pages import relative
 

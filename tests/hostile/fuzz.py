@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from localmimo import load
-from localmimo.config import ModelConfig
 from localmimo.conversation import _read as read_conversation
 from localmimo.errors import LocalMimoError
 from localmimo.experts.placement import _read as read_placement
 from localmimo.experts.profile import BadProfile, Profile, read_profile, write_profile
 from localmimo.experts.trace import read_trace
 from localmimo.hardware import bandwidth as speeds
+from localmimo.model.config import ModelConfig
 from localmimo.serve.anthropic import read_messages
 from localmimo.serve.chat import read_chat
 from localmimo.serve.failures import Failure

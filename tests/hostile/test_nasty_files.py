@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from localmimo.config import ModelConfig
 from localmimo.conversation import _read as read_conversation
 from localmimo.errors import BadModel, BadRequest, BadSession
 from localmimo.experts.profile import BadProfile, read_profile, write_profile
 from localmimo.experts.profile import Profile as Counted
 from localmimo.experts.trace import read_trace
+from localmimo.model.config import ModelConfig
 from localmimo.system.json_files import read_json
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer

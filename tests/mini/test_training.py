@@ -18,9 +18,9 @@ from mini_training.muon import Optimizer, orthogonal, shares
 from mini_training.network import Network, Params, Shape, WeightedLoss, init_biases, init_params, make_frame
 from train_mini import draft_loss, schedule, trunk_loss
 
-from localmimo.attend import attend, rope_table, rotate, window_mask
-from localmimo.config import ModelConfig
-from localmimo.model import rms_norm, route
+from localmimo.model.attention import attend, rope_table, rotate, window_mask
+from localmimo.model.config import ModelConfig
+from localmimo.model.transformer import rms_norm, route
 
 TINY = Shape(
     vocab=96, hidden=32, n_layers=3, global_layers=(0, 2), window=16, heads=4, head_dim=12, v_head_dim=8,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers.models.mimo_v2_flash import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 
-from localmimo.config import LayerSpec, ModelConfig
+from localmimo.model.config import LayerSpec, ModelConfig
 from tests.tiny import oracle_weights
 
 Weights = dict[str, torch.Tensor]

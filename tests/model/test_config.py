@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from localmimo.config import ModelConfig
 from localmimo.errors import BadModel
+from localmimo.model.config import ModelConfig
 from tests.tiny import make_config
 
 # The published values (see the docstring of localmimo/config.py); counts of layers by kind, and sizes.

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmimo.attend import Rows, extend, rope_table
-from localmimo.config import LayerSpec
 from localmimo.kv import GlobalKV, KVCache, WindowKV, row_bytes, row_width
-from localmimo.model import ROPE_TABLE, rope_rows
+from localmimo.model.attention import Rows, extend, rope_table
+from localmimo.model.config import LayerSpec
+from localmimo.model.transformer import ROPE_TABLE, rope_rows
 
 WINDOW, SLACK = 8, 5
 SPEC = LayerSpec("window", "dense", 4, 2, 6, 4, 2, 1e4, WINDOW, True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import localmimo.model
+import localmimo.model.transformer
 from localmimo import load
 from localmimo.engine import Engine
 from tests.model.oracle import load_oracle
@@ -72,7 +72,7 @@ def test_decode_token_by_token(pair: tuple[Engine, torch.Tensor, list[int]], pro
 
 
 def break_route(change: Callable[..., object]) -> Callable[..., object]:
-    true = localmimo.model.route
+    true = localmimo.model.transformer.route
     return lambda *arguments: change(true, *arguments)
 
 
@@ -95,7 +95,7 @@ def test_a_wrong_router_shows(
     pair: tuple[Engine, torch.Tensor, list[int]], wrong: Callable, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
     engine, expected, tokens = pair
-    monkeypatch.setattr(localmimo.model, "route", break_route(wrong))
+    monkeypatch.setattr(localmimo.model.transformer, "route", break_route(wrong))
     assert worst(engine.logits(tokens), expected) > 2e-3
 
 
@@ -125,9 +125,11 @@ def test_one_wrong_constant_shows(pair: tuple[Engine, torch.Tensor, list[int]], 
     assert worst(logits_with(engine, wrong, tokens), expected) > 2e-3
 
 
-def logits_with(engine: Engine, config: localmimo.config.ModelConfig, tokens: list[int]) -> torch.Tensor:
+def logits_with(
+    engine: Engine, config: localmimo.model.config.ModelConfig, tokens: list[int]
+) -> torch.Tensor:
     """Logits of the engine's weights under another configuration."""
-    from localmimo.model import Transformer, load_weights
+    from localmimo.model.transformer import Transformer, load_weights
     from localmimo.session import Session
 
     model = Transformer(config, load_weights(engine.pack, config), torch.float32)

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from localmimo import attend, kv
+from localmimo import kv
 from localmimo import plan as plans
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts import run
 from localmimo.hardware.host import Machine, _cgroup, format_bytes, parse_bytes
+from localmimo.model.transformer import attention as attend
 from localmimo.plan import Plan, make_plan
 from tests.model.test_config import FLASH, parse
 

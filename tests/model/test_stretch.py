@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import localmimo.model
+import localmimo.model.transformer
 from localmimo import Cancelled, load
 from localmimo.engine import Engine
 from localmimo.kv import KVCache
-from localmimo.model import GUESS_TOKENS, Guess, pieces_of
+from localmimo.model.transformer import GUESS_TOKENS, Guess, pieces_of
 from localmimo.session import Session
 from quant import kernels
 from tests.packs import make_pack
@@ -25,7 +25,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(localmimo.model, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(localmimo.model.transformer, "PREFILL_CHUNK", 32)
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:

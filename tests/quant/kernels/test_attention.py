@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localmimo.attend import Rows, extend_reference, rope_table
-from localmimo.config import LayerSpec
 from localmimo.kv import row_width
-from localmimo.model import route_reference
+from localmimo.model.attention import Rows, extend_reference, rope_table
+from localmimo.model.config import LayerSpec
+from localmimo.model.transformer import route_reference
 from quant import kernels
 from quant.kernels import attention
 from tests.quant.kernels.isa import ISAS, needs_native, relative

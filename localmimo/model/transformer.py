@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localmimo.attend import Rope, Rows, extend, rope_table
-from localmimo.config import LayerSpec, ModelConfig
+from localmimo.model.attention import Rope, Rows, extend, rope_table
+from localmimo.model.config import LayerSpec, ModelConfig
 from localmimo.plan import PREFILL_CHUNK
 from quant import QTensor, linear
 from quant.kernels import attention as native

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localmimo.config import LayerSpec
+from localmimo.model.config import LayerSpec
 from quant import gpu
 from quant.kernels import attention as native
 

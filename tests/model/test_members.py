@@ -2,8 +2,8 @@
 
 import pytest
 
-from localmimo.config import ModelConfig
-from localmimo.family import MEMBERS, Member, find_member, member_like
+from localmimo.model.config import ModelConfig
+from localmimo.model.members import MEMBERS, Member, find_member, member_like
 from quant import Recipe, Source
 from quant.checkpoint.published import published_tensors
 

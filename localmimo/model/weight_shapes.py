@@ -6,8 +6,8 @@ weight.
 
 from collections.abc import Iterator
 
-from localmimo.config import LayerSpec, ModelConfig
 from localmimo.errors import BadModel
+from localmimo.model.config import LayerSpec, ModelConfig
 from quant.pack.pack import Pack, experts_of
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
