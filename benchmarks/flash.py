@@ -27,7 +27,7 @@ from localmimo.experts.stats import RouterStats
 from localmimo.experts.store import ExpertStore
 from localmimo.experts.tiers import GpuTier
 from localmimo.graphs import Graphs
-from localmimo.kv import SLACK
+from localmimo.kv.cache import SLACK
 from localmimo.model.config import ModelConfig
 from localmimo.model.transformer import Placed, Transformer, load_weights
 from localmimo.model.weight_shapes import _expected as expected_shapes

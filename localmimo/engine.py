@@ -33,6 +33,7 @@ from localmimo.grammar import Grammar
 from localmimo.graphs import Graphs
 from localmimo.hardware.device import out_of_memory
 from localmimo.hardware.unpack_threshold import settle
+from localmimo.kv.session_file import Identity
 from localmimo.mini import NAME
 from localmimo.model.config import ModelConfig
 from localmimo.model.load_progress import Hear, Watched
@@ -44,7 +45,6 @@ from localmimo.options import Options
 from localmimo.plan import PREFILL_CHUNK
 from localmimo.prompt import Prompt, Prompts
 from localmimo.sample import Sampling
-from localmimo.saved import Identity
 from localmimo.session import Progress, Session
 from localmimo.template import ChatTemplate
 from localmimo.text import Tokenizer

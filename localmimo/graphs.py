@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from localmimo.kv import KVCache
+from localmimo.kv.cache import KVCache
 from localmimo.model.attention import Rows
 from localmimo.model.transformer import (
     Experts,

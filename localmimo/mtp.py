@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localmimo.kv import SLACK, KVCache
+from localmimo.kv.cache import SLACK, KVCache
+from localmimo.kv.hidden_states import Trail
 from localmimo.model.transformer import DenseSource, Guess, Transformer, Weights, load_block, rms_norm
-from localmimo.trail import Trail
 from quant import QTensor, linear
 
 # Rows that a head begins with where it was not asked for a while. A whole window of them takes as long as some tokens,

@@ -12,7 +12,7 @@ from localmimo.draft import MOST_DRAFTS, Draft, check_draft
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 from localmimo.hardware.device import CPU, Device, check_device, find_device
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
-from localmimo.kv import SLACK
+from localmimo.kv.cache import SLACK
 from localmimo.model.config import ModelConfig
 from localmimo.plan import DEFAULT_CONTEXT, Plan, make_plan
 from quant import Pack

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmimo.blocks import Lender, Scattered
 from localmimo.errors import BadRequest, BadSession, ContextFull
 from localmimo.graphs import Graphs
 from localmimo.hardware.device import broke_down, out_of_memory
-from localmimo.kv import SLACK, KVCache, Snapshot, WindowKV
+from localmimo.kv.block_table import Lender, Scattered
+from localmimo.kv.cache import SLACK, KVCache, Snapshot, WindowKV
+from localmimo.kv.hidden_states import Trail
+from localmimo.kv.session_file import Identity, SavedSession, write
 from localmimo.model.transformer import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.mtp import Choose, Drafter, DraftHead
 from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
-from localmimo.saved import Identity, SavedSession, write
-from localmimo.trail import Trail
 from quant import kernels
 
 SHARED = (

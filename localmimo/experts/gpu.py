@@ -14,11 +14,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from localmimo.blocks import Blocks
 from localmimo.experts.policy import Page
 from localmimo.experts.slots import Slots
 from localmimo.experts.tiers import GpuTier
 from localmimo.experts.uploads import Costs, choose, most_uploads
+from localmimo.kv.block_table import Blocks
 from quant import gpu
 from quant.formats.page import PageLayout
 from quant.ops.experts import experts as run_pages

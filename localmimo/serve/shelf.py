@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localmimo.errors import BadSession, LocalMimoError
-from localmimo.kv import SLACK
+from localmimo.kv.cache import SLACK
 from localmimo.system.json_files import read_json
 from localmimo.turns import Turn, Turns
 from quant.files.atomic import written_aside

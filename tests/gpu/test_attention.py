@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from localmimo.kv import row_width
+from localmimo.kv.cache import row_width
 from localmimo.model.attention import Rows, extend_reference, rope_table
 from localmimo.model.config import LayerSpec
 from quant import gpu

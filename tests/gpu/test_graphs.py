@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from localmimo import Engine, load
-from localmimo.blocks import Blocks
 from localmimo.experts.gpu import GpuShelf
 from localmimo.graphs import Graphs, Step
+from localmimo.kv.block_table import Blocks
 from localmimo.session import Session
 from tests.gpu import pretended, recording
 from tests.gpu.test_engine import PLAIN, on_gpu

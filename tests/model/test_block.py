@@ -7,7 +7,7 @@ import torch
 
 from localmimo import load
 from localmimo.engine import Engine
-from localmimo.kv import KVCache
+from localmimo.kv.cache import KVCache
 from localmimo.model.transformer import Transformer, pieces_of
 from quant import kernels
 from tests.packs import make_pack

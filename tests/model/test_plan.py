@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from localmimo import kv
 from localmimo import plan as plans
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts import run
 from localmimo.hardware.host import Machine, _cgroup, format_bytes, parse_bytes
+from localmimo.kv.cache import cache as kv
 from localmimo.model.transformer import attention as attend
 from localmimo.plan import Plan, make_plan
 from tests.model.test_config import FLASH, parse

@@ -6,7 +6,7 @@ import torch
 import localmimo.model.transformer
 from localmimo import Cancelled, load
 from localmimo.engine import Engine
-from localmimo.kv import KVCache
+from localmimo.kv.cache import KVCache
 from localmimo.model.transformer import GUESS_TOKENS, Guess, pieces_of
 from localmimo.session import Session
 from quant import kernels

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from localmimo import kv
 from localmimo.cli.plan import WINDOW_SLACK, Desk, Question
 from localmimo.errors import DoesNotFit
 from localmimo.estimate import Tiers, decode_range, disk_rates, estimate
@@ -15,6 +14,7 @@ from localmimo.experts.trace import Trace
 from localmimo.hardware.bandwidth import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
 from localmimo.hardware.host import Machine
 from localmimo.hits import assumed_hits, profile_hits, replayed_hits
+from localmimo.kv.cache import cache as kv
 from localmimo.model.config import ModelConfig
 from localmimo.model.members import find_member
 from localmimo.plan import Plan, make_plan

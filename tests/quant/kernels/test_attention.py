@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localmimo.kv import row_width
+from localmimo.kv.cache import row_width
 from localmimo.model.attention import Rows, extend_reference, rope_table
 from localmimo.model.config import LayerSpec
 from localmimo.model.transformer import route_reference

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from localmimo.blocks import Blocks, Lender, Scattered
+from localmimo.kv.block_table import Blocks, Lender, Scattered
 from localmimo.model.attention import Rows
 from localmimo.model.config import LayerSpec
 from localmimo.plan import positions_per_slot

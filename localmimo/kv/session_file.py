@@ -12,8 +12,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from localmimo.blocks import Scattered
 from localmimo.errors import BadSession
+from localmimo.kv.block_table import Scattered
 from quant import kernels
 from quant.files.atomic import written_aside
 from quant.files.safetensors import DTYPE_NAMES, Shard, ShardPlan, Stored, plan_shard

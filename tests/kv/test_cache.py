@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmimo.kv import GlobalKV, KVCache, WindowKV, row_bytes, row_width
+from localmimo.kv.cache import GlobalKV, KVCache, WindowKV, row_bytes, row_width
 from localmimo.model.attention import Rows, extend, rope_table
 from localmimo.model.config import LayerSpec
 from localmimo.model.transformer import ROPE_TABLE, rope_rows
