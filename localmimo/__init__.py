@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from localmimo.agent import Run
     from localmimo.answer import Message
+    from localmimo.chat.tool_call import ToolCall
     from localmimo.engine import Completion, Engine, load
     from localmimo.errors import (
         BadModel,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from localmimo.generate import Stats, Step
     from localmimo.sample import Sampling
     from localmimo.session import Session
-    from localmimo.toolcall import ToolCall
     from localmimo.tools import Tool
 
 __version__ = "0.1.0"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from localmimo.answer import Message, run_calls
+from localmimo.chat.tool_call import ToolCall
 from localmimo.errors import BadRequest
-from localmimo.toolcall import ToolCall
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool
 
 Approve = Callable[[ToolCall], bool]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from localmimo.chat.tool_call import ToolCall
 from localmimo.errors import BadRequest
 from localmimo.generate import FinishReason, Stats, Step
-from localmimo.toolcall import ToolCall
 from localmimo.tools import DECLINED, LIMIT_S, MAX_CHARS, Tool
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from localmimo.chat.tokenizer import Tokenizer
+from localmimo.chat.tool_call import OPEN
+from localmimo.chat.tool_choice import rules_of_calls
 from localmimo.grammar import Following, Grammar, Grammars, grammar_of
 from localmimo.options import Options
 from localmimo.sample import Sampling
-from localmimo.text import Tokenizer
-from localmimo.toolcall import OPEN
-from localmimo.toolchoice import rules_of_calls
 
 
 class Constraints:

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localmimo.chat.messages import check_messages
 from localmimo.errors import BadRequest, BadSession
-from localmimo.messages import check_messages
 from localmimo.system.paths import home
 from quant.files.atomic import written_aside
 from quant.files.bounded import read_small

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
+from localmimo.chat.tokenizer import Tokenizer
 from localmimo.errors import BadModel
 from localmimo.mini import HELD_OUT
-from localmimo.text import Tokenizer
 
 _BEGINNING = "<|im_start|>system"
 _OWN_SHARE = 0.9  # of the vocabulary that a tokenizer must have words for, to be taken for the pack's own

@@ -19,7 +19,10 @@ from torch import Tensor
 from localmimo.agent import Approve, Run, run_agent
 from localmimo.answer import Answer, Message
 from localmimo.batch import Batch
-from localmimo.chat import StreamParser
+from localmimo.chat.prompt import Prompt, Prompts
+from localmimo.chat.stream_parser import StreamParser
+from localmimo.chat.template import ChatTemplate
+from localmimo.chat.tokenizer import Tokenizer
 from localmimo.constraint import Constraints
 from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
@@ -43,11 +46,8 @@ from localmimo.mtp import load_heads
 from localmimo.opening import Dtype, Kv, Opening
 from localmimo.options import Options
 from localmimo.plan import PREFILL_CHUNK
-from localmimo.prompt import Prompt, Prompts
 from localmimo.sample import Sampling
 from localmimo.session import Progress, Session
-from localmimo.template import ChatTemplate
-from localmimo.text import Tokenizer
 from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.ops.linear import backend

@@ -11,15 +11,15 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from localmimo.callpart import CallPart
-from localmimo.chat import Delta, Kind
+from localmimo.chat.partial_call import CallPart
+from localmimo.chat.stream_parser import Delta, Kind
+from localmimo.chat.tokenizer import Decoder, Tokenizer
+from localmimo.chat.tool_call import ToolCall
 from localmimo.draft import MOST_DRAFTS, DraftStats, Lookahead, Pace, Steady
 from localmimo.errors import BadRequest, Cancelled
 from localmimo.experts.traffic import Traffic
 from localmimo.sample import Sampling, logprobs, pick
 from localmimo.session import Progress, Session
-from localmimo.text import Decoder, Tokenizer
-from localmimo.toolcall import ToolCall
 from quant import kernels
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "context"]

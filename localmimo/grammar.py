@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from localmimo.chat.tokenizer import Tokenizer
 from localmimo.errors import BadRequest
-from localmimo.text import Tokenizer
 
 NEEDED = "Structured output needs llguidance: pip install 'localmimo[grammar]'."
 Form = Literal["json_schema", "regex", "lark", "gbnf"]

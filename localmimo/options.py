@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
 
+from localmimo.chat.tool_choice import ToolChoice
 from localmimo.generate import Rules
 from localmimo.grammar import Grammar
 from localmimo.sample import Sampling
 from localmimo.session import Progress
-from localmimo.toolchoice import ToolChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from localmimo.toolcall import typed
+from localmimo.chat.tool_call import typed
 
 
 class Mismatch(ValueError):

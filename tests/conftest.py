@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from localmimo.text import Tokenizer
-from tests.use import bpe
+from localmimo.chat.tokenizer import Tokenizer
+from tests.chat import bpe
 
-# A busy machine is no reason to fail.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from localmimo.chat import Delta, StreamParser
+from localmimo.chat.stream_parser import Delta, StreamParser
 from localmimo.cli.ui import Ui
 from localmimo.errors import ContextFull
 from localmimo.generate import Stats, Step

@@ -138,7 +138,14 @@ def test_only_the_quantize_face_and_the_embedded_model_convert() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["localmimo", "localmimo.cli.app", "localmimo.plan", "localmimo.chat", "quant", "quant.convert.recipe"],
+    [
+        "localmimo",
+        "localmimo.cli.app",
+        "localmimo.plan",
+        "localmimo.chat.stream_parser",
+        "quant",
+        "quant.convert.recipe",
+    ],
 )
 def test_light_rooms_do_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from localmimo.chat.tool_call import ToolCall
 from localmimo.cli.ui import Ui, printable
-from localmimo.toolcall import ToolCall
 from localmimo.tools import DECLINED, Tool
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from localmimo.callpart import CallPart
-from localmimo.chat import Kind
+from localmimo.chat.partial_call import CallPart
+from localmimo.chat.stream_parser import Kind
 from localmimo.generate import Step
 
 Act = Literal["open", "more", "close"]

@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from localmimo.callpart import CallPart
+from localmimo.chat.partial_call import CallPart
+from localmimo.chat.tokenizer import Tokenizer
 from localmimo.generate import FinishReason, Stats, Step
 from localmimo.serve.ask import (
     MOST_LOGPROBS,
@@ -25,7 +26,6 @@ from localmimo.serve.desk import Desk
 from localmimo.serve.failures import Failure
 from localmimo.serve.fields import Fields
 from localmimo.serve.worker import Job
-from localmimo.text import Tokenizer
 
 REASONS: dict[FinishReason, str] = {"context": "length", "cancelled": "stop"}
 ERROR_TYPES = {"key": "authentication_error", "forbidden": "permission_error", "full": "rate_limit_error"}

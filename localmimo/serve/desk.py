@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from localmimo.text import Tokenizer
+from localmimo.chat.tokenizer import Tokenizer
 
 ARCHIVE_BYTES = 64 << 20
 

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from localmimo.chat.turn_cache import Turn, Turns
 from localmimo.errors import BadSession, LocalMimoError
 from localmimo.kv.cache import SLACK
 from localmimo.system.json_files import read_json
-from localmimo.turns import Turn, Turns
 from quant.files.atomic import written_aside
 from quant.files.bounded import read_small
 

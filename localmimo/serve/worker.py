@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from localmimo.answer import Answer
+from localmimo.chat.prompt import Prompt
 from localmimo.errors import BadRequest, ContextFull
 from localmimo.generate import Stats, Step
-from localmimo.prompt import Prompt
 from localmimo.serve.ask import Ask
 from localmimo.serve.line import Place
 from localmimo.serve.shelf import Shelf

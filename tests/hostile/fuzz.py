@@ -16,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from localmimo import load
+from localmimo.chat.template import ChatTemplate
+from localmimo.chat.tokenizer import Tokenizer
+from localmimo.chat.turn_cache import Turns
 from localmimo.conversation import _read as read_conversation
 from localmimo.errors import LocalMimoError
 from localmimo.experts.placement import _read as read_placement
@@ -29,9 +32,6 @@ from localmimo.serve.failures import Failure
 from localmimo.serve.fields import Fields
 from localmimo.serve.responses import _read_ask, _read_input
 from localmimo.serve.shelf import Shelf, _write_index
-from localmimo.template import ChatTemplate
-from localmimo.text import Tokenizer
-from localmimo.turns import Turns
 from quant import Recipe
 from quant.checkpoint.source import INDEX, Source
 from quant.convert.writer import JOURNAL, read_journal

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from localmimo import LocalMimoError, load
+from localmimo.chat.turn_cache import Turns
 from localmimo.engine import Engine
 from localmimo.experts.policy import Lru
 from localmimo.experts.pressure import Pressure
@@ -28,7 +29,6 @@ from localmimo.experts.store import ExpertStore
 from localmimo.hardware import bandwidth as speeds
 from localmimo.sample import Sampling
 from localmimo.serve.shelf import Saved, Shelf
-from localmimo.turns import Turns
 from quant.pack.pack import Pack
 from tests.packs import make_pack
 

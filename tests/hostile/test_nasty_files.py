@@ -16,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from localmimo.chat.template import ChatTemplate
+from localmimo.chat.tokenizer import Tokenizer
 from localmimo.conversation import _read as read_conversation
 from localmimo.errors import BadModel, BadRequest, BadSession
 from localmimo.experts.profile import BadProfile, read_profile, write_profile
@@ -23,8 +25,6 @@ from localmimo.experts.profile import Profile as Counted
 from localmimo.experts.trace import read_trace
 from localmimo.model.config import ModelConfig
 from localmimo.system.json_files import read_json
-from localmimo.template import ChatTemplate
-from localmimo.text import Tokenizer
 from quant import Recipe
 from quant.checkpoint.hub import _read_listing
 from quant.checkpoint.published import AUDIO, VISION

@@ -15,9 +15,9 @@ from mini_training.network import Network, Shape, init_biases, init_params, make
 from mini_training.sampling import answer, chat_prompt
 
 from localmimo import load
+from localmimo.chat.tokenizer import Tokenizer
 from localmimo.mini import CHECKPOINT, HELD_OUT
 from localmimo.model.config import ModelConfig
-from localmimo.text import Tokenizer
 
 CARD = CHECKPOINT.parent / "CARD.md"
 

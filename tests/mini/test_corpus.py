@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from mini_corpus import build, dialogues, stories, topics
 from mini_corpus.conversation import Conversation, assistant, render, user
 
-from localmimo.chat import parse_message
-from localmimo.template import ChatTemplate
+from localmimo.chat.stream_parser import parse_message
+from localmimo.chat.template import ChatTemplate
 
 KINDS = build.templates(seed=3, scale=0.004)
 TALKS = [talk for talks in KINDS.values() for talk in talks]

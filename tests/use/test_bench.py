@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from localmimo.chat.tokenizer import Tokenizer
 from localmimo.cli import app, bench
 from localmimo.cli.bench import Request, parse_depths, run_bench
 from localmimo.cli.opener import OpenFlags
@@ -18,7 +19,6 @@ from localmimo.experts.trace import read_trace
 from localmimo.experts.traffic import Traffic
 from localmimo.measure import Recorder, Run, Taken, figures, hits
 from localmimo.mini import CHECKPOINT
-from localmimo.text import Tokenizer
 from quant import convert
 from tests.packs import make_pack
 from tests.scripted import Capture

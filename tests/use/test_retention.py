@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from localmimo import load
+from localmimo.chat.template import TEMPLATES
+from localmimo.chat.turn_cache import Turns
 from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
 from localmimo.engine import Engine
-from localmimo.template import TEMPLATES
-from localmimo.turns import Turns
 from quant import convert
+from tests.chat import bpe
 from tests.scripted import Capture, ScriptedReader
 from tests.tiny import make_checkpoint
-from tests.use import bpe
 
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {"at": {"type": "integer"}}}}
 CALL = "<tool_call>\n<function=clock>\n\n<parameter=at> 0{}</parameter></function></tool_call>"

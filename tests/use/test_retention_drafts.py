@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from localmimo import load
+from localmimo.chat.turn_cache import Turns as Kept
 from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
 from localmimo.engine import Engine
 from localmimo.generate import Generation
 from localmimo.tools import tools_of
-from localmimo.turns import Turns as Kept
 from tests.scripted import Capture, ScriptedReader
 from tests.use.test_retention import Script
 

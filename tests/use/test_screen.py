@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmimo.chat import StreamParser
+from localmimo.chat.stream_parser import StreamParser
 from localmimo.cli.screen import Screen, block_end, figures, height
 from localmimo.cli.ui import bar, fit, parse_count, rows, seconds, table
 from localmimo.draft import MOST_DRAFTS, DraftStats

@@ -10,9 +10,9 @@ import pytest
 
 from localmimo.agent import run_agent
 from localmimo.answer import Message
+from localmimo.chat.tool_call import ToolCall
 from localmimo.errors import BadRequest
 from localmimo.schema import Mismatch, fit
-from localmimo.toolcall import ToolCall
 from localmimo.toolfile import ToolFile
 from localmimo.tools import Tool, cut, schema_of, tools_of
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from localmimo.chat.turn_cache import Turns
 from localmimo.engine import Engine
 from localmimo.generate import Stats
 from localmimo.serve.shelf import Shelf, reach
-from localmimo.turns import Turns
 from tests.use.serve import conversations as talks
 from tests.use.serve.running import Running, Scripted
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from localmimo.toolcall import (
+from localmimo.chat.tool_call import (
     CLOSE,
     FUNCTION_END,
     PARAMETER,

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from localmimo.callpart import CallPart, Growing
-from localmimo.toolcall import (
+from localmimo.chat.partial_call import CallPart, Growing
+from localmimo.chat.tool_call import (
     CLOSE,
     FUNCTION,
     FUNCTION_END,

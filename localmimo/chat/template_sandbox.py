@@ -65,7 +65,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 
 def _escaped(match: re.Match[str]) -> str:
-    return json.dumps(match[0])[1:-1]  # all but the marks of localmimo.marks, which are no text
+    return json.dumps(match[0])[1:-1]  # all but the marks of localmimo.chat.special_tokens, which are no text
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localmimo.messages import check_messages
+from localmimo.chat.messages import check_messages
 
 LIMIT_BYTES = 64 << 20
 TURN_BYTES = 1000  # of keys and objects around a turn's text

@@ -92,7 +92,7 @@ def real(ranks: Ranks) -> Tokenizer:
 
 
 def _alphabet() -> dict[str, int]:
-    from localmimo.text import _byte_alphabet
+    from localmimo.chat.tokenizer import _byte_alphabet
 
     return _byte_alphabet()
 

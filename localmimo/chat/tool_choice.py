@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from localmimo.chat.tool_call import CLOSE, OPEN, functions_of, takes_text
 from localmimo.errors import BadRequest
-from localmimo.toolcall import CLOSE, OPEN, functions_of, takes_text
 
 Tools = Sequence[Mapping[str, Any]]
 Mode = Literal["auto", "none", "required"]

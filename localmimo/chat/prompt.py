@@ -9,12 +9,12 @@ from hashlib import blake2b
 from typing import Any
 
 from localmimo.answer import Answer
+from localmimo.chat.messages import check_messages, check_tools
+from localmimo.chat.special_tokens import Marker
+from localmimo.chat.template import ChatTemplate
+from localmimo.chat.tokenizer import Tokenizer
+from localmimo.chat.turn_cache import Turns
 from localmimo.errors import LocalMimoError
-from localmimo.marks import Marker
-from localmimo.messages import check_messages, check_tools
-from localmimo.template import ChatTemplate
-from localmimo.text import Tokenizer
-from localmimo.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmimo.chat import Delta, StreamParser, parse_message
-from localmimo.template import ChatTemplate
-from localmimo.toolcall import ToolCall, typed
+from localmimo.chat.stream_parser import Delta, StreamParser, parse_message
+from localmimo.chat.template import ChatTemplate
+from localmimo.chat.tool_call import ToolCall, typed
 
 TOOLS = [
     {

@@ -13,9 +13,9 @@ from typing import Any
 
 import jinja2
 
-from localmimo import sandbox
+from localmimo.chat.messages import Message, check_messages, check_tools
+from localmimo.chat.stream_parser import template_sandbox as sandbox
 from localmimo.errors import BadModel, BadRequest
-from localmimo.messages import Message, check_messages, check_tools
 from localmimo.system.helper_process import Child, ChildLost
 from localmimo.system.json_files import read_json
 from quant.files.bounded import CONFIG_BYTES, read_small

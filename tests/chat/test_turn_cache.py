@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from localmimo.answer import Message
+from localmimo.chat.tool_call import ToolCall
+from localmimo.chat.turn_cache import Turns
 from localmimo.errors import BadRequest
-from localmimo.toolcall import ToolCall
-from localmimo.turns import Turns
 
 USER = {"role": "user", "content": "Question?"}
 CALL = ToolCall("f", {"a": 7, "b": "x"})

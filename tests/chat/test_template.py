@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from localmimo.chat.messages import check_messages
+from localmimo.chat.template import ChatTemplate, family
 from localmimo.errors import BadModel, BadRequest
-from localmimo.messages import check_messages
 from localmimo.system.helper_process import Child
-from localmimo.template import ChatTemplate, family
 
 GOLDEN = Path(__file__).with_name("golden")
 FAMILY = ("mimo-v2-flash", "mimo-v2.5", "mimo-v2.6")
@@ -182,7 +182,7 @@ ENDLESS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
     [ENDLESS, "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(99) }}", "{{ 9**(9**9) }}"],
 )
 def test_a_template_that_does_not_end_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localmimo.template.LIMIT_S", 0.5)
+    monkeypatch.setattr("localmimo.chat.template.LIMIT_S", 0.5)
     with pytest.raises((BadRequest, BadModel), match=r": it took longer than 0\.5 s\.$"):
         ChatTemplate("{{ messages[0].content }}" + source, name="t").render([USER])
 
@@ -190,7 +190,7 @@ def test_a_template_that_does_not_end_is_ended(source: str, monkeypatch: pytest.
 def test_a_template_goes_on_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{% if messages[0].content == 'Hello' %}" + ENDLESS + "{% endif %}ok", name="t")
     with monkeypatch.context() as hurried:
-        hurried.setattr("localmimo.template.LIMIT_S", 0.2)
+        hurried.setattr("localmimo.chat.template.LIMIT_S", 0.2)
         with pytest.raises(BadRequest, match="took longer"):
             template.render([USER])
     assert template.render([{"role": "user", "content": "?"}]) == "ok"
@@ -199,11 +199,11 @@ def test_a_template_goes_on_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_templates_program_needs_nothing_of_ours() -> None:
-    import localmimo.sandbox
+    import localmimo.chat.template_sandbox
 
-    code = "import sys, localmimo.sandbox; sys.exit('localmimo.errors' in sys.modules)"
+    code = "import sys, localmimo.chat.template_sandbox; sys.exit('localmimo.errors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    child = Child([sys.executable, "-I", localmimo.sandbox.__file__], {})
+    child = Child([sys.executable, "-I", localmimo.chat.template_sandbox.__file__], {})
     assert child.ask({"source": "{{ 1 + 1 }}", "values": {}}, 60) == {"text": "2"}
     assert child.ask({"source": "{% if %}"}, 60)["line"] == 1
     child.close()

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmimo.chat.tokenizer import Decoder, Tokenizer
 from localmimo.errors import BadModel, BadRequest
-from localmimo.text import Decoder, Tokenizer
-from tests.use import bpe
+from tests.chat import bpe
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 PROMPT = (

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo.answer import Answer
-from localmimo.chat import parse_message
+from localmimo.chat.prompt import Prompts
+from localmimo.chat.special_tokens import MARKS
+from localmimo.chat.stream_parser import parse_message
+from localmimo.chat.template import ChatTemplate
+from localmimo.chat.tokenizer import Tokenizer
 from localmimo.errors import BadRequest
-from localmimo.marks import MARKS
-from localmimo.prompt import Prompts
-from localmimo.template import ChatTemplate
-from localmimo.text import Tokenizer
-from tests.use import bpe
-from tests.use.test_text import PROMPT_IDS
+from tests.chat import bpe
+from tests.chat.test_tokenizer import PROMPT_IDS
 
 SPELLINGS = [*bpe.CONTROL[:3], *bpe.WRITTEN[:2], *bpe.WRITTEN[-4:], "<think", "im_end|>", "a", " ", "\n", "ü"]
 SPELLED = st.lists(st.sampled_from(SPELLINGS), max_size=8).map("".join)
