@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from localmimo.generate import Stats, Step
     from localmimo.sample import Sampling
     from localmimo.session import Session
-    from localmimo.tools import Tool
+    from localmimo.tools.tool import Tool
 
 __version__ = "0.1.0"
 

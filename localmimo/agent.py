@@ -10,7 +10,7 @@ from typing import Any, Literal
 from localmimo.answer import Message, run_calls
 from localmimo.chat.tool_call import ToolCall
 from localmimo.errors import BadRequest
-from localmimo.tools import LIMIT_S, MAX_CHARS, Tool
+from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool
 
 Approve = Callable[[ToolCall], bool]
 

@@ -10,7 +10,7 @@ from typing import Any
 from localmimo.chat.tool_call import ToolCall
 from localmimo.errors import BadRequest
 from localmimo.generate import FinishReason, Stats, Step
-from localmimo.tools import DECLINED, LIMIT_S, MAX_CHARS, Tool
+from localmimo.tools.tool import DECLINED, LIMIT_S, MAX_CHARS, Tool
 
 
 @dataclass(frozen=True, slots=True)

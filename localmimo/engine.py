@@ -48,7 +48,7 @@ from localmimo.options import Options
 from localmimo.plan import PREFILL_CHUNK
 from localmimo.sample import Sampling
 from localmimo.session import Progress, Session
-from localmimo.tools import LIMIT_S, MAX_CHARS, Tool, tools_of
+from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.ops.linear import backend
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from localmimo.chat.tool_call import ToolCall
 from localmimo.cli.ui import Ui, printable
-from localmimo.tools import DECLINED, Tool
+from localmimo.tools.tool import DECLINED, Tool
 
 if TYPE_CHECKING:
-    from localmimo.toolfile import ToolFile
+    from localmimo.tools.tool_file import ToolFile
 
 Ask = Callable[[str], str | None]  # a question -> the answer, None where there is none
 HIDDEN = re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")  # would make a call look like another
@@ -39,7 +39,7 @@ class Toolbox:
 
     def open(self, path: str) -> list[Tool]:
         """Take the functions of a Python file; one of the same name is replaced. Raises BadRequest."""
-        from localmimo.toolfile import ToolFile
+        from localmimo.tools.tool_file import ToolFile
 
         file = ToolFile(path)
         self._files.append(file)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from localmimo.tools import Tool
+from localmimo.tools.tool import Tool
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "agent.py"
 

@@ -17,7 +17,7 @@ from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
 from localmimo.engine import Engine
 from localmimo.generate import Generation
-from localmimo.tools import tools_of
+from localmimo.tools.tool import tools_of
 from tests.scripted import Capture, ScriptedReader
 from tests.use.test_retention import Script
 

@@ -12,9 +12,9 @@ from localmimo.agent import run_agent
 from localmimo.answer import Message
 from localmimo.chat.tool_call import ToolCall
 from localmimo.errors import BadRequest
-from localmimo.schema import Mismatch, fit
-from localmimo.toolfile import ToolFile
-from localmimo.tools import Tool, cut, schema_of, tools_of
+from localmimo.tools.arguments import Mismatch, fit
+from localmimo.tools.tool import Tool, cut, schema_of, tools_of
+from localmimo.tools.tool_file import ToolFile
 
 
 def weather(
@@ -215,7 +215,7 @@ def test_a_file_of_functions(tmp_path: Path) -> None:
 
 
 def test_a_function_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localmimo.toolfile.GRACE_S", 1.0)
+    monkeypatch.setattr("localmimo.tools.tool_file.GRACE_S", 1.0)
     (tmp_path / "mine.py").write_text(FILE)
     file = ToolFile(tmp_path / "mine.py")
     assert file.tools[1].call({}, limit_s=0.2) == "error: hang took longer than 0.2 s."

@@ -16,11 +16,11 @@ from typing import Any
 
 from localmimo.errors import BadRequest
 from localmimo.system.helper_process import Child, ChildLost
-from localmimo.tools import Tool, ToolFailed
+from localmimo.tools.tool import Tool, ToolFailed
 
 OPENING_S = 60.0  # for the file's own imports
 GRACE_S = 5.0  # a process that starts again imports them again
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from localmimo.toolfile import serve; serve({file!r})"
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from localmimo.tools.tool_file import serve; serve({file!r})"
 
 
 class ToolFile:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union
 
 from localmimo.errors import BadRequest
-from localmimo.schema import Mismatch, fitted
+from localmimo.tools.arguments import Mismatch, fitted
 
 LIMIT_S = 60.0
 MAX_CHARS = 20_000  # of a result; the middle of a longer one is left out
