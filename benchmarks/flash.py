@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from localmimo.experts.adaptive import Adaptive
-from localmimo.experts.gpu import GpuShelf, measured_costs
-from localmimo.experts.pinning import Pinning
-from localmimo.experts.policy import Page
-from localmimo.experts.share import SharedRunner
-from localmimo.experts.stats import RouterStats
-from localmimo.experts.store import ExpertStore
-from localmimo.experts.tiers import GpuTier
+from localmimo.experts.compute.hybrid_runner import SharedRunner
+from localmimo.experts.policy.adaptive import Adaptive
+from localmimo.experts.policy.baselines import Page
+from localmimo.experts.policy.router_stats import RouterStats
+from localmimo.experts.store.store import ExpertStore
+from localmimo.experts.tiers.gpu_slots import GpuShelf, measured_costs
+from localmimo.experts.tiers.pinning import Pinning
+from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.graphs import Graphs
 from localmimo.kv.cache import SLACK
 from localmimo.model.config import ModelConfig

@@ -185,7 +185,7 @@ def _followed(engine: Any, prompt: str, tokens: list[int]) -> Iterator[bool]:
 
 def copies(bench: Bench) -> Facts:
     """Bytes per second: pinned host to device, pages on a side stream, device to host, the device's own memory."""
-    from localmimo.experts.tiers import GpuTier
+    from localmimo.experts.tiers.tiers import GpuTier
 
     layout = PageLayout("nf4", HIDDEN, INNER)
     here = torch.empty(BIG // 4, dtype=torch.uint8, pin_memory=True)

@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks import routing
 from benchmarks.record_traces import record
 from benchmarks.routing import Language, Shape, trace_of
-from localmimo.experts.policy import Adaptive, Page
-from localmimo.experts.replay import replay
-from localmimo.experts.stats import RouterStats
-from localmimo.experts.trace import Trace, read_trace
+from localmimo.experts.policy.baselines import Adaptive, Page
+from localmimo.experts.policy.replay import replay
+from localmimo.experts.policy.router_stats import RouterStats
+from localmimo.experts.policy.trace import Trace, read_trace
 
 CYCLES = (1.2, 1.7, 2.5, 3.5, 5.0)
 TARGETS = {1.2: 0.4, 1.7: 0.4, 2.5: 0.4, 3.5: 0.3, 5.0: 0.3}

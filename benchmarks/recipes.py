@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from localmimo import load
 from localmimo.engine import Engine
-from localmimo.experts.run import grouped
+from localmimo.experts.compute.cpu_runner import grouped
 from localmimo.mini import CHECKPOINT, HELD_OUT
 from quant import Pack, Recipe, convert
 from quant.formats import fourbit

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from localmimo import Engine, Sampling, load
-from localmimo.experts.trace import TraceWriter
+from localmimo.experts.policy.trace import TraceWriter
 from localmimo.measure import Recorder
 
 PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {

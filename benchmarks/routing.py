@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from localmimo.experts.trace import Trace
+from localmimo.experts.policy.trace import Trace
 
 Vector = NDArray[np.float64]
 Choice = NDArray[np.int64]  # experts [tokens, layers, k]

@@ -27,10 +27,10 @@ from localmimo.constraint import Constraints
 from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull
+from localmimo.experts.compute.cpu_runner import Record
+from localmimo.experts.compute.hybrid_runner import SharedRunner, runner_of
 from localmimo.experts.pager import Pager
-from localmimo.experts.run import Record
-from localmimo.experts.share import SharedRunner, runner_of
-from localmimo.experts.store import Traffic
+from localmimo.experts.store.store import Traffic
 from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
 from localmimo.grammar import Grammar
 from localmimo.graphs import Graphs

@@ -17,7 +17,7 @@ from localmimo.chat.tokenizer import Decoder, Tokenizer
 from localmimo.chat.tool_call import ToolCall
 from localmimo.draft import MOST_DRAFTS, DraftStats, Lookahead, Pace, Steady
 from localmimo.errors import BadRequest, Cancelled
-from localmimo.experts.traffic import Traffic
+from localmimo.experts.store.counters import Traffic
 from localmimo.sample import Sampling, logprobs, pick
 from localmimo.session import Progress, Session
 from quant import kernels

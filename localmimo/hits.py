@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from localmimo.experts.adaptive import Adaptive
-from localmimo.experts.policy import Lru, Policy
-from localmimo.experts.profile import BadProfile, profile_path, read_profile
-from localmimo.experts.replay import play
-from localmimo.experts.stats import RouterStats
-from localmimo.experts.trace import Trace
+from localmimo.experts.policy.adaptive import Adaptive
+from localmimo.experts.policy.baselines import Lru, Policy
+from localmimo.experts.policy.profile import BadProfile, profile_path, read_profile
+from localmimo.experts.policy.replay import play
+from localmimo.experts.policy.router_stats import RouterStats
+from localmimo.experts.policy.trace import Trace
 from localmimo.model.config import ModelConfig
 
 Range = tuple[float, float]  # low, high

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.corpus import Corpus
 from localmimo.draft import DraftStats, Lookahead
-from localmimo.experts.traffic import Traffic
+from localmimo.experts.store.counters import Traffic
 
 if TYPE_CHECKING:
     from torch import Tensor

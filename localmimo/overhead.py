@@ -17,7 +17,7 @@ from statistics import median
 
 from localmimo.engine import load
 from localmimo.errors import BadModel
-from localmimo.experts.tiers import DiskTier, RamTier
+from localmimo.experts.tiers.tiers import DiskTier, RamTier
 from localmimo.hardware.bandwidth import Speeds, file_spots, keep, kept, measured_speeds, products_key
 from localmimo.sample import Sampling
 from localmimo.structure import Structure, structure_of

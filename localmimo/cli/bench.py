@@ -22,7 +22,7 @@ from localmimo.cli.plot import check_plot, picture
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.errors import BadRequest
 from localmimo.estimate import decode_range
-from localmimo.experts.trace import TraceWriter
+from localmimo.experts.policy.trace import TraceWriter
 from localmimo.hardware.bandwidth import Speeds
 from localmimo.hardware.host import Machine, format_bytes
 from localmimo.model.config import ModelConfig

@@ -13,7 +13,7 @@ from typing import Any
 from localmimo.cli.ui import Ui, rows, seconds
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.estimate import CACHE_BYTES, Estimate, Range, Tiers, estimate
-from localmimo.experts.trace import Trace, read_trace
+from localmimo.experts.policy.trace import Trace, read_trace
 from localmimo.hardware.bandwidth import Speeds, file_spots, measured_speeds
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
 from localmimo.plan import (

@@ -12,7 +12,7 @@ from localmimo.cli.ui import Ui, parse_count, table
 from localmimo.errors import BadRequest
 
 if TYPE_CHECKING:
-    from localmimo.experts.replay import Replayed
+    from localmimo.experts.policy.replay import Replayed
 
 MAX_SLOTS = 1 << 22
 
@@ -43,8 +43,8 @@ def parse_slots(text: str) -> list[int]:
 
 
 def _replays(path: Path, sizes: Sequence[int], ui: Ui) -> list[Replayed]:
-    from localmimo.experts.replay import replay
-    from localmimo.experts.trace import read_trace
+    from localmimo.experts.policy.replay import replay
+    from localmimo.experts.policy.trace import read_trace
 
     ui.status.show(f" reading {path} ...", now=True)
     trace = read_trace(path)

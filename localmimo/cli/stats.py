@@ -15,8 +15,8 @@ from quant.files.atomic import written_aside
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from localmimo.experts.placement import Placement
-    from localmimo.experts.profile import Profile
+    from localmimo.experts.policy.profile import Profile
+    from localmimo.experts.store.placement import Placement
 
 N_HOTTEST = 4  # experts named per layer
 HOT_CODEC = "nf4-16"  # 4.5 bits
@@ -33,7 +33,7 @@ def run_stats(
     hot_share: float = 0.1,
 ) -> int:
     """Carry the command out; the exit code."""
-    from localmimo.experts.placement import running
+    from localmimo.experts.store.placement import running
 
     check_plot(plot)
     _check_recipe(recipe, hot_share)
@@ -76,7 +76,7 @@ def run_stats(
 
 def _layers(folder: Path, profile: str) -> tuple[dict[int, int], Path]:
     """The MoE layers of a pack with their numbers of experts, and the file of a profile."""
-    from localmimo.experts.profile import profile_path
+    from localmimo.experts.policy.profile import profile_path
     from quant.pack.pack import Pack, experts_of
 
     with Pack.open(folder) as pack:
@@ -85,7 +85,7 @@ def _layers(folder: Path, profile: str) -> tuple[dict[int, int], Path]:
 
 def _profile(path: Path, counts: Mapping[int, int]) -> Profile:
     """What a profile says. Raises LocalMimoError where there is none."""
-    from localmimo.experts.profile import BadProfile, read_profile
+    from localmimo.experts.policy.profile import BadProfile, read_profile
 
     try:
         found = read_profile(path, len(counts), max(counts.values(), default=0))

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
-from localmimo.experts import placement
-from localmimo.experts.gpu import GpuShelf, measured_costs
-from localmimo.experts.pinning import Pinning
-from localmimo.experts.policy import Adaptive, Page
-from localmimo.experts.pressure import Pressure, low_bytes
-from localmimo.experts.profile import profile_path
-from localmimo.experts.stats import RouterStats
-from localmimo.experts.store import ExpertStore
-from localmimo.experts.tiers import GpuTier
+from localmimo.experts.policy.baselines import Adaptive, Page
+from localmimo.experts.policy.profile import profile_path
+from localmimo.experts.policy.router_stats import RouterStats
+from localmimo.experts.store.memory_pressure import Pressure, low_bytes
+from localmimo.experts.store.store import ExpertStore, placement
+from localmimo.experts.tiers.gpu_slots import GpuShelf, measured_costs
+from localmimo.experts.tiers.pinning import Pinning
+from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.hardware.device import no_kernels
 from localmimo.hardware.host import Machine
 from localmimo.model.config import ModelConfig

@@ -11,8 +11,8 @@ import torch
 
 from localmimo import Engine, Sampling, load
 from localmimo.errors import DoesNotFit, NoDevice
-from localmimo.experts.share import SharedRunner
-from localmimo.experts.tiers import GpuTier
+from localmimo.experts.compute.hybrid_runner import SharedRunner
+from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.plan import Plan
 from quant import Recipe
 from tests.gpu import pretended
@@ -52,7 +52,7 @@ def on_gpu(share: float = 0.4, **options: object) -> Iterator[Engine]:
         n_pages, vram = plan.n_pages, plan.vram
         assert vram is not None and vram.n_slots == n_pages + vram.kv_slots
         budget = vram.used_bytes - round((1 - share) * n_pages) * plan.page_bytes
-        stay = nullcontext() if share else patch("localmimo.experts.gpu.choose", return_value=[])
+        stay = nullcontext() if share else patch("localmimo.experts.tiers.gpu_slots.choose", return_value=[])
         with stay, load(**asked, vram=budget) as engine:  # type: ignore[arg-type]
             pages = [(layer, e) for layer in engine.config.moe_layers for e in range(engine.config.n_experts)]
             for at in range(0, engine.plan.gpu_slots if share else 0, 16):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from localmimo import Engine, load
-from localmimo.experts.gpu import GpuShelf
+from localmimo.experts.tiers.gpu_slots import GpuShelf
 from localmimo.graphs import Graphs, Step
 from localmimo.kv.block_table import Blocks
 from localmimo.session import Session

@@ -21,9 +21,9 @@ from localmimo.chat.tokenizer import Tokenizer
 from localmimo.chat.turn_cache import Turns
 from localmimo.conversation import _read as read_conversation
 from localmimo.errors import LocalMimoError
-from localmimo.experts.placement import _read as read_placement
-from localmimo.experts.profile import BadProfile, Profile, read_profile, write_profile
-from localmimo.experts.trace import read_trace
+from localmimo.experts.policy.profile import BadProfile, Profile, read_profile, write_profile
+from localmimo.experts.policy.trace import read_trace
+from localmimo.experts.store.placement import _read as read_placement
 from localmimo.hardware import bandwidth as speeds
 from localmimo.model.config import ModelConfig
 from localmimo.serve.anthropic import read_messages

@@ -21,11 +21,11 @@ import pytest
 from localmimo import LocalMimoError, load
 from localmimo.chat.turn_cache import Turns
 from localmimo.engine import Engine
-from localmimo.experts.policy import Lru
-from localmimo.experts.pressure import Pressure
-from localmimo.experts.profile import read_profile
-from localmimo.experts.readers import Readers
-from localmimo.experts.store import ExpertStore
+from localmimo.experts.policy.baselines import Lru
+from localmimo.experts.policy.profile import read_profile
+from localmimo.experts.store.memory_pressure import Pressure
+from localmimo.experts.store.store import ExpertStore
+from localmimo.experts.tiers.io_threads import Readers
 from localmimo.hardware import bandwidth as speeds
 from localmimo.sample import Sampling
 from localmimo.serve.shelf import Saved, Shelf

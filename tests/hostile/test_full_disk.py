@@ -17,8 +17,8 @@ from localmimo.conversation import Conversation
 from localmimo.conversation import _write as write_conversation
 from localmimo.engine import Engine
 from localmimo.errors import BadRequest, BadSession
-from localmimo.experts.profile import Profile, write_profile
-from localmimo.experts.trace import TraceWriter, read_trace
+from localmimo.experts.policy.profile import Profile, write_profile
+from localmimo.experts.policy.trace import TraceWriter, read_trace
 from localmimo.serve.shelf import _found, _write_index
 from localmimo.system.jsonl import Lines
 from tests.packs import make_pack

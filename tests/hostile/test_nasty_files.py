@@ -20,9 +20,9 @@ from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.conversation import _read as read_conversation
 from localmimo.errors import BadModel, BadRequest, BadSession
-from localmimo.experts.profile import BadProfile, read_profile, write_profile
-from localmimo.experts.profile import Profile as Counted
-from localmimo.experts.trace import read_trace
+from localmimo.experts.policy.profile import BadProfile, read_profile, write_profile
+from localmimo.experts.policy.profile import Profile as Counted
+from localmimo.experts.policy.trace import read_trace
 from localmimo.model.config import ModelConfig
 from localmimo.system.json_files import read_json
 from quant import Recipe

@@ -7,7 +7,7 @@ import torch
 
 from localmimo import plan as plans
 from localmimo.errors import BadRequest, DoesNotFit
-from localmimo.experts import run
+from localmimo.experts.compute import cpu_runner as run
 from localmimo.hardware.host import Machine, _cgroup, format_bytes, parse_bytes
 from localmimo.kv.cache import cache as kv
 from localmimo.model.transformer import attention as attend

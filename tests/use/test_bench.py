@@ -15,8 +15,8 @@ from localmimo.cli.opener import OpenFlags
 from localmimo.corpus import Corpus
 from localmimo.draft import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
-from localmimo.experts.trace import read_trace
-from localmimo.experts.traffic import Traffic
+from localmimo.experts.policy.trace import read_trace
+from localmimo.experts.store.counters import Traffic
 from localmimo.measure import Recorder, Run, Taken, figures, hits
 from localmimo.mini import CHECKPOINT
 from quant import convert

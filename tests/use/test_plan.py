@@ -10,7 +10,7 @@ import pytest
 from localmimo.cli.plan import WINDOW_SLACK, Desk, Question
 from localmimo.errors import DoesNotFit
 from localmimo.estimate import Tiers, decode_range, disk_rates, estimate
-from localmimo.experts.trace import Trace
+from localmimo.experts.policy.trace import Trace
 from localmimo.hardware.bandwidth import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
 from localmimo.hardware.host import Machine
 from localmimo.hits import assumed_hits, profile_hits, replayed_hits

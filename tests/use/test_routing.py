@@ -10,10 +10,10 @@ import pytest
 
 from localmimo import load
 from localmimo.cli.app import run
-from localmimo.experts.placement import running, withdraw
-from localmimo.experts.profile import profile_path
-from localmimo.experts.stats import RouterStats
-from localmimo.experts.trace import TraceWriter
+from localmimo.experts.policy.profile import profile_path
+from localmimo.experts.policy.router_stats import RouterStats
+from localmimo.experts.policy.trace import TraceWriter
+from localmimo.experts.store.placement import running, withdraw
 from quant import Pack
 from quant.convert.recipe import Recipe
 from tests.packs import make_pack

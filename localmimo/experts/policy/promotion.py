@@ -7,7 +7,7 @@ A free slot is worth filling in any case: it makes room in RAM.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from localmimo.experts.policy import Page
+from localmimo.experts.policy.baselines import Page
 
 HORIZON = 64  # tokens that a page is expected to stay
 SHARE = 0.25  # of a token's time that copies may take

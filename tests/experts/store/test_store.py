@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo import BadModel, load
-from localmimo.experts.policy import Lru
-from localmimo.experts.run import STEP_TOKENS, ExpertRunner, grouped
-from localmimo.experts.store import ExpertStore
-from localmimo.experts.tiers import DiskTier
+from localmimo.experts.compute.cpu_runner import STEP_TOKENS, ExpertRunner, grouped
+from localmimo.experts.policy.baselines import Lru
+from localmimo.experts.store.store import ExpertStore
+from localmimo.experts.tiers.tiers import DiskTier
 from quant import Pack, Recipe
 from quant.ops.linear import backend
 from tests.packs import make_pack

@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localmimo.experts.ages import Ages
-from localmimo.experts.recall import SHARPNESS, Recall
-from localmimo.experts.stats import HALF_LIVES, Page, RouterStats
+from localmimo.experts.policy.recency import Ages
+from localmimo.experts.policy.router_stats import HALF_LIVES, Page, RouterStats
+from localmimo.experts.policy.similar_tokens import SHARPNESS, Recall
 
 N_ROUNDS = (4, 16)  # forecasts per token, at least and at most, where pages are missed
 FORECAST_PAGES = 1 << 15  # pages looked at per token, if that makes no fewer rounds

@@ -16,15 +16,15 @@ from itertools import islice, pairwise
 from torch import Tensor
 
 from localmimo.errors import BadModel
-from localmimo.experts.gpu import GpuShelf
-from localmimo.experts.guesses import Guesses
-from localmimo.experts.pinning import Pinning
-from localmimo.experts.policy import Page, Policy
-from localmimo.experts.prefetch import PrefetchGate
-from localmimo.experts.resident import Resident
-from localmimo.experts.slots import Arrival, Read, Slots
-from localmimo.experts.tiers import N_READERS, DiskTier, RamTier, stalled
-from localmimo.experts.traffic import Traffic
+from localmimo.experts.policy.baselines import Page, Policy
+from localmimo.experts.store.counters import Traffic
+from localmimo.experts.store.deferred_counts import Resident
+from localmimo.experts.store.prefetch import Guesses
+from localmimo.experts.store.prefetch_gate import PrefetchGate
+from localmimo.experts.tiers.gpu_slots import GpuShelf
+from localmimo.experts.tiers.pinning import Pinning
+from localmimo.experts.tiers.ram_slots import Arrival, Read, Slots
+from localmimo.experts.tiers.tiers import N_READERS, DiskTier, RamTier, stalled
 from quant import Pack
 from quant.formats.page import PageLayout
 from quant.pack.pack import PageAt, experts_of

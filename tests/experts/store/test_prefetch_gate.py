@@ -1,6 +1,6 @@
 """The gate keeps guesses where they pay, drops them where they don't, and never costs much to find out."""
 
-from localmimo.experts.prefetch import BLOCK, RATIOS, PrefetchGate
+from localmimo.experts.store.prefetch_gate import BLOCK, RATIOS, PrefetchGate
 from localmimo.paired import Paired
 
 

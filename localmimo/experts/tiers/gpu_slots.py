@@ -14,10 +14,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from localmimo.experts.policy import Page
-from localmimo.experts.slots import Slots
-from localmimo.experts.tiers import GpuTier
-from localmimo.experts.uploads import Costs, choose, most_uploads
+from localmimo.experts.policy.baselines import Page
+from localmimo.experts.policy.promotion import Costs, choose, most_uploads
+from localmimo.experts.tiers.ram_slots import Slots
+from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.kv.block_table import Blocks
 from quant import gpu
 from quant.formats.page import PageLayout

@@ -6,7 +6,7 @@ Knows rows, experts and how long ago each was used; not which page it is.
 import numpy as np
 from numpy.typing import NDArray
 
-from localmimo.experts.stats import RouterStats
+from localmimo.experts.policy.router_stats import RouterStats
 
 OLDEST = 256  # tokens; pages unused for longer, or never used, are alike
 HALF_LIFE = 64  # tokens, of what was learnt

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from localmimo.errors import BadModel
-from localmimo.experts.gpu import GpuShelf
-from localmimo.experts.policy import Page
-from localmimo.experts.readers import Task
-from localmimo.experts.slots import Read, Slots
-from localmimo.experts.tiers import DiskTier
+from localmimo.experts.policy.baselines import Page
+from localmimo.experts.tiers.gpu_slots import GpuShelf
+from localmimo.experts.tiers.io_threads import Task
+from localmimo.experts.tiers.ram_slots import Read, Slots
+from localmimo.experts.tiers.tiers import DiskTier
 from quant.pack.pack import PageAt
 
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmimo.experts.gpu import EVERY, GpuShelf
-from localmimo.experts.policy import Lru, Page
-from localmimo.experts.run import ExpertRunner
-from localmimo.experts.share import SharedRunner
-from localmimo.experts.store import ExpertStore
-from localmimo.experts.tiers import GpuTier
-from localmimo.experts.uploads import HORIZON, Costs, Swap, choose, most_uploads, pays_back
+from localmimo.experts.compute.cpu_runner import ExpertRunner
+from localmimo.experts.compute.hybrid_runner import SharedRunner
+from localmimo.experts.policy.baselines import Lru, Page
+from localmimo.experts.policy.promotion import HORIZON, Costs, Swap, choose, most_uploads, pays_back
+from localmimo.experts.store.store import ExpertStore
+from localmimo.experts.tiers.gpu_slots import EVERY, GpuShelf
+from localmimo.experts.tiers.tiers import GpuTier
 from quant import Pack, Recipe
 from quant.pack.pack import experts_of
 from tests.gpu.pages import relative

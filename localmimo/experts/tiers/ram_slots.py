@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from localmimo.experts.policy import Page, Policy
-from localmimo.experts.readers import Task
-from localmimo.experts.tiers import RamTier
+from localmimo.experts.policy.baselines import Page, Policy
+from localmimo.experts.tiers.io_threads import Task
+from localmimo.experts.tiers.tiers import RamTier
 from quant.formats.page import PageLayout
 
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from localmimo.experts.adaptive import Adaptive
-from localmimo.experts.stats import Page
+from localmimo.experts.policy.adaptive import Adaptive
+from localmimo.experts.policy.router_stats import Page
 
 __all__ = ["Adaptive", "Belady", "Lfu", "Lru", "Page", "Policy"]
 

@@ -10,9 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from localmimo.experts.bridge import Bridge
-from localmimo.experts.conveyor import Conveyor
-from localmimo.experts.run import (
+from localmimo.experts.compute.cpu_runner import (
     ROWS_AT_A_TIME,
     STEP_TOKENS,
     TAIL,
@@ -21,8 +19,10 @@ from localmimo.experts.run import (
     by_layout,
     grouped,
 )
-from localmimo.experts.slots import Arrival
-from localmimo.experts.store import ExpertStore
+from localmimo.experts.compute.host_transfer import Bridge
+from localmimo.experts.compute.page_staging import Conveyor
+from localmimo.experts.store.store import ExpertStore
+from localmimo.experts.tiers.ram_slots import Arrival
 from localmimo.model.transformer import Guess
 from localmimo.plan import SHARED_TOKENS
 from quant import gpu

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from localmimo.errors import BadRequest
-from localmimo.experts.policy import Adaptive, Belady, Lfu, Lru, Page, Policy
-from localmimo.experts.stats import RouterStats
-from localmimo.experts.trace import Trace
+from localmimo.experts.policy.baselines import Adaptive, Belady, Lfu, Lru, Page, Policy
+from localmimo.experts.policy.router_stats import RouterStats
+from localmimo.experts.policy.trace import Trace
 
 MAX_CELLS = 1 << 26  # of the transitions of a model: layers x experts x experts
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo.errors import BadRequest
-from localmimo.experts import trace as trace_room
-from localmimo.experts.policy import Adaptive, Page
-from localmimo.experts.replay import play, replay
-from localmimo.experts.stats import RouterStats
-from localmimo.experts.trace import Trace, TraceWriter, read_trace
+from localmimo.experts.policy.baselines import Adaptive, Page
+from localmimo.experts.policy.baselines import trace as trace_room
+from localmimo.experts.policy.replay import play, replay
+from localmimo.experts.policy.router_stats import RouterStats
+from localmimo.experts.policy.trace import Trace, TraceWriter, read_trace
 
 Lines = list[tuple[int, list[int]]]
 lines = st.lists(
@@ -113,7 +113,7 @@ def test_ours_beats_lru_where_lru_finds_nothing() -> None:
 
 
 def test_memory_of_tokens_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localmimo.experts.recall.N_TOKENS", 80)
+    monkeypatch.setattr("localmimo.experts.policy.similar_tokens.N_TOKENS", 80)
     rng = np.random.default_rng(4)
     patterns = [[sorted(rng.choice(32, 4, replace=False).tolist()) for _ in range(5)] for _ in range(12)]
     order = rng.integers(0, 12, 200)

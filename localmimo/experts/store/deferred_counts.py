@@ -6,8 +6,8 @@ Knows layers and the experts that were chosen; not where anything lies.
 import torch
 from torch import Tensor
 
-from localmimo.experts.policy import Policy
-from localmimo.experts.traffic import Traffic
+from localmimo.experts.policy.baselines import Policy
+from localmimo.experts.store.counters import Traffic
 
 
 class Resident:

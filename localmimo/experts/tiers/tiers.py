@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from localmimo.errors import BadModel
-from localmimo.experts.pinning import Pinning
-from localmimo.experts.readers import Job, Readers, Task
+from localmimo.experts.tiers.io_threads import Job, Readers, Task
+from localmimo.experts.tiers.pinning import Pinning
 from quant.files.hugepages import mapping
 from quant.kernels import crc32
 from quant.pack.pack import PageAt

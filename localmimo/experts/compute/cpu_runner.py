@@ -10,8 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from localmimo.experts.slots import Arrival
-from localmimo.experts.store import ExpertStore
+from localmimo.experts.store.store import ExpertStore
+from localmimo.experts.tiers.ram_slots import Arrival
 from localmimo.model.transformer import Guess
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.routing import Shape, fickle, trace_of
-from localmimo.experts.ages import Ages
-from localmimo.experts.policy import Adaptive, Belady, Lfu, Lru, Page, Policy
-from localmimo.experts.replay import replay
-from localmimo.experts.stats import RouterStats
+from localmimo.experts.policy.baselines import Adaptive, Belady, Lfu, Lru, Page, Policy
+from localmimo.experts.policy.recency import Ages
+from localmimo.experts.policy.replay import replay
+from localmimo.experts.policy.router_stats import RouterStats
 
 LAYERS, N_EXPERTS = (1, 2, 4), 8
 lines = st.lists(

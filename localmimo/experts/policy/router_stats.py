@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from localmimo.experts.profile import (
+from localmimo.experts.policy.profile import (
     SESSION_TOKENS,
     BadProfile,
     Profile,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo.errors import BadRequest
-from localmimo.experts.profile import PROFILE_TOKENS, SESSION_TOKENS, profile_path, read_profile
-from localmimo.experts.stats import RouterStats
+from localmimo.experts.policy.profile import PROFILE_TOKENS, SESSION_TOKENS, profile_path, read_profile
+from localmimo.experts.policy.router_stats import RouterStats
 
 LAYERS = (1, 3)
 
@@ -133,7 +133,7 @@ def test_a_damaged_profile_is_a_sentence_and_an_empty_start(
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0, 1e30])
 def test_numbers_that_nobody_counted_are_refused(tmp_path: Path, bad: float) -> None:
-    from localmimo.experts.profile import Profile, write_profile
+    from localmimo.experts.policy.profile import Profile, write_profile
 
     profile = Profile.empty(2, 6)
     profile.uses[1, 1] = bad

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from localmimo.experts.stats import Page
+from localmimo.experts.policy.router_stats import Page
 from quant.files.atomic import written_aside
 from quant.files.bounded import read_small
 

@@ -1,0 +1,1 @@
+"""Tokens and their experts become weighted sums, on the CPU or beside a GPU."""

@@ -1,0 +1,1 @@
+"""Which pages are worth keeping: statistics, forecasts, traces. Pure; no torch."""

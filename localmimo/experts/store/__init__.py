@@ -1,0 +1,1 @@
+"""The owner of expert pages in memory, and what it needs to decide."""
