@@ -31,7 +31,7 @@ from localmimo.kv.cache import SLACK
 from localmimo.model.config import ModelConfig
 from localmimo.model.transformer import Placed, Transformer, load_weights
 from localmimo.model.weight_shapes import _expected as expected_shapes
-from localmimo.plan import Plan, make_plan
+from localmimo.planning.memory import Plan, make_plan
 from localmimo.session import Session
 from quant.formats.codec import codec
 from quant.formats.page import PageLayout

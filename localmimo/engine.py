@@ -45,7 +45,7 @@ from localmimo.model.weight_shapes import check_shapes
 from localmimo.mtp import load_heads
 from localmimo.opening import Dtype, Kv, Opening
 from localmimo.options import Options
-from localmimo.plan import PREFILL_CHUNK
+from localmimo.planning.memory import PREFILL_CHUNK
 from localmimo.sample import Sampling
 from localmimo.session import Progress, Session
 from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool, tools_of

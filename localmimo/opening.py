@@ -14,7 +14,7 @@ from localmimo.hardware.device import CPU, Device, check_device, find_device
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
 from localmimo.kv.cache import SLACK
 from localmimo.model.config import ModelConfig
-from localmimo.plan import DEFAULT_CONTEXT, Plan, make_plan
+from localmimo.planning.memory import DEFAULT_CONTEXT, Plan, make_plan
 from quant import Pack
 
 MAX_BATCH = 64

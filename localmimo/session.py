@@ -21,7 +21,7 @@ from localmimo.kv.hidden_states import Trail
 from localmimo.kv.session_file import Identity, SavedSession, write
 from localmimo.model.transformer import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.mtp import Choose, Drafter, DraftHead
-from localmimo.plan import N_SNAPSHOTS, PREFILL_CHUNK
+from localmimo.planning.memory import N_SNAPSHOTS, PREFILL_CHUNK
 from quant import kernels
 
 SHARED = (

@@ -141,7 +141,7 @@ def test_only_the_quantize_face_and_the_embedded_model_convert() -> None:
     [
         "localmimo",
         "localmimo.cli.app",
-        "localmimo.plan",
+        "localmimo.planning.memory",
         "localmimo.chat.stream_parser",
         "quant",
         "quant.convert.recipe",

@@ -21,13 +21,13 @@ from localmimo.cli.packs import EMBEDDED, folder_of, pack_folder
 from localmimo.cli.plot import check_plot, picture
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.errors import BadRequest
-from localmimo.estimate import decode_range
 from localmimo.experts.policy.trace import TraceWriter
 from localmimo.hardware.bandwidth import Speeds
 from localmimo.hardware.host import Machine, format_bytes
 from localmimo.model.config import ModelConfig
-from localmimo.plan import DEFAULT_CONTEXT
-from localmimo.structure import Structure, structure_of
+from localmimo.planning.footprint import Structure, structure_of
+from localmimo.planning.memory import DEFAULT_CONTEXT
+from localmimo.planning.throughput import decode_range
 from localmimo.system.jsonl import Lines
 
 if TYPE_CHECKING:

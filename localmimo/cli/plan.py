@@ -12,11 +12,11 @@ from typing import Any
 
 from localmimo.cli.ui import Ui, rows, seconds
 from localmimo.errors import BadRequest, DoesNotFit
-from localmimo.estimate import CACHE_BYTES, Estimate, Range, Tiers, estimate
 from localmimo.experts.policy.trace import Trace, read_trace
 from localmimo.hardware.bandwidth import Speeds, file_spots, measured_speeds
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
-from localmimo.plan import (
+from localmimo.planning.footprint import Structure, structure_of
+from localmimo.planning.memory import (
     DEFAULT_CONTEXT,
     PREFILL_CHUNK,
     Plan,
@@ -28,7 +28,7 @@ from localmimo.plan import (
     make_plan,
     workspace_bytes,
 )
-from localmimo.structure import Structure, structure_of
+from localmimo.planning.throughput import CACHE_BYTES, Estimate, Range, Tiers, estimate
 
 WINDOW_SLACK = 16  # rows of a window ring beyond the window; a test holds it against kv.SLACK
 KV_ITEM_BYTES = {"bf16": 2, "int8": 1, "float32": 4}
@@ -294,7 +294,7 @@ class Desk:
         held = plan.held_slots_at(plan.context // 2)
         if held >= plan.n_pages:
             return (1.0, 1.0), "every expert is in memory"
-        from localmimo.hits import assumed_hits, profile_hits, replayed_hits
+        from localmimo.planning.hit_rates import assumed_hits, profile_hits, replayed_hits
 
         if self.trace is not None:
             rates = replayed_hits(self.trace, self.model.config, held)

@@ -25,7 +25,7 @@ from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.hardware.device import no_kernels
 from localmimo.hardware.host import Machine
 from localmimo.model.config import ModelConfig
-from localmimo.plan import Plan, Vram
+from localmimo.planning.memory import Plan, Vram
 from quant import Pack
 from quant.pack.pack import MANIFEST, experts_of
 

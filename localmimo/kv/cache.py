@@ -17,7 +17,7 @@ from torch import Tensor
 from localmimo.kv.block_table import Blocks, Lender, Scattered
 from localmimo.model.attention import Rows
 from localmimo.model.config import LayerSpec
-from localmimo.plan import positions_per_slot
+from localmimo.planning.memory import positions_per_slot
 from quant.files.hugepages import mapping
 from quant.kernels.attention import SCALE_BYTES
 

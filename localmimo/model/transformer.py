@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from localmimo.model.attention import Rope, Rows, extend, rope_table
 from localmimo.model.config import LayerSpec, ModelConfig
-from localmimo.plan import PREFILL_CHUNK
+from localmimo.planning.memory import PREFILL_CHUNK
 from quant import QTensor, linear
 from quant.kernels import attention as native
 from quant.kernels.block import Block, Choice, Heads, Router, Span

@@ -13,7 +13,7 @@ from localmimo import Engine, Sampling, load
 from localmimo.errors import DoesNotFit, NoDevice
 from localmimo.experts.compute.hybrid_runner import SharedRunner
 from localmimo.experts.tiers.tiers import GpuTier
-from localmimo.plan import Plan
+from localmimo.planning.memory import Plan
 from quant import Recipe
 from tests.gpu import pretended
 from tests.gpu.pages import relative

@@ -9,16 +9,16 @@ import pytest
 
 from localmimo.cli.plan import WINDOW_SLACK, Desk, Question
 from localmimo.errors import DoesNotFit
-from localmimo.estimate import Tiers, decode_range, disk_rates, estimate
 from localmimo.experts.policy.trace import Trace
 from localmimo.hardware.bandwidth import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
 from localmimo.hardware.host import Machine
-from localmimo.hits import assumed_hits, profile_hits, replayed_hits
 from localmimo.kv.cache import cache as kv
 from localmimo.model.config import ModelConfig
 from localmimo.model.members import find_member
-from localmimo.plan import Plan, make_plan
-from localmimo.structure import Structure, structure_of
+from localmimo.planning.footprint import Structure, structure_of
+from localmimo.planning.hit_rates import assumed_hits, profile_hits, replayed_hits
+from localmimo.planning.memory import Plan, make_plan
+from localmimo.planning.throughput import Tiers, decode_range, disk_rates, estimate
 from tests.packs import make_pack
 from tests.tiny import make_checkpoint
 from tests.use.test_app import localmimo

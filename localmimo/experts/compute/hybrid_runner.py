@@ -24,7 +24,7 @@ from localmimo.experts.compute.page_staging import Conveyor
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.ram_slots import Arrival
 from localmimo.model.transformer import Guess
-from localmimo.plan import SHARED_TOKENS
+from localmimo.planning.memory import SHARED_TOKENS
 from quant import gpu
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order, run_expert

@@ -15,8 +15,8 @@ from typing import Any
 
 from localmimo.hardware.bandwidth import N_READERS, Speeds
 from localmimo.model.config import ModelConfig
-from localmimo.plan import Plan, kv_row_bytes
-from localmimo.structure import Structure
+from localmimo.planning.footprint import Structure
+from localmimo.planning.memory import Plan, kv_row_bytes
 
 Range = tuple[float, float]  # low, high
 
