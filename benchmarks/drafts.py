@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from localmimo import Sampling, load
-from localmimo.draft import Draft, DraftStats
+from localmimo.decode.speculative import Draft, DraftStats
 from localmimo.engine import Engine
 
 PROMPTS = (

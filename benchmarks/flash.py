@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from localmimo.decode.cuda_graphs import Graphs
+from localmimo.decode.session import Session
 from localmimo.experts.compute.hybrid_runner import SharedRunner
 from localmimo.experts.policy.adaptive import Adaptive
 from localmimo.experts.policy.baselines import Page
@@ -26,13 +28,11 @@ from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.gpu_slots import GpuShelf, measured_costs
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.tiers import GpuTier
-from localmimo.graphs import Graphs
 from localmimo.kv.cache import SLACK
 from localmimo.model.config import ModelConfig
 from localmimo.model.transformer import Placed, Transformer, load_weights
 from localmimo.model.weight_shapes import _expected as expected_shapes
 from localmimo.planning.memory import Plan, make_plan
-from localmimo.session import Session
 from quant.formats.codec import codec
 from quant.formats.page import PageLayout
 from quant.formats.qtensor import DTYPES, QTensor

@@ -34,10 +34,10 @@ import torch
 from benchmarks import drafts, sessions, timelines
 from benchmarks.make_checkpoint import SHAPES, Shape, make_checkpoint
 from localmimo import load
+from localmimo.decode.session import Session
 from localmimo.engine import Engine
 from localmimo.kv.cache import GlobalKV, WindowKV, row_width
 from localmimo.mini import CHECKPOINT as MINI
-from localmimo.session import Session
 from quant import convert, kernels
 from quant.kernels import attention
 

@@ -32,12 +32,12 @@ from typing import Any
 import torch
 
 from localmimo import Engine, load
+from localmimo.decode.session import Session
 from localmimo.experts.policy.adaptive import Adaptive
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.io_threads import Readers, Task
 from localmimo.experts.tiers.tiers import N_READERS, DiskTier, RamTier
-from localmimo.session import Session
 from quant import Pack
 from quant.pack.pack import experts_of
 

@@ -28,8 +28,8 @@ import numpy as np
 import psutil
 
 from localmimo import load
+from localmimo.decode.sampler import Sampling
 from localmimo.engine import Engine
-from localmimo.sample import Sampling
 from localmimo.serve.address import listen
 from localmimo.serve.app import make_app
 from localmimo.serve.guard import Guard

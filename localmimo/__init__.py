@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localmimo.agent import Run
-    from localmimo.answer import Message
     from localmimo.chat.tool_call import ToolCall
+    from localmimo.decode.answer import Message
+    from localmimo.decode.generation import Stats, Step
+    from localmimo.decode.sampler import Sampling
+    from localmimo.decode.session import Session
     from localmimo.engine import Completion, Engine, load
     from localmimo.errors import (
         BadModel,
@@ -22,9 +25,6 @@ if TYPE_CHECKING:
         DoesNotFit,
         LocalMimoError,
     )
-    from localmimo.generate import Stats, Step
-    from localmimo.sample import Sampling
-    from localmimo.session import Session
     from localmimo.tools.tool import Tool
 
 __version__ = "0.1.0"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from localmimo.answer import Message, run_calls
 from localmimo.chat.tool_call import ToolCall
+from localmimo.decode.answer import Message, run_calls
 from localmimo.errors import BadRequest
 from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool
 

@@ -17,23 +17,27 @@ import torch
 from torch import Tensor
 
 from localmimo.agent import Approve, Run, run_agent
-from localmimo.answer import Answer, Message
-from localmimo.batch import Batch
 from localmimo.chat.prompt import Prompt, Prompts
 from localmimo.chat.stream_parser import StreamParser
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
-from localmimo.constraint import Constraints
-from localmimo.draft import Draft, DraftStats, Lookahead, pace_of
+from localmimo.decode.answer import Answer, Message
+from localmimo.decode.batch import Batch
+from localmimo.decode.constraint import Constraints
+from localmimo.decode.cuda_graphs import Graphs
+from localmimo.decode.generation import FinishReason, Generation, Stats, Step, Verbatim
+from localmimo.decode.grammar import Grammar
+from localmimo.decode.mtp import load_heads
+from localmimo.decode.options import Options
+from localmimo.decode.sampler import Sampling
+from localmimo.decode.session import Progress, Session
+from localmimo.decode.speculative import Draft, DraftStats, Lookahead, pace_of
 from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull
 from localmimo.experts.compute.cpu_runner import Record
 from localmimo.experts.compute.hybrid_runner import SharedRunner, runner_of
 from localmimo.experts.pager import Pager
 from localmimo.experts.store.store import Traffic
-from localmimo.generate import FinishReason, Generation, Stats, Step, Verbatim
-from localmimo.grammar import Grammar
-from localmimo.graphs import Graphs
 from localmimo.hardware.device import out_of_memory
 from localmimo.hardware.unpack_threshold import settle
 from localmimo.kv.session_file import Identity
@@ -42,12 +46,8 @@ from localmimo.model.config import ModelConfig
 from localmimo.model.load_progress import Hear, Watched
 from localmimo.model.transformer import Placed, Transformer, load_weights
 from localmimo.model.weight_shapes import check_shapes
-from localmimo.mtp import load_heads
 from localmimo.opening import Dtype, Kv, Opening
-from localmimo.options import Options
 from localmimo.planning.memory import PREFILL_CHUNK
-from localmimo.sample import Sampling
-from localmimo.session import Progress, Session
 from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.ops.linear import backend
@@ -264,7 +264,7 @@ class Engine:
         tool_choice: "auto", "none" (it knows the tools and calls none), "required" (the answer is at least one call)
         or {"type": "function", "function": {"name": ...}} (a call of this one); parallel_tool_calls: whether an answer
         may make several calls.
-        response_format, grammar: what the answer must look like (`localmimo.grammar`); thinking stays free.
+        response_format, grammar: what the answer must look like (`localmimo.decode.grammar`); thinking stays free.
         tokens: the same prompt where the caller has it as tokens already; nothing is rendered or encoded then.
         Closing the iterator stops the generation; setting `cancel` from any thread does so within a layer.
         Raises BadRequest, ContextFull.

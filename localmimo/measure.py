@@ -18,14 +18,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.corpus import Corpus
-from localmimo.draft import DraftStats, Lookahead
+from localmimo.decode.speculative import DraftStats, Lookahead
 from localmimo.experts.store.counters import Traffic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from localmimo.decode.session import Session
     from localmimo.engine import Engine
-    from localmimo.session import Session
 
 TRAFFIC = tuple(Traffic.__dataclass_fields__)
 WARM_UP = -1  # the corpus's seed of what is not counted

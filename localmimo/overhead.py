@@ -15,12 +15,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
+from localmimo.decode.sampler import Sampling
 from localmimo.engine import load
 from localmimo.errors import BadModel
 from localmimo.experts.tiers.tiers import DiskTier, RamTier
 from localmimo.hardware.bandwidth import Speeds, file_spots, keep, kept, measured_speeds, products_key
 from localmimo.planning.footprint import Structure, structure_of
-from localmimo.sample import Sampling
 from quant import Pack
 from quant.pack.pack import PageAt, experts_of
 

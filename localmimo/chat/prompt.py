@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from localmimo.answer import Answer
 from localmimo.chat.messages import check_messages, check_tools
 from localmimo.chat.special_tokens import Marker
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.chat.turn_cache import Turns
+from localmimo.decode.answer import Answer
 from localmimo.errors import LocalMimoError
 
 

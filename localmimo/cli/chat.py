@@ -21,12 +21,12 @@ from localmimo.errors import BadRequest
 from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
-    from localmimo.answer import Answer
     from localmimo.cli.commands import Command
     from localmimo.cli.keys import Choices
     from localmimo.cli.repl import Manner
+    from localmimo.decode.answer import Answer
+    from localmimo.decode.grammar import Grammar
     from localmimo.engine import Engine
-    from localmimo.grammar import Grammar
 
 STDIN = "-"
 
@@ -167,7 +167,7 @@ def _manner(options: Options, ui: Ui) -> Manner:
 
 def _grammar(options: Options) -> Grammar | None:
     """What the answer must look like. Raises BadRequest where a file is missing or no JSON."""
-    from localmimo.grammar import Grammar, grammar_of
+    from localmimo.decode.grammar import Grammar, grammar_of
 
     if options.schema is None:
         return grammar_of(_system_text(options.grammar, "--grammar"), None)

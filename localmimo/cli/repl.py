@@ -18,10 +18,10 @@ from localmimo.cli.ui import Ui
 from localmimo.errors import Cancelled, ContextFull, LocalMimoError
 
 if TYPE_CHECKING:
-    from localmimo.answer import Answer
     from localmimo.cli.steplog import StepLog
+    from localmimo.decode.answer import Answer
+    from localmimo.decode.grammar import Grammar
     from localmimo.engine import Engine
-    from localmimo.grammar import Grammar
 
 
 MAX_ROUNDS = 50  # of calls after one question
@@ -51,7 +51,7 @@ class Manner:
 
     def stream_options(self) -> dict[str, Any]:
         """Keyword arguments of Engine.stream; raises BadRequest where a value makes no sense."""
-        from localmimo.sample import Sampling
+        from localmimo.decode.sampler import Sampling
 
         chosen = {key: value for key, value in self.sampling.items() if value is not None}
         return {
@@ -70,7 +70,7 @@ def answer(
     tools: list[dict[str, Any]] | None = None,
 ) -> Answer:
     """Let the engine answer and show it; Ctrl-C stops it and keeps what there is."""
-    from localmimo.answer import Answer
+    from localmimo.decode.answer import Answer
 
     turn, cancel = Answer(), threading.Event()
     options = manner.stream_options()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from localmimo.system.jsonl import Lines
 
 if TYPE_CHECKING:
-    from localmimo.generate import Step
+    from localmimo.decode.generation import Step
 
 
 class StepLog:

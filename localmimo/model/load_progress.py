@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from localmimo.draft import MOST_DRAFTS
+from localmimo.decode.speculative import MOST_DRAFTS
 
 if TYPE_CHECKING:
     from torch import Tensor

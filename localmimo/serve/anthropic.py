@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from localmimo.chat.stream_parser import Kind
-from localmimo.generate import Step
+from localmimo.decode.generation import Step
 from localmimo.serve.ask import Ask, forced, read_sampling, read_thinking
 from localmimo.serve.blocks import Block, Blocks, Change
 from localmimo.serve.delivery import Event

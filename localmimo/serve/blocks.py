@@ -11,7 +11,7 @@ from typing import Literal
 
 from localmimo.chat.partial_call import CallPart
 from localmimo.chat.stream_parser import Kind
-from localmimo.generate import Step
+from localmimo.decode.generation import Step
 
 Act = Literal["open", "more", "close"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from localmimo.chat.partial_call import CallPart
 from localmimo.chat.tokenizer import Tokenizer
-from localmimo.generate import FinishReason, Stats, Step
+from localmimo.decode.generation import FinishReason, Stats, Step
 from localmimo.serve.ask import (
     MOST_LOGPROBS,
     Ask,

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from localmimo.generate import Step
+from localmimo.decode.generation import Step
 from localmimo.serve.ask import MOST_LOGPROBS, Ask, read_sampling, refuse_several
 from localmimo.serve.chat import finish_reason, openai_failure, usage
 from localmimo.serve.delivery import Event

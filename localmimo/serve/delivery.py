@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
-from localmimo.generate import Step
+from localmimo.decode.generation import Step
 from localmimo.serve.ask import Ask
 from localmimo.serve.failures import Failure, failure_of
 from localmimo.serve.line import Place

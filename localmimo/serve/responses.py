@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from localmimo.generate import Step
+from localmimo.decode.generation import Step
 from localmimo.serve.ask import Ask, read_sampling, read_thinking, read_tool_choice
 from localmimo.serve.blocks import Block, Blocks, Change
 from localmimo.serve.chat import openai_failure

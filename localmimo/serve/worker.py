@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from localmimo.answer import Answer
 from localmimo.chat.prompt import Prompt
+from localmimo.decode.answer import Answer
+from localmimo.decode.generation import Stats, Step
 from localmimo.errors import BadRequest, ContextFull
-from localmimo.generate import Stats, Step
 from localmimo.serve.ask import Ask
 from localmimo.serve.line import Place
 from localmimo.serve.shelf import Shelf
 
 if TYPE_CHECKING:
+    from localmimo.decode.session import Session
     from localmimo.engine import Engine
-    from localmimo.session import Session
 
 
 class Job:

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmimo.answer import Answer
 from localmimo.chat.prompt import Prompts
 from localmimo.chat.special_tokens import MARKS
 from localmimo.chat.stream_parser import parse_message
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
+from localmimo.decode.answer import Answer
 from localmimo.errors import BadRequest
 from tests.chat import bpe
 from tests.chat.test_tokenizer import PROMPT_IDS

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from localmimo.answer import Message
 from localmimo.chat.tool_call import ToolCall
 from localmimo.chat.turn_cache import Turns
+from localmimo.decode.answer import Message
 from localmimo.errors import BadRequest
 
 USER = {"role": "user", "content": "Question?"}

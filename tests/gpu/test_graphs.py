@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from localmimo import Engine, load
+from localmimo.decode.cuda_graphs import Graphs, Step
+from localmimo.decode.session import Session
 from localmimo.experts.tiers.gpu_slots import GpuShelf
-from localmimo.graphs import Graphs, Step
 from localmimo.kv.block_table import Blocks
-from localmimo.session import Session
 from tests.gpu import pretended, recording
 from tests.gpu.test_engine import PLAIN, on_gpu
 
@@ -51,7 +51,7 @@ def move(engine: Engine, session: Session, i: int) -> None:
 def test_the_same_bits(share: float, kv: str) -> None:
     found, stretches = [], []
     for way in (nullcontext(), without_records()):
-        few = patch("localmimo.graphs.MOST_GRAPHS", 6)
+        few = patch("localmimo.decode.cuda_graphs.MOST_GRAPHS", 6)
         with way, few, on_gpu(share, kv=kv) as engine, engine.session() as session:
             rows = session._cache.layers[1].rows  # type: ignore[union-attr]
             n = rows - 4  # the rings go round, and blocks are added, while it steps

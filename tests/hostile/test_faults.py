@@ -20,6 +20,7 @@ import pytest
 
 from localmimo import LocalMimoError, load
 from localmimo.chat.turn_cache import Turns
+from localmimo.decode.sampler import Sampling
 from localmimo.engine import Engine
 from localmimo.experts.policy.baselines import Lru
 from localmimo.experts.policy.profile import read_profile
@@ -27,7 +28,6 @@ from localmimo.experts.store.memory_pressure import Pressure
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.io_threads import Readers
 from localmimo.hardware import bandwidth as speeds
-from localmimo.sample import Sampling
 from localmimo.serve.shelf import Saved, Shelf
 from quant.pack.pack import Pack
 from tests.packs import make_pack
@@ -287,7 +287,7 @@ def test_sigterm_during_a_save_leaves_a_whole_file(pack: Path, tmp_path: Path) -
 TWICE = """
 import sys
 from localmimo import load
-from localmimo.sample import Sampling
+from localmimo.decode.sampler import Sampling
 with load(sys.argv[1], context=256, ram="256MiB") as engine:
     print("open", flush=True)
     sys.stdin.readline()

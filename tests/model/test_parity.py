@@ -129,8 +129,8 @@ def logits_with(
     engine: Engine, config: localmimo.model.config.ModelConfig, tokens: list[int]
 ) -> torch.Tensor:
     """Logits of the engine's weights under another configuration."""
+    from localmimo.decode.session import Session
     from localmimo.model.transformer import Transformer, load_weights
-    from localmimo.session import Session
 
     model = Transformer(config, load_weights(engine.pack, config), torch.float32)
     return torch.cat(list(Session(model, engine._experts, 256, torch.float32).logits(tokens)))

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from localmimo.agent import run_agent
-from localmimo.answer import Message
 from localmimo.chat.tool_call import ToolCall
+from localmimo.decode.answer import Message
 from localmimo.errors import BadRequest
 from localmimo.tools.arguments import Mismatch, fit
 from localmimo.tools.tool import Tool, cut, schema_of, tools_of

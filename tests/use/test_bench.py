@@ -13,7 +13,7 @@ from localmimo.cli import app, bench
 from localmimo.cli.bench import Request, parse_depths, run_bench
 from localmimo.cli.opener import OpenFlags
 from localmimo.corpus import Corpus
-from localmimo.draft import DraftStats
+from localmimo.decode.speculative import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import read_trace
 from localmimo.experts.store.counters import Traffic

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from localmimo.chat.stream_parser import StreamParser
 from localmimo.cli.screen import Screen, block_end, figures, height
 from localmimo.cli.ui import bar, fit, parse_count, rows, seconds, table
-from localmimo.draft import MOST_DRAFTS, DraftStats
+from localmimo.decode.generation import Stats, Step
+from localmimo.decode.speculative import MOST_DRAFTS, DraftStats
 from localmimo.errors import BadRequest
-from localmimo.generate import Stats, Step
 from tests.scripted import Capture
 
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmimo import load
+from localmimo.decode.sampler import Sampling
 from localmimo.experts.store.memory_pressure import Pressure, low_bytes, slots_wanted
 from localmimo.hardware.host import _cgroup
-from localmimo.sample import Sampling
 from tests.packs import make_pack
 
 GIB = 1 << 30

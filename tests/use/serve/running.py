@@ -19,8 +19,8 @@ import httpx2
 import pytest
 import torch
 
-from localmimo import generate
-from localmimo.draft import Steady
+from localmimo.decode import generation as generate
+from localmimo.decode.speculative import Steady
 from localmimo.engine import Engine
 from localmimo.serve.address import listen
 from localmimo.serve.app import make_app

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from localmimo.decode.sampler import Sampling
 from localmimo.engine import Engine
-from localmimo.sample import Sampling
 from tests.use.serve.running import Running, Scripted
 
 PATH = "/v1/chat/completions"

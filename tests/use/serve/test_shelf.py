@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from localmimo.chat.turn_cache import Turns
+from localmimo.decode.generation import Stats
 from localmimo.engine import Engine
-from localmimo.generate import Stats
 from localmimo.serve.shelf import Shelf, reach
 from tests.use.serve import conversations as talks
 from tests.use.serve.running import Running, Scripted

@@ -10,8 +10,8 @@ from localmimo import BadRequest, Sampling
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tool_call import ToolCall
 from localmimo.chat.tool_choice import ToolChoice, rules_of_calls
+from localmimo.decode.grammar import Grammar, Grammars
 from localmimo.engine import Engine
-from localmimo.grammar import Grammar, Grammars
 from tests.use.serve.running import Running, Scripted
 
 pytest.importorskip("llguidance", reason="the extra grammar is not installed")

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localmimo.decode.cuda_graphs import Graphs
+from localmimo.decode.mtp import Choose, Drafter, DraftHead
 from localmimo.errors import BadRequest, BadSession, ContextFull
-from localmimo.graphs import Graphs
 from localmimo.hardware.device import broke_down, out_of_memory
 from localmimo.kv.block_table import Lender, Scattered
 from localmimo.kv.cache import SLACK, KVCache, Snapshot, WindowKV
 from localmimo.kv.hidden_states import Trail
 from localmimo.kv.session_file import Identity, SavedSession, write
 from localmimo.model.transformer import Experts, Transformer, nothing_to_check, nothing_to_report
-from localmimo.mtp import Choose, Drafter, DraftHead
 from localmimo.planning.memory import N_SNAPSHOTS, PREFILL_CHUNK
 from quant import kernels
 

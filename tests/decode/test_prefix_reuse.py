@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from localmimo import Sampling, load
+from localmimo.decode.session import Session
 from localmimo.engine import Engine
-from localmimo.session import Session
 from tests.packs import make_pack
 
 GREEDY = Sampling(temperature=0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from localmimo import BadSession, load
+from localmimo.decode.session import Session
 from localmimo.engine import Engine
-from localmimo.session import Session
 from tests.packs import make_pack
 
 W = 8

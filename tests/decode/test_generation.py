@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmimo import BadModel, BadRequest, ContextFull, DoesNotFit, Sampling, load
+from localmimo.decode.generation import StopStrings
 from localmimo.engine import Engine
-from localmimo.generate import StopStrings
 from quant import convert
 from tests.packs import make_pack
 from tests.tiny import make_checkpoint

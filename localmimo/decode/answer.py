@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localmimo.chat.tool_call import ToolCall
+from localmimo.decode.generation import FinishReason, Stats, Step
 from localmimo.errors import BadRequest
-from localmimo.generate import FinishReason, Stats, Step
 from localmimo.tools.tool import DECLINED, LIMIT_S, MAX_CHARS, Tool
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localmimo.decode.sampler import Sampling, candidates, distribution, gumbel, logprobs, penalise, pick
 from localmimo.errors import BadRequest
-from localmimo.sample import Sampling, candidates, distribution, gumbel, logprobs, penalise, pick
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 PLAIN = Sampling(temperature=1.0, top_p=1.0)

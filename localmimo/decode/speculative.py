@@ -13,11 +13,11 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from localmimo.decode.ab_timing import Paired
+from localmimo.decode.mtp import Choose
+from localmimo.decode.session import Session
 from localmimo.errors import BadRequest
 from localmimo.model.transformer import nothing_to_check
-from localmimo.mtp import Choose
-from localmimo.paired import Paired
-from localmimo.session import Session
 
 Draft = int | Literal["auto"]
 MOST_DRAFTS = 3

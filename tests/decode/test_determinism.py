@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from localmimo import load
-from localmimo.sample import Sampling
+from localmimo.decode.sampler import Sampling
 from quant import kernels
 from tests.packs import make_pack
 

@@ -5,10 +5,10 @@ import torch
 
 import localmimo.model.transformer
 from localmimo import Cancelled, load
+from localmimo.decode.session import Session
 from localmimo.engine import Engine
 from localmimo.kv.cache import KVCache
 from localmimo.model.transformer import GUESS_TOKENS, Guess, pieces_of
-from localmimo.session import Session
 from quant import kernels
 from tests.packs import make_pack
 

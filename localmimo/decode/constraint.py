@@ -10,9 +10,9 @@ from functools import cached_property
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.chat.tool_call import OPEN
 from localmimo.chat.tool_choice import rules_of_calls
-from localmimo.grammar import Following, Grammar, Grammars, grammar_of
-from localmimo.options import Options
-from localmimo.sample import Sampling
+from localmimo.decode.grammar import Following, Grammar, Grammars, grammar_of
+from localmimo.decode.options import Options
+from localmimo.decode.sampler import Sampling
 
 
 class Constraints:

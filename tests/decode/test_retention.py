@@ -49,7 +49,7 @@ class Script:
         self._queue: list[list[int]] = []
         self._now: list[int] = []
         self._start: int | None = None
-        monkeypatch.setattr("localmimo.generate.pick", self._pick)
+        monkeypatch.setattr("localmimo.decode.generation.pick", self._pick)
 
     def says(self, *texts: str) -> None:
         """What the next answers will be."""

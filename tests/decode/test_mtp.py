@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localmimo import load
+from localmimo.decode.session import Session
 from localmimo.engine import Engine
-from localmimo.session import Session
 from tests.packs import make_pack
 from tests.tiny import oracle_weights
 

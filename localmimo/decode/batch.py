@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from localmimo.decode.generation import Generation, Step
+from localmimo.decode.session import Session, step_together
 from localmimo.errors import Cancelled
-from localmimo.generate import Generation, Step
-from localmimo.session import Session, step_together
 
 Start = Callable[[int, Session], Generation]  # prompt number and its session
 

@@ -15,11 +15,11 @@ from localmimo.chat.partial_call import CallPart
 from localmimo.chat.stream_parser import Delta, Kind
 from localmimo.chat.tokenizer import Decoder, Tokenizer
 from localmimo.chat.tool_call import ToolCall
-from localmimo.draft import MOST_DRAFTS, DraftStats, Lookahead, Pace, Steady
+from localmimo.decode.sampler import Sampling, logprobs, pick
+from localmimo.decode.session import Progress, Session
+from localmimo.decode.speculative import MOST_DRAFTS, DraftStats, Lookahead, Pace, Steady
 from localmimo.errors import BadRequest, Cancelled
 from localmimo.experts.store.counters import Traffic
-from localmimo.sample import Sampling, logprobs, pick
-from localmimo.session import Progress, Session
 from quant import kernels
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "context"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from localmimo import BadRequest, Sampling, load
+from localmimo.decode.grammar import Grammar, Grammars
 from localmimo.engine import Engine
-from localmimo.grammar import Grammar, Grammars
-from tests.model.test_draft import drafting, prophecy
+from tests.decode.test_speculative import drafting, prophecy
 from tests.packs import make_pack
 
 pytest.importorskip("llguidance")
@@ -112,5 +112,5 @@ def test_without_llguidance_the_command_is_named(engine: Engine, monkeypatch: py
 
 
 def test_importing_needs_no_llguidance() -> None:
-    source = Path(sys.modules["localmimo.grammar"].__file__ or "").read_text()
+    source = Path(sys.modules["localmimo.decode.grammar"].__file__ or "").read_text()
     assert "import llguidance" not in source

@@ -15,11 +15,11 @@ from localmimo import load
 from localmimo.chat.turn_cache import Turns as Kept
 from localmimo.cli.repl import Manner, Repl
 from localmimo.cli.screen import Screen
+from localmimo.decode.generation import Generation
 from localmimo.engine import Engine
-from localmimo.generate import Generation
 from localmimo.tools.tool import tools_of
+from tests.decode.test_retention import Script
 from tests.scripted import Capture, ScriptedReader
-from tests.use.test_retention import Script
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from localmimo import BadRequest, DoesNotFit, Sampling, load
-from localmimo.draft import Draft, Lookahead, Measured, Pace, Steady
+from localmimo.decode.generation import Generation
+from localmimo.decode.sampler import candidates, pick
+from localmimo.decode.session import Session
+from localmimo.decode.speculative import Draft, Lookahead, Measured, Pace, Steady
 from localmimo.engine import Engine
-from localmimo.generate import Generation
-from localmimo.sample import candidates, pick
-from localmimo.session import Session
 from tests.packs import make_pack
 
 GREEDY = Sampling(temperature=0)
@@ -115,7 +115,7 @@ def test_draws_follow_the_distribution_with_drafts(engine: Engine) -> None:
 
 
 def engine_stats():  # type: ignore[no-untyped-def]
-    from localmimo.draft import DraftStats
+    from localmimo.decode.speculative import DraftStats
 
     return DraftStats()
 

@@ -1,0 +1,1 @@
+"""One sequence and its next tokens: sessions, drafts, sampling, grammars, stop rules, answers."""
