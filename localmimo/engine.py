@@ -32,21 +32,21 @@ from localmimo.decode.options import Options
 from localmimo.decode.sampler import Sampling
 from localmimo.decode.session import Progress, Session
 from localmimo.decode.speculative import Draft, DraftStats, Lookahead, pace_of
-from localmimo.embedded import embedded_pack
 from localmimo.errors import BadModel, BadRequest, ContextFull
 from localmimo.experts.compute.cpu_runner import Record
 from localmimo.experts.compute.hybrid_runner import SharedRunner, runner_of
-from localmimo.experts.pager import Pager
 from localmimo.experts.store.store import Traffic
 from localmimo.hardware.device import out_of_memory
 from localmimo.hardware.unpack_threshold import settle
 from localmimo.kv.session_file import Identity
+from localmimo.loading.embedded import embedded_pack
+from localmimo.loading.expert_cache import Pager
+from localmimo.loading.options import Dtype, Kv, Opening
 from localmimo.mini import NAME
 from localmimo.model.config import ModelConfig
 from localmimo.model.load_progress import Hear, Watched
 from localmimo.model.transformer import Placed, Transformer, load_weights
 from localmimo.model.weight_shapes import check_shapes
-from localmimo.opening import Dtype, Kv, Opening
 from localmimo.planning.memory import PREFILL_CHUNK
 from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack

@@ -51,8 +51,8 @@ def open_engine(
     folder = None if model is None else pack_folder(model)
     ui.status.show(f"  opening {model or EMBEDDED} ...", now=True)
     try:
-        from localmimo.embedded import embedded_pack
         from localmimo.engine import load
+        from localmimo.loading.embedded import embedded_pack
 
         if folder is None:
             ui.status.clear()  # the first use says what it does

@@ -17,7 +17,7 @@ def folder_of(name: str) -> Path:
     """The folder of the embedded model's pack, by that name, or of a pack that a user named."""
     if name != EMBEDDED:
         return pack_folder(name)
-    from localmimo.embedded import embedded_pack
+    from localmimo.loading.embedded import embedded_pack
 
     return embedded_pack()
 

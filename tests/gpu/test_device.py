@@ -9,7 +9,7 @@ import torch
 from localmimo import load
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 from localmimo.hardware.device import check_device, find_device
-from localmimo.opening import Opening
+from localmimo.loading.options import Opening
 from tests.gpu import pretended
 
 
