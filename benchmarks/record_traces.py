@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from localmimo import Engine, Sampling, load
+from localmimo.bench.runs import Recorder
 from localmimo.experts.policy.trace import TraceWriter
-from localmimo.measure import Recorder
 
 PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
     "tune": {

@@ -31,9 +31,9 @@ from localmimo.planning.throughput import decode_range
 from localmimo.system.jsonl import Lines
 
 if TYPE_CHECKING:
-    from localmimo.corpus import Corpus
+    from localmimo.bench.corpus import Corpus
+    from localmimo.bench.runs import Bench, Job, Run, Taken
     from localmimo.engine import Engine
-    from localmimo.measure import Bench, Job, Run, Taken
 
 FORMATS = ("text", "md")
 DRAFTS = ("auto", "0", "1", "2", "3")
@@ -169,7 +169,7 @@ class Sheet:
 
     def fill(self, open_engine: Callable[[], Engine]) -> int:
         """Carry the job out; the exit code."""
-        from localmimo.measure import Bench
+        from localmimo.bench.runs import Bench
 
         began, finished = time.perf_counter(), False
         self._measure_speeds()
@@ -192,7 +192,7 @@ class Sheet:
         return 0 if finished else INTERRUPTED
 
     def _job(self) -> Job:
-        from localmimo.measure import Job
+        from localmimo.bench.runs import Job
 
         it = self.request
         return Job(it.depths, it.prompt_tokens, it.max_tokens, it.repeat, it.cold)
@@ -220,7 +220,7 @@ class Sheet:
             self.ui.status.show(live_line(run, self.request))
 
     def _row(self, bench: Bench, depth: int) -> dict[str, Any]:
-        from localmimo.measure import figures
+        from localmimo.bench.runs import figures
 
         found = figures(depth, bench.runs_at(depth))
         self._facts["effective"] = self._engine.effective()  # the first reads tell whether they can be direct
@@ -268,7 +268,7 @@ class Sheet:
         """This machine's, with the pack closed: before the first run and after the last one."""
         if not self.request.check_plan:
             return
-        from localmimo.overhead import speeds_now
+        from localmimo.bench.calibrate import speeds_now
 
         pack = folder_of(self.request.model)
         self.ui.status.show(" measuring disk, memory and products ...", now=True)
@@ -390,7 +390,7 @@ def _aligned(cells: Sequence[str]) -> str:
 
 def live_line(run: Run, request: Request) -> str:
     """What is going on now, and what the tiers gave in this answer so far."""
-    from localmimo.measure import tier_figures
+    from localmimo.bench.runs import tier_figures
 
     so_far = tier_figures(run.steps)
     speed = len(run.steps) / sum(step.seconds for step in run.steps)

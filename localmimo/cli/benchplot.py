@@ -13,7 +13,7 @@ from localmimo.cli.plot import save
 from localmimo.cli.ui import bar
 
 if TYPE_CHECKING:
-    from localmimo.measure import Run, Taken
+    from localmimo.bench.runs import Run, Taken
 
 SLICES = 12  # of the time, in text
 COLOURS = {"gpu": "#2f6f4f", "ram": "#4f7fbf", "disk": "#d98b3a"}
@@ -74,7 +74,7 @@ def _draw_tiers(axes: Any, runs: Sequence[Run]) -> None:
 
 
 def _shares(steps: Sequence[Taken]) -> dict[str, float]:
-    from localmimo.measure import tier_figures
+    from localmimo.bench.runs import tier_figures
 
     return dict(tier_figures(steps)["hits"])
 

@@ -16,7 +16,7 @@ from localmimo import __version__
 from localmimo.hardware.host import Machine, format_bytes
 
 if TYPE_CHECKING:
-    from localmimo.corpus import Corpus
+    from localmimo.bench.corpus import Corpus
     from localmimo.engine import Engine
 
 

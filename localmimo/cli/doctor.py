@@ -97,7 +97,7 @@ def _versions() -> Findings:
 
 
 OVERHEAD = (
-    "import sys; from localmimo.overhead import layer_seconds; "
+    "import sys; from localmimo.bench.calibrate import layer_seconds; "
     "print(layer_seconds(float(sys.argv[1]), anew=sys.argv[2] == 'anew'))"
 )
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from localmimo.bench.corpus import Corpus
+from localmimo.bench.runs import Recorder, Run, Taken, figures, hits
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.cli import app, bench
 from localmimo.cli.bench import Request, parse_depths, run_bench
 from localmimo.cli.opener import OpenFlags
-from localmimo.corpus import Corpus
 from localmimo.decode.speculative import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import read_trace
 from localmimo.experts.store.counters import Traffic
-from localmimo.measure import Recorder, Run, Taken, figures, hits
 from localmimo.mini import CHECKPOINT
 from quant import convert
 from tests.packs import make_pack

@@ -17,7 +17,7 @@ from statistics import fmean, median, stdev
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from localmimo.corpus import Corpus
+from localmimo.bench.corpus import Corpus
 from localmimo.decode.speculative import DraftStats, Lookahead
 from localmimo.experts.store.counters import Traffic
 

@@ -29,7 +29,7 @@ N_RUNS = 2
 BUDGET = "200MiB"  # every expert in memory
 PRODUCTS_BYTES = 256 << 20  # of pages, far more than the caches hold
 PRODUCTS_S = 0.5
-CHILD = "import sys; from localmimo.overhead import main; main(sys.argv[1], int(sys.argv[2]))"
+CHILD = "import sys; from localmimo.bench.calibrate import main; main(sys.argv[1], int(sys.argv[2]))"
 
 
 def layer_seconds(ram_read: float, *, anew: bool = False) -> float:
