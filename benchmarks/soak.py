@@ -30,9 +30,9 @@ import psutil
 from localmimo import load
 from localmimo.decode.sampler import Sampling
 from localmimo.engine import Engine
-from localmimo.serve.address import listen
 from localmimo.serve.app import make_app
-from localmimo.serve.guard import Guard
+from localmimo.serve.http.auth import Guard
+from localmimo.serve.http.listen import listen
 from localmimo.serve.server import Server
 from localmimo.serve.service import Service
 

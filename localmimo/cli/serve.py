@@ -18,7 +18,7 @@ from localmimo.cli.opener import OpenFlags, open_engine
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import parse_bytes
-from localmimo.serve.address import is_loopback, listen
+from localmimo.serve.http.listen import is_loopback, listen
 
 if TYPE_CHECKING:
     import socket
@@ -74,7 +74,7 @@ def _check_early(job: Serving, key: str | None) -> None:
 
 async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> int:
     from localmimo.serve.app import make_app
-    from localmimo.serve.guard import Guard
+    from localmimo.serve.http.auth import Guard
     from localmimo.serve.server import Server
     from localmimo.serve.service import Service
 

@@ -19,16 +19,16 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from localmimo.serve import pages
-from localmimo.serve.anthropic import CountTokens, Messages
-from localmimo.serve.chat import Chat, openai_failure
-from localmimo.serve.completions import Completions
-from localmimo.serve.delivery import KEEP_ALIVE_S, Delivery, reported, respond, to_json
-from localmimo.serve.failures import Failure
-from localmimo.serve.fields import Fields
-from localmimo.serve.guard import Guard, body_limit, read_body
+from localmimo.serve.api.anthropic_messages import CountTokens, Messages
+from localmimo.serve.api.json_fields import Fields
+from localmimo.serve.api.openai_chat import Chat, openai_failure
+from localmimo.serve.api.openai_completions import Completions
+from localmimo.serve.api.openai_responses import Responses
+from localmimo.serve.errors import Failure
+from localmimo.serve.http import static as pages
+from localmimo.serve.http.auth import Guard, body_limit, read_body
 from localmimo.serve.openapi import description
-from localmimo.serve.responses import Responses
+from localmimo.serve.response import KEEP_ALIVE_S, Delivery, reported, respond, to_json
 from localmimo.serve.service import Service
 
 MODEL = "/v1/models/{model}"

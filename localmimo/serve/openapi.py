@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from localmimo import __version__
-from localmimo.serve.ask import MOST_LOGPROBS
+from localmimo.serve.api.parameters import MOST_LOGPROBS
 
 Schema = dict[str, Any]
 PARAMETER = re.compile(r"\{(\w+)\}")  # of a path

@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from localmimo.serve.connection import Limits, protocol
+from localmimo.serve.http.connection import Limits, protocol
 
 BACKLOG = 512
 DRAIN_S = 600  # for answers that were begun when the server was told to stop

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from localmimo.serve.ask import Ask
-from localmimo.serve.desk import Desk
-from localmimo.serve.failures import Failure
-from localmimo.serve.line import Line, LineFull, Place
+from localmimo.serve.api.parameters import Ask
+from localmimo.serve.context import Desk
+from localmimo.serve.errors import Failure
 from localmimo.serve.metrics import Metrics
-from localmimo.serve.shelf import Shelf
+from localmimo.serve.queue import Line, LineFull, Place
+from localmimo.serve.session_store import Shelf
 from localmimo.serve.worker import Job, Worker
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from localmimo.chat.prompt import Prompt
 from localmimo.decode.answer import Answer
 from localmimo.decode.generation import Stats, Step
 from localmimo.errors import BadRequest, ContextFull
-from localmimo.serve.ask import Ask
-from localmimo.serve.line import Place
-from localmimo.serve.shelf import Shelf
+from localmimo.serve.api.parameters import Ask
+from localmimo.serve.queue import Place
+from localmimo.serve.session_store import Shelf
 
 if TYPE_CHECKING:
     from localmimo.decode.session import Session

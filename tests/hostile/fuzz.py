@@ -26,12 +26,12 @@ from localmimo.experts.policy.trace import read_trace
 from localmimo.experts.store.placement import _read as read_placement
 from localmimo.hardware import bandwidth as speeds
 from localmimo.model.config import ModelConfig
-from localmimo.serve.anthropic import read_messages
-from localmimo.serve.chat import read_chat
-from localmimo.serve.failures import Failure
-from localmimo.serve.fields import Fields
-from localmimo.serve.responses import _read_ask, _read_input
-from localmimo.serve.shelf import Shelf, _write_index
+from localmimo.serve.api.anthropic_messages import read_messages
+from localmimo.serve.api.json_fields import Fields
+from localmimo.serve.api.openai_chat import read_chat
+from localmimo.serve.api.openai_responses import _read_ask, _read_input
+from localmimo.serve.errors import Failure
+from localmimo.serve.session_store import Shelf, _write_index
 from quant import Recipe
 from quant.checkpoint.source import INDEX, Source
 from quant.convert.writer import JOURNAL, read_journal

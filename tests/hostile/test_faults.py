@@ -28,7 +28,7 @@ from localmimo.experts.store.memory_pressure import Pressure
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.io_threads import Readers
 from localmimo.hardware import bandwidth as speeds
-from localmimo.serve.shelf import Saved, Shelf
+from localmimo.serve.session_store import Saved, Shelf
 from quant.pack.pack import Pack
 from tests.packs import make_pack
 

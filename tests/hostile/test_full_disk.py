@@ -19,7 +19,7 @@ from localmimo.engine import Engine
 from localmimo.errors import BadRequest, BadSession
 from localmimo.experts.policy.profile import Profile, write_profile
 from localmimo.experts.policy.trace import TraceWriter, read_trace
-from localmimo.serve.shelf import _found, _write_index
+from localmimo.serve.session_store import _found, _write_index
 from localmimo.system.jsonl import Lines
 from tests.packs import make_pack
 

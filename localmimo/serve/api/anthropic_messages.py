@@ -13,13 +13,13 @@ from typing import Any
 
 from localmimo.chat.stream_parser import Kind
 from localmimo.decode.generation import Step
-from localmimo.serve.ask import Ask, forced, read_sampling, read_thinking
-from localmimo.serve.blocks import Block, Blocks, Change
-from localmimo.serve.delivery import Event
-from localmimo.serve.desk import Desk
-from localmimo.serve.failures import Failure
-from localmimo.serve.failures import Kind as FailureKind
-from localmimo.serve.fields import Fields
+from localmimo.serve.api.content_blocks import Block, Blocks, Change
+from localmimo.serve.api.json_fields import Fields
+from localmimo.serve.api.parameters import Ask, forced, read_sampling, read_thinking
+from localmimo.serve.context import Desk
+from localmimo.serve.errors import Failure
+from localmimo.serve.errors import Kind as FailureKind
+from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "context": "max_tokens"}

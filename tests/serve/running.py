@@ -22,10 +22,10 @@ import torch
 from localmimo.decode import generation as generate
 from localmimo.decode.speculative import Steady
 from localmimo.engine import Engine
-from localmimo.serve.address import listen
 from localmimo.serve.app import make_app
-from localmimo.serve.connection import Limits
-from localmimo.serve.guard import Guard
+from localmimo.serve.http.auth import Guard
+from localmimo.serve.http.connection import Limits
+from localmimo.serve.http.listen import listen
 from localmimo.serve.server import Server
 from localmimo.serve.service import Service
 

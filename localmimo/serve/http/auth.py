@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import Receive, Scope
 
-from localmimo.serve.address import is_loopback
-from localmimo.serve.failures import Failure
+from localmimo.serve.errors import Failure
+from localmimo.serve.http.listen import is_loopback
 
 BODY_BYTES_PER_TOKEN = 64  # of the context: text, its escapes and the JSON around it
 LEAST_BODY_BYTES = 4 << 20

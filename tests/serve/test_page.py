@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-from localmimo.engine import Engine
 from tests.use.serve.running import Running, Scripted, wait_for
 from tests.use.serve.test_chat import CALL, CUT_OFF, WEATHER
+
+from localmimo.engine import Engine
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_a_browser = pytest.mark.skipif(
@@ -191,7 +191,7 @@ def test_nothing_sticks_out(driver: Any, server: Running, script: Scripted, widt
 
 
 def test_a_page_asks_for_the_key(engine: Engine) -> None:
-    from localmimo.serve.guard import Guard
+    from localmimo.serve.http.auth import Guard
 
     with Running(engine, guard=Guard(api_key="k")) as server:
         assert server.http.get("/").status_code == 200

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from starlette.types import Receive, Scope, Send
 
 from localmimo.decode.generation import Step
-from localmimo.serve.ask import Ask
-from localmimo.serve.failures import Failure, failure_of
-from localmimo.serve.line import Place
+from localmimo.serve.api.parameters import Ask
+from localmimo.serve.errors import Failure, failure_of
+from localmimo.serve.queue import Place
 from localmimo.serve.worker import Job
 
 KEEP_ALIVE_S = 5.0

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from localmimo.decode.generation import Step
-from localmimo.serve.ask import MOST_LOGPROBS, Ask, read_sampling, refuse_several
-from localmimo.serve.chat import finish_reason, openai_failure, usage
-from localmimo.serve.delivery import Event
-from localmimo.serve.desk import Desk
-from localmimo.serve.failures import Failure
-from localmimo.serve.fields import Fields
+from localmimo.serve.api.json_fields import Fields
+from localmimo.serve.api.openai_chat import finish_reason, openai_failure, usage
+from localmimo.serve.api.parameters import MOST_LOGPROBS, Ask, read_sampling, refuse_several
+from localmimo.serve.context import Desk
+from localmimo.serve.errors import Failure
+from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
 
 DEFAULT_TOKENS = 16  # as OpenAI has it

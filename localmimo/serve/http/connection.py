@@ -14,7 +14,7 @@ from typing import Any
 from h11 import LocalProtocolError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from localmimo.serve.delivery import to_json
+from localmimo.serve.response import to_json
 
 REFUSED = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"

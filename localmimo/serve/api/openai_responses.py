@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from localmimo.decode.generation import Step
-from localmimo.serve.ask import Ask, read_sampling, read_thinking, read_tool_choice
-from localmimo.serve.blocks import Block, Blocks, Change
-from localmimo.serve.chat import openai_failure
-from localmimo.serve.delivery import Event
-from localmimo.serve.desk import Desk
-from localmimo.serve.failures import Failure
-from localmimo.serve.fields import Fields
+from localmimo.serve.api.content_blocks import Block, Blocks, Change
+from localmimo.serve.api.json_fields import Fields
+from localmimo.serve.api.openai_chat import openai_failure
+from localmimo.serve.api.parameters import Ask, read_sampling, read_thinking, read_tool_choice
+from localmimo.serve.context import Desk
+from localmimo.serve.errors import Failure
+from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
 
 INCOMPLETE = {"length": "max_output_tokens", "context": "max_output_tokens", "cancelled": "cancelled"}

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from localmimo.serve.line import Line, LineFull, Place
+from localmimo.serve.queue import Line, LineFull, Place
 
 
 def test_turns_come_in_order_and_the_full_line_refuses() -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from localmimo.serve.failures import Failure
+from localmimo.serve.errors import Failure
 
 INT64 = 2**63
 

@@ -13,7 +13,8 @@ from typing import Any
 from localmimo.chat.partial_call import CallPart
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.decode.generation import FinishReason, Stats, Step
-from localmimo.serve.ask import (
+from localmimo.serve.api.json_fields import Fields
+from localmimo.serve.api.parameters import (
     MOST_LOGPROBS,
     Ask,
     read_sampling,
@@ -21,10 +22,9 @@ from localmimo.serve.ask import (
     read_tool_choice,
     refuse_several,
 )
-from localmimo.serve.delivery import Event
-from localmimo.serve.desk import Desk
-from localmimo.serve.failures import Failure
-from localmimo.serve.fields import Fields
+from localmimo.serve.context import Desk
+from localmimo.serve.errors import Failure
+from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
 
 REASONS: dict[FinishReason, str] = {"context": "length", "cancelled": "stop"}

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from tests.use.serve.running import wait_for
+from tests.use.serve.test_chat import HELLO, PATH
 
 from localmimo import load
 from localmimo.cli.app import run
 from tests.packs import make_pack
-from tests.use.serve.running import wait_for
-from tests.use.serve.test_chat import HELLO, PATH
 
 ROOT = Path(__file__).parents[3]
 
@@ -95,7 +95,7 @@ def test_what_can_be_refused_early(
 
 def test_a_port_in_use_is_a_sentence() -> None:
     from localmimo.errors import BadRequest
-    from localmimo.serve.address import listen
+    from localmimo.serve.http.listen import listen
 
     with listen("127.0.0.1", 0) as taken:
         taken.listen()

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tests.use.serve.running import Running, Scripted
 from tests.use.serve.test_chat import CALL
 

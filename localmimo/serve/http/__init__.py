@@ -1,0 +1,1 @@
+"""Sockets, limits, keys, and the built-in page."""
