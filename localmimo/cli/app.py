@@ -15,7 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from localmimo import __version__
-from localmimo.cli.frame import (
+from localmimo.cli.commands._hardware import doctor, plan
+from localmimo.cli.commands._measuring import bench
+from localmimo.cli.commands._routing import replay, stats
+from localmimo.cli.commands._talking import chat, serve
+from localmimo.cli.options import (
     BAD_PACK,
     FAILED,
     INTERRUPTED,
@@ -31,10 +35,6 @@ from localmimo.cli.frame import (
     complain,
     ui_of,
 )
-from localmimo.cli.hardware import doctor, plan
-from localmimo.cli.measuring import bench
-from localmimo.cli.routing import replay, stats
-from localmimo.cli.talking import chat, serve
 from localmimo.errors import BadModel, BadRequest, Cancelled, DoesNotFit, LocalMimoError
 
 # Public name of nothing in typer: BadParameter's parent is the usage error, and its parent every shown error.
@@ -113,7 +113,7 @@ def quantize(
     quiet: Quiet = False,
 ) -> int:
     """Convert a checkpoint into a pack. Ctrl-C stops it; the same command goes on where it stopped."""
-    from localmimo.cli.quantize import Conversion, run_quantize
+    from localmimo.cli.commands.quantize import Conversion, run_quantize
 
     job = Conversion(
         source,
@@ -143,7 +143,7 @@ def verify(
     quiet: Quiet = False,
 ) -> int:
     """Read a pack from end to end and compare every checksum."""
-    from localmimo.cli.verify import run_verify
+    from localmimo.cli.commands.verify import run_verify
 
     return carry_out(lambda: run_verify(pack.expanduser(), ui_of(verbose, quiet), as_json=as_json))
 
@@ -171,7 +171,7 @@ def perplexity(
     The text is cut into windows of N tokens that do not overlap. Each window is read from an empty context,
     and every token but its first is predicted from those before it in the window.
     """
-    from localmimo.cli.perplexity import Measurement, run_perplexity
+    from localmimo.cli.commands.perplexity import Measurement, run_perplexity
     from localmimo.cli.ui import parse_count
 
     job = Measurement(pack, file, against, parse_count(context, "--context"), ram, as_json)

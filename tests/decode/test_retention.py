@@ -11,8 +11,8 @@ import pytest
 from localmimo import load
 from localmimo.chat.template import TEMPLATES
 from localmimo.chat.turn_cache import Turns
-from localmimo.cli.repl import Manner, Repl
-from localmimo.cli.screen import Screen
+from localmimo.cli.terminal.repl import Manner, Repl
+from localmimo.cli.terminal.screen import Screen
 from localmimo.engine import Engine
 from quant import convert
 from tests.chat import bpe

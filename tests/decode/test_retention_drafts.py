@@ -13,8 +13,8 @@ import pytest
 
 from localmimo import load
 from localmimo.chat.turn_cache import Turns as Kept
-from localmimo.cli.repl import Manner, Repl
-from localmimo.cli.screen import Screen
+from localmimo.cli.terminal.repl import Manner, Repl
+from localmimo.cli.terminal.screen import Screen
 from localmimo.decode.generation import Generation
 from localmimo.engine import Engine
 from localmimo.tools.tool import tools_of

@@ -121,8 +121,8 @@ def test_vram_wants_a_gpu() -> None:
 def test_bench_says_what_the_gpu_held() -> None:
     import json
 
-    from localmimo.cli.bench import Request, run_bench
-    from localmimo.cli.opener import OpenFlags
+    from localmimo.cli.commands.bench import Request, run_bench
+    from localmimo.cli.open_engine import OpenFlags
     from tests.scripted import Capture
 
     shown = Capture()

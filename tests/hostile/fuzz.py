@@ -19,7 +19,7 @@ from localmimo import load
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.chat.turn_cache import Turns
-from localmimo.conversation import _read as read_conversation
+from localmimo.cli.terminal.saved_chats import _read as read_conversation
 from localmimo.errors import LocalMimoError
 from localmimo.experts.policy.profile import BadProfile, Profile, read_profile, write_profile
 from localmimo.experts.policy.trace import read_trace

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from localmimo import load
-from localmimo.cli.plot import draw_lines
-from localmimo.conversation import Conversation
-from localmimo.conversation import _write as write_conversation
+from localmimo.cli.plots.plot import draw_lines
+from localmimo.cli.terminal.saved_chats import Conversation
+from localmimo.cli.terminal.saved_chats import _write as write_conversation
 from localmimo.engine import Engine
 from localmimo.errors import BadRequest, BadSession
 from localmimo.experts.policy.profile import Profile, write_profile

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
-from localmimo.conversation import _read as read_conversation
+from localmimo.cli.terminal.saved_chats import _read as read_conversation
 from localmimo.errors import BadModel, BadRequest, BadSession
 from localmimo.experts.policy.profile import BadProfile, read_profile, write_profile
 from localmimo.experts.policy.profile import Profile as Counted

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from localmimo.cli.screen import Screen, figures
-from localmimo.cli.toolbox import Toolbox
+from localmimo.cli.terminal.screen import Screen, figures
+from localmimo.cli.terminal.tool_approval import Toolbox
 from localmimo.cli.ui import Ui
 from localmimo.errors import Cancelled, ContextFull, LocalMimoError
 
 if TYPE_CHECKING:
-    from localmimo.cli.steplog import StepLog
+    from localmimo.cli.terminal.step_log import StepLog
     from localmimo.decode.answer import Answer
     from localmimo.decode.grammar import Grammar
     from localmimo.engine import Engine
@@ -166,7 +166,7 @@ class Repl:
 
     def run(self) -> None:
         """Read and answer until the end of the input or /exit."""
-        from localmimo.cli.commands import obey
+        from localmimo.cli.terminal.slash_commands import obey
 
         interrupts = 0
         while True:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localmimo.cli.commands.verify import read_back
 from localmimo.cli.ui import Ui, bar, seconds
-from localmimo.cli.verify import read_back
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import Machine, format_bytes
 from localmimo.model.config import ModelConfig

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localmimo.cli.benchplot import chart, draw
-from localmimo.cli.card import card, card_lines
-from localmimo.cli.frame import INTERRUPTED
-from localmimo.cli.opener import OpenFlags, open_engine
+from localmimo.cli.open_engine import OpenFlags, open_engine
+from localmimo.cli.options import INTERRUPTED
 from localmimo.cli.packs import EMBEDDED, folder_of, pack_folder
-from localmimo.cli.plot import check_plot, picture
+from localmimo.cli.plots.bench_card import card, card_lines
+from localmimo.cli.plots.bench_plot import chart, draw
+from localmimo.cli.plots.plot import check_plot, picture
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
 from localmimo.errors import BadRequest
 from localmimo.experts.policy.trace import TraceWriter

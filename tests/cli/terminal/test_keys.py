@@ -8,7 +8,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from localmimo.cli.keys import EntryCompleter, KeyReader
+from localmimo.cli.terminal.keys import EntryCompleter, KeyReader
 
 ENTER, ALT_ENTER, CTRL_C, CTRL_D, UP = "\r", "\x1b\r", "\x03", "\x04", "\x1b[A"
 PASTE = "\x1b[200~{}\x1b[201~"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmimo.chat.stream_parser import StreamParser
-from localmimo.cli.screen import Screen, block_end, figures, height
+from localmimo.cli.terminal.screen import Screen, block_end, figures, height
 from localmimo.cli.ui import bar, fit, parse_count, rows, seconds, table
 from localmimo.decode.generation import Stats, Step
 from localmimo.decode.speculative import MOST_DRAFTS, DraftStats
@@ -231,7 +231,7 @@ def test_bad_counts_are_sentences(text: str) -> None:
 
 def test_reading_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("localmimo.cli.screen.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("localmimo.cli.terminal.screen.time.perf_counter", lambda: now[0])
     shown = Capture(terminal=True)
     screen = Screen(shown.ui)
     screen.begin()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmimo.cli.opener import OpenFlags, open_engine
+from localmimo.cli.open_engine import OpenFlags, open_engine
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import parse_bytes

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmimo.cli.plot import check_plot, draw_lines, picture
+from localmimo.cli.plots.plot import check_plot, draw_lines, picture
 from localmimo.cli.ui import Ui, parse_count, table
 from localmimo.errors import BadRequest
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from localmimo.cli.repl import Manner, Repl
-from localmimo.cli.screen import Screen
+from localmimo.cli.terminal.repl import Manner, Repl
+from localmimo.cli.terminal.screen import Screen
 from localmimo.errors import BadRequest
 from tests.scripted import INTERRUPT, Capture, ScriptedEngine, ScriptedReader, full
 
@@ -309,7 +309,7 @@ def test_a_file_that_is_no_tools_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_line_of_json_per_token(tmp_path: Path) -> None:
-    from localmimo.cli.steplog import StepLog
+    from localmimo.cli.terminal.step_log import StepLog
 
     manner = Manner(stats=False, log=StepLog(tmp_path / "steps.jsonl"))
     shown = Capture()
@@ -331,7 +331,7 @@ def test_a_line_of_json_per_token(tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
-    from localmimo.cli.steplog import StepLog
+    from localmimo.cli.terminal.step_log import StepLog
 
     with pytest.raises(BadRequest, match="--stats-json: .* cannot be written"):
         StepLog(tmp_path)

@@ -13,13 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from localmimo.cli.screen import figures
+from localmimo.cli.terminal.screen import figures
 from localmimo.cli.ui import fit, parse_count
 from localmimo.errors import BadRequest, LocalMimoError
 from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
-    from localmimo.cli.repl import Repl
+    from localmimo.cli.terminal.repl import Repl
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def _edit(repl: Repl, _argument: str) -> None:
 
 
 def _save(repl: Repl, name: str) -> None:
-    from localmimo.conversation import folder_of, save, saved_names
+    from localmimo.cli.terminal.saved_chats import folder_of, save, saved_names
 
     name = name or repl.name or f"{datetime.now():%Y-%m-%d %H.%M}"
     folder = folder_of(name)
@@ -232,7 +232,7 @@ def _agrees(repl: Repl, question: str) -> bool:
 
 
 def _load(repl: Repl, name: str) -> None:
-    from localmimo.conversation import load, saved_names
+    from localmimo.cli.terminal.saved_chats import load, saved_names
 
     if not name:
         names = saved_names()

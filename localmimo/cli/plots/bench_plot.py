@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localmimo.cli.plot import save
+from localmimo.cli.plots.plot import save
 from localmimo.cli.ui import bar
 
 if TYPE_CHECKING:

@@ -118,7 +118,7 @@ def test_exit_codes(error: Exception, code: int | None) -> None:
 
 FAILING = """
 import sys
-import localmimo.cli.verify as verify
+import localmimo.cli.commands.verify as verify
 from localmimo.cli.app import run
 def fail(*_, **__):
     raise {error}
@@ -144,7 +144,7 @@ def test_system_errors_and_interrupts_are_sentences() -> None:
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     script = (
-        "import sys, os; import localmimo.cli.verify as verify; from localmimo.cli.app import run\n"
+        "import sys, os; import localmimo.cli.commands.verify as verify; from localmimo.cli.app import run\n"
         "def talk(pack, ui, as_json):\n"
         "    for _ in range(100_000): ui.data('line')\n"
         "verify.run_verify = talk\nsys.exit(run(['verify', 'x']))"

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from localmimo.cli.perplexity import Measurement, run_perplexity, windows
-from localmimo.cli.quantize import Conversion, progress_line, run_quantize
-from localmimo.cli.verify import run_verify
+from localmimo.cli.commands.perplexity import Measurement, run_perplexity, windows
+from localmimo.cli.commands.quantize import Conversion, progress_line, run_quantize
+from localmimo.cli.commands.verify import run_verify
 from localmimo.errors import BadRequest
 from quant import Progress
 from quant.errors import BadPack, NoSpace

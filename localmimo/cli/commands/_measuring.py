@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from localmimo.cli.frame import (
+from localmimo.cli.options import (
     Device,
     Json,
     Kv,
@@ -105,8 +105,8 @@ def bench(
     Reads N tokens of real text at each depth of context, answers them greedily, and does so a few times with
     other text. Ctrl-C shows what was measured so far.
     """
-    from localmimo.cli.bench import Request, parse_depths, run_bench
-    from localmimo.cli.opener import OpenFlags
+    from localmimo.cli.commands.bench import Request, parse_depths, run_bench
+    from localmimo.cli.open_engine import OpenFlags
     from localmimo.cli.packs import EMBEDDED
     from localmimo.cli.ui import parse_count
 

@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from localmimo.cli.opener import OpenFlags, open_engine
+from localmimo.cli.open_engine import OpenFlags, open_engine
 from localmimo.cli.packs import EMBEDDED, pack_folder
-from localmimo.cli.toolbox import Ask, Toolbox
+from localmimo.cli.terminal.tool_approval import Ask, Toolbox
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
-    from localmimo.cli.commands import Command
-    from localmimo.cli.keys import Choices
-    from localmimo.cli.repl import Manner
+    from localmimo.cli.terminal.keys import Choices
+    from localmimo.cli.terminal.repl import Manner
+    from localmimo.cli.terminal.slash_commands import Command
     from localmimo.decode.answer import Answer
     from localmimo.decode.grammar import Grammar
     from localmimo.engine import Engine
@@ -150,8 +150,8 @@ def _system_text(system: str | None, flag: str = "--system") -> str | None:
 
 
 def _manner(options: Options, ui: Ui) -> Manner:
-    from localmimo.cli.repl import Manner
-    from localmimo.cli.steplog import StepLog
+    from localmimo.cli.terminal.repl import Manner
+    from localmimo.cli.terminal.step_log import StepLog
 
     stats = ui.err.is_terminal if options.stats is None else options.stats
     return Manner(
@@ -183,10 +183,10 @@ def _grammar(options: Options) -> Grammar | None:
 def _converse(
     engine: Engine, options: Options, ui: Ui, system: str | None, manner: Manner, toolbox: Toolbox
 ) -> int:
-    from localmimo.cli.commands import COMMANDS
-    from localmimo.cli.keys import KeyReader
-    from localmimo.cli.repl import Repl
-    from localmimo.cli.screen import Screen
+    from localmimo.cli.terminal.keys import KeyReader
+    from localmimo.cli.terminal.repl import Repl
+    from localmimo.cli.terminal.screen import Screen
+    from localmimo.cli.terminal.slash_commands import COMMANDS
 
     manner.stream_options()
     reader = KeyReader({command.name: _choices(command) for command in COMMANDS})
@@ -203,7 +203,7 @@ def _choices(command: Command) -> Choices:
         case "paths":
             return "paths"
         case "sessions":
-            from localmimo.conversation import saved_names
+            from localmimo.cli.terminal.saved_chats import saved_names
 
             return saved_names
         case words:
@@ -239,8 +239,8 @@ def _answer_once(
     toolbox: Toolbox,
     prompt: str,
 ) -> int:
-    from localmimo.cli.repl import exchange, tell
-    from localmimo.cli.screen import Screen
+    from localmimo.cli.terminal.repl import exchange, tell
+    from localmimo.cli.terminal.screen import Screen
 
     ui.configuration(engine)
     screen: Any = (
@@ -258,7 +258,7 @@ def _asker(stdin: IO[str], ui: Ui) -> Ask | None:
     """Asks at the terminal; None where there is none on both ends."""
     if not (stdin.isatty() and ui.err.is_terminal):
         return None
-    from localmimo.cli.keys import KeyReader
+    from localmimo.cli.terminal.keys import KeyReader
 
     return KeyReader({}, remember=False).ask
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from localmimo.cli.plan import WINDOW_SLACK, Desk, Question
+from localmimo.cli.commands.plan import WINDOW_SLACK, Desk, Question
 from localmimo.errors import DoesNotFit
 from localmimo.experts.policy.trace import Trace
 from localmimo.hardware.bandwidth import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
@@ -19,9 +19,9 @@ from localmimo.planning.footprint import Structure, structure_of
 from localmimo.planning.hit_rates import assumed_hits, profile_hits, replayed_hits
 from localmimo.planning.memory import Plan, make_plan
 from localmimo.planning.throughput import Tiers, decode_range, disk_rates, estimate
+from tests.cli.test_app import localmimo
 from tests.packs import make_pack
 from tests.tiny import make_checkpoint
-from tests.use.test_app import localmimo
 
 DESCRIBED = ("--disk-read", "7GB/s", "--ram-read", "80GB/s")
 FAST = Speeds(disk_read=7e9, disk_read_alone=4e9, ram_read=80e9)

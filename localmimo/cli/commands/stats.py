@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.packs import folder_of
-from localmimo.cli.plot import check_plot, draw_map, picture
+from localmimo.cli.plots.plot import check_plot, draw_map, picture
 from localmimo.cli.ui import Ui, table
 from localmimo.errors import BadRequest, LocalMimoError
 from quant.files.atomic import written_aside

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from localmimo.cli.frame import (
+from localmimo.cli.options import (
     Context,
     Device,
     Draft,
@@ -129,8 +129,8 @@ def chat(
     prints the answer on stdout and exits. A single word or text that is neither a folder nor "mimo-mini" is
     taken as the PROMPT for the small model that comes along.
     """
-    from localmimo.cli.chat import Options, run_chat
-    from localmimo.cli.opener import OpenFlags
+    from localmimo.cli.commands.chat import Options, run_chat
+    from localmimo.cli.open_engine import OpenFlags
 
     opening = OpenFlags(
         context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv,
@@ -203,8 +203,8 @@ def serve(
 
     Requests are answered one at a time, first come, first served. SIGTERM or Ctrl-C finishes what came in.
     """
-    from localmimo.cli.opener import OpenFlags
-    from localmimo.cli.serve import Serving, model_name, run_serve
+    from localmimo.cli.commands.serve import Serving, model_name, run_serve
+    from localmimo.cli.open_engine import OpenFlags
 
     opening = OpenFlags(
         context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv,

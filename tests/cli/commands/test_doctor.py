@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from localmimo.cli import doctor
+from localmimo.cli.terminal.slash_commands import doctor
 from localmimo.cli.ui import Ui
+from tests.cli.test_app import localmimo
 from tests.packs import make_pack
-from tests.use.test_app import localmimo
 
 
 @pytest.fixture(scope="module")

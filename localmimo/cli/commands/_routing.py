@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from localmimo.cli.frame import Json, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
 
 Plot = Annotated[
     Path | None,
@@ -37,7 +37,7 @@ def replay(
     A line of a trace is {"step": 0, "layer": 1, "experts": [3, 17]}: one per token and layer, in order. With
     --json the last line of stdout is a list: slots, requests and the hit rate of each policy.
     """
-    from localmimo.cli.replay import run_replay
+    from localmimo.cli.commands.replay import run_replay
 
     return carry_out(lambda: run_replay(trace, slots, plot, ui_of(verbose, quiet), as_json=as_json))
 
@@ -61,7 +61,7 @@ def stats(
     """Show how often each expert of each layer was used, as earlier sessions counted it.
 
     And where it lies now, for every process that has the pack open with this profile."""
-    from localmimo.cli.stats import run_stats
+    from localmimo.cli.commands.stats import run_stats
 
     ui = ui_of(verbose, quiet)
     return carry_out(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_app import localmimo
 from tests.hubserver import COMMIT, HubServer, serving
 from tests.packs import add_tokenizer
 from tests.tiny import make_checkpoint
-from tests.use.test_app import localmimo
 
 
 @pytest.fixture(scope="module")

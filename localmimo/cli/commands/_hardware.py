@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from localmimo.cli.frame import Context, Json, Quiet, Ram, Verbose, carry_out, ui_of
+from localmimo.cli.options import Context, Json, Quiet, Ram, Verbose, carry_out, ui_of
 
 
 def plan(
@@ -61,7 +61,7 @@ def plan(
 
     Works before anything is downloaded. Exits with 3 where the model does not fit, saying what would help.
     """
-    from localmimo.cli.plan import Question, run_plan
+    from localmimo.cli.commands.plan import Question, run_plan
     from localmimo.cli.ui import parse_count
 
     question = Question(
@@ -100,6 +100,6 @@ def doctor(
 
     Exits with 1 where something fails; warnings do not.
     """
-    from localmimo.cli.doctor import run_doctor
+    from localmimo.cli.commands.doctor import run_doctor
 
     return carry_out(lambda: run_doctor(pack, ui_of(verbose, quiet), as_json=as_json, quick=quick))

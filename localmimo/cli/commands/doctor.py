@@ -350,8 +350,8 @@ def disk_kind(place: Path, root: Path = Path("/sys/dev/block")) -> str:
 
 
 def _integrity(pack: str, ui: Ui, quick: bool) -> Findings:
+    from localmimo.cli.commands.verify import read_back
     from localmimo.cli.packs import pack_folder
-    from localmimo.cli.verify import read_back
     from quant import Pack
     from quant.errors import QuantError
 

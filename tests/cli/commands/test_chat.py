@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from localmimo.cli.chat import Options, model_and_prompt, run_chat
-from localmimo.cli.opener import OpenFlags
+from localmimo.cli.commands.chat import Options, model_and_prompt, run_chat
+from localmimo.cli.open_engine import OpenFlags
 from localmimo.errors import BadModel, BadRequest
 from tests.scripted import INTERRUPT, Capture, ScriptedEngine
 
@@ -155,8 +155,8 @@ def test_folders_that_are_no_packs(tmp_path: Path) -> None:
 
 
 def test_greeting() -> None:
-    from localmimo.cli.chat import greet
-    from localmimo.cli.repl import Manner
+    from localmimo.cli.commands.chat import greet
+    from localmimo.cli.terminal.repl import Manner
 
     shown = Capture()
     greet(ScriptedEngine(think=True), Manner(), shown.ui)  # type: ignore[arg-type]

@@ -11,19 +11,20 @@ import pytest
 from localmimo.bench.corpus import Corpus
 from localmimo.bench.runs import Recorder, Run, Taken, figures, hits
 from localmimo.chat.tokenizer import Tokenizer
-from localmimo.cli import app, bench
-from localmimo.cli.bench import Request, parse_depths, run_bench
-from localmimo.cli.opener import OpenFlags
+from localmimo.cli import app
+from localmimo.cli.commands.bench import Request, parse_depths, run_bench
+from localmimo.cli.open_engine import OpenFlags
+from localmimo.cli.terminal.slash_commands import bench
 from localmimo.decode.speculative import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import read_trace
 from localmimo.experts.store.counters import Traffic
 from localmimo.mini import CHECKPOINT
 from quant import convert
+from tests.cli.test_app import localmimo
 from tests.packs import make_pack
 from tests.scripted import Capture
 from tests.tiny import make_checkpoint
-from tests.use.test_app import localmimo
 
 SMALL: dict[str, Any] = {
     "prompt_tokens": 24,

@@ -1,0 +1,1 @@
+"""Figures as pictures, or as tables where no plotting library is."""
