@@ -5,7 +5,7 @@
 All candidates take turns, and so does a plain read of memory; figures are medians over the rounds of ratios
 taken within a round, because the speed of a shared machine changes by the second. Matrices and pages cycle
 through more memory than the caches hold; they, and what the plain read reads, lie in huge pages, as a pack's
-do (quant/hugepages.py). The last line is JSON:
+do (quant/files/hugepages.py). The last line is JSON:
     read_gbps            the memory read with the same threads
     decode_fraction      packed bytes per second of a layer's experts (hidden 4096, inner 2048, 8 of many,
                          nf4, one token) as a part of read_gbps

@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_MODULES = {
     "load": "engine",
     "Engine": "engine",
     "Completion": "engine",
-    "Message": "answer",
+    "Message": "decode.answer",
     "Run": "agent",
-    "Tool": "tools",
-    "ToolCall": "toolcall",
-    "Sampling": "sample",
-    "Session": "session",
-    "Step": "generate",
-    "Stats": "generate",
+    "Tool": "tools.tool",
+    "ToolCall": "chat.tool_call",
+    "Sampling": "decode.sampler",
+    "Session": "decode.session",
+    "Step": "decode.generation",
+    "Stats": "decode.generation",
     "LocalMimoError": "errors",
     "BadModel": "errors",
     "BadRequest": "errors",
@@ -73,6 +73,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'localmimo' has no attribute {name!r}")
-    return getattr(import_module(f"localmimo.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"localmimo.{_MODULES[name]}"), name)

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from quant.pack.pack import Pack
     from quant.pack.verify import verify
 
-_HOMES = {
-    "convert": "conversion",
-    "Progress": "conversion",
+_MODULES = {
+    "convert": "convert.conversion",
+    "Progress": "convert.conversion",
     "QuantError": "errors",
-    "backend": "matmul",
-    "linear": "matmul",
-    "Pack": "pack",
-    "QTensor": "qtensor",
-    "quantize": "qtensor",
-    "Recipe": "recipe",
-    "verify": "report",
-    "Source": "source",
+    "backend": "ops.linear",
+    "linear": "ops.linear",
+    "Pack": "pack.pack",
+    "QTensor": "formats.qtensor",
+    "quantize": "formats.qtensor",
+    "Recipe": "convert.recipe",
+    "verify": "pack.verify",
+    "Source": "checkpoint.source",
 }
 
 __all__ = [
@@ -49,12 +49,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'quant' has no attribute {name!r}")
-    value = getattr(import_module(f"quant.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"quant.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

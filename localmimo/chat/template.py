@@ -13,8 +13,8 @@ from typing import Any
 
 import jinja2
 
+from localmimo.chat import template_sandbox as sandbox
 from localmimo.chat.messages import Message, check_messages, check_tools
-from localmimo.chat.stream_parser import template_sandbox as sandbox
 from localmimo.errors import BadModel, BadRequest
 from localmimo.system.helper_process import Child, ChildLost
 from localmimo.system.json_files import read_json

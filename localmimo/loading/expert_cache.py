@@ -17,8 +17,9 @@ import torch
 from localmimo.experts.policy.baselines import Adaptive, Page
 from localmimo.experts.policy.profile import profile_path
 from localmimo.experts.policy.router_stats import RouterStats
+from localmimo.experts.store import placement
 from localmimo.experts.store.memory_pressure import Pressure, low_bytes
-from localmimo.experts.store.store import ExpertStore, placement
+from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.gpu_slots import GpuShelf, measured_costs
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.tiers import GpuTier

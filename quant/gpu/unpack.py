@@ -1,7 +1,7 @@
 """Packed weights inside a GPU program: words of codes, scale bytes and the code book; and whole matrices to
 bf16.
 
-Shared by the other kernels of this room. Layouts are those of `quant/codec.py`, seen as 32-bit words: for
+Shared by the other kernels of this package. Layouts are those of `quant/formats/codec.py`, seen as 32-bit words: for
 every row group, word q*16 + r holds four bytes of row r. Of a four-bit codec they carry eight columns,
 (q//4)*32 + (q%4)*4 + 0..3 in the low nibbles and the columns 16 to the right in the high ones; of int8 the
 four columns q*4 + 0..3. So a tile [Q, 16] of words is one contiguous stretch, read with 16-byte loads, and

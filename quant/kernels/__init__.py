@@ -226,7 +226,7 @@ def encode(
 ) -> Encoded | None:
     """Pack float32 [rows, cols] / scale with a 4-bit codec -> (codes, scales, squared error in scale^2).
 
-    Bit for bit the search of `quant/fourbit.py`, whose book this is given; `covers` [n] float32, ascending,
+    Bit for bit the search of `quant/formats/fourbit.py`, whose book this is given; `covers` [n] float32, ascending,
     is the largest magnitude that scale byte i covers; `steps` are the candidates, counted from the one that
     covers the block. Only the error is summed in another order. None where no native module was built.
     """

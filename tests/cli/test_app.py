@@ -12,7 +12,7 @@ from localmimo.cli import app
 from localmimo.errors import BadModel, BadRequest, Cancelled, ContextFull, DoesNotFit, LocalMimoError
 from quant.errors import BadCheckpoint, BadPack, BadRecipe, NoSpace, NotWritable, QuantError
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("quantize", "plan", "doctor", "verify", "perplexity", "bench", "replay", "stats", "chat", "serve")
 WITHOUT_TORCH = (
     "import sys; from localmimo.cli.app import run; code = run(sys.argv[1:]); "

@@ -24,8 +24,8 @@ from tests.scripted import Capture, ScriptedReader
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
-from tests.use.serve import conversations as talks
-from tests.use.serve.running import Running
+from tests.serve import conversations as talks
+from tests.serve.running import Running
 
 TOOLS = 'def get_weather(city: str, days: int) -> str:\n    return "rain"\n'
 

@@ -8,8 +8,8 @@ import torch
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.compute import cpu_runner as run
 from localmimo.hardware.host import Machine, _cgroup, format_bytes, parse_bytes
-from localmimo.kv.cache import cache as kv
-from localmimo.model.transformer import attention as attend
+from localmimo.kv import cache as kv
+from localmimo.model import attention as attend
 from localmimo.planning import memory as plans
 from localmimo.planning.memory import Plan, make_plan
 from tests.model.test_config import FLASH, parse

@@ -11,11 +11,10 @@ pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 pytest.importorskip("httpx2", reason="the extra dev is not installed")
 
-from tests.use.serve.running import Running, Scripted, scripted
-
 from localmimo import mini
 from localmimo.engine import Engine, load
 from quant import convert
+from tests.serve.running import Running, Scripted, scripted
 from tests.tiny import make_checkpoint
 
 MINI = Path(mini.__file__).with_name("mimo-mini")

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.use.serve.running import Running, Scripted
-from tests.use.serve.test_chat import CALL
+
+from tests.serve.running import Running, Scripted
+from tests.serve.test_chat import CALL
 
 THOUGHT = "<think>Hm, rivers.</think>"
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.use.serve.running import Running, Scripted, wait_for
-from tests.use.serve.test_chat import HELLO, PATH
 
 from localmimo.engine import Engine
 from localmimo.serve.http.auth import Guard
 from localmimo.serve.http.connection import Limits
+from tests.serve.running import Running, Scripted, wait_for
+from tests.serve.test_chat import HELLO, PATH
 
 CHAT, TEXT, ITEMS, BLOCKS = PATH, "/v1/completions", "/v1/responses", "/v1/messages"
 SAID = {"role": "user", "content": "Hello."}

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from tests.use.serve.running import Running, Scripted
 
 from localmimo.decode.sampler import Sampling
 from localmimo.engine import Engine
+from tests.serve.running import Running, Scripted
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Tell me about rivers."}]

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.use.serve.running import Running, Scripted
-from tests.use.serve.test_chat import CALL, CUT_OFF, HELLO, WEATHER
+
+from tests.serve.running import Running, Scripted
+from tests.serve.test_chat import CALL, CUT_OFF, HELLO, WEATHER
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
 anthropic = pytest.importorskip("anthropic", reason="the package anthropic is not installed")
@@ -144,7 +145,7 @@ def test_a_call_that_is_cut_off_can_be_told_from_a_real_one(
 
 def test_the_example(server: Running, script: Scripted) -> None:
     script.say(THOUGHT)
-    example = Path(__file__).parents[3] / "examples/client.py"
+    example = Path(__file__).parents[2] / "examples/client.py"
     done = subprocess.run(
         [sys.executable, example, f"{server.url}/v1"], capture_output=True, text=True, timeout=120
     )

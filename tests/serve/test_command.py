@@ -12,14 +12,14 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from tests.use.serve.running import wait_for
-from tests.use.serve.test_chat import HELLO, PATH
 
 from localmimo import load
 from localmimo.cli.app import run
 from tests.packs import make_pack
+from tests.serve.running import wait_for
+from tests.serve.test_chat import HELLO, PATH
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @contextmanager

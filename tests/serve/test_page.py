@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.use.serve.running import Running, Scripted, wait_for
-from tests.use.serve.test_chat import CALL, CUT_OFF, WEATHER
 
 from localmimo.engine import Engine
+from tests.serve.running import Running, Scripted, wait_for
+from tests.serve.test_chat import CALL, CUT_OFF, WEATHER
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_a_browser = pytest.mark.skipif(

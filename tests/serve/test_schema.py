@@ -7,12 +7,12 @@ import sys
 from typing import Any
 
 import pytest
-from tests.use.serve.running import Running
 
 from localmimo.engine import Engine
 from localmimo.serve.app import PATHS
 from localmimo.serve.http import static as pages
 from localmimo.serve.openapi import description
+from tests.serve.running import Running
 
 
 def test_every_route_is_described(server: Running) -> None:

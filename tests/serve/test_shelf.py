@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.use.serve import conversations as talks
-from tests.use.serve.running import Running, Scripted
 
 from localmimo.chat.turn_cache import Turns
 from localmimo.decode.generation import Stats
 from localmimo.engine import Engine
 from localmimo.serve.session_store import Shelf, reach
+from tests.serve import conversations as talks
+from tests.serve.running import Running, Scripted
 
 PLENTY = 1 << 30
 

@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import pytest
-from tests.use.serve.running import Running, Scripted
 
 from localmimo import BadRequest, Sampling
 from localmimo.chat.template import ChatTemplate
@@ -13,6 +12,7 @@ from localmimo.chat.tool_call import ToolCall
 from localmimo.chat.tool_choice import ToolChoice, rules_of_calls
 from localmimo.decode.grammar import Grammar, Grammars
 from localmimo.engine import Engine
+from tests.serve.running import Running, Scripted
 
 pytest.importorskip("llguidance", reason="the extra grammar is not installed")
 

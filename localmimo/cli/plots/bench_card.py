@@ -102,7 +102,7 @@ def _in_force(effective: dict[str, Any]) -> Iterator[str]:
 
 def commit() -> str | None:
     """The commit of a source tree that this runs from."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
     try:

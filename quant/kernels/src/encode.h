@@ -1,5 +1,5 @@
 // Encode: the 4-bit scale search and nearest codes, step for step the arithmetic of the torch
-// reference in quant/fourbit.py, so that both give the same bytes. Written over the policy V of
+// reference in quant/formats/fourbit.py, so that both give the same bytes. Written over the policy V of
 // product.h, whose Finder looks up the book; included by isa_*.cpp only.
 #pragma once
 #include <cmath>

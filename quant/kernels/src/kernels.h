@@ -17,7 +17,7 @@ struct Rows {
 
 constexpr int kCells = 1024;
 
-// The tables of a 4-bit codec, made by quant/fourbit.py and explained there.
+// The tables of a 4-bit codec, made by quant/formats/fourbit.py and explained there.
 struct Book {
   const float* values;          // [16] by code
   const int32_t* code_of_rank;  // [16]

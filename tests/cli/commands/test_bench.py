@@ -12,9 +12,9 @@ from localmimo.bench.corpus import Corpus
 from localmimo.bench.runs import Recorder, Run, Taken, figures, hits
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.cli import app
+from localmimo.cli.commands import bench
 from localmimo.cli.commands.bench import Request, parse_depths, run_bench
 from localmimo.cli.open_engine import OpenFlags
-from localmimo.cli.terminal.slash_commands import bench
 from localmimo.decode.speculative import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import read_trace

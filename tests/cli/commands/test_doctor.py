@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from localmimo.cli.terminal.slash_commands import doctor
+from localmimo.cli.commands import doctor
 from localmimo.cli.ui import Ui
 from tests.cli.test_app import localmimo
 from tests.packs import make_pack

@@ -22,7 +22,7 @@ from tests.packs import add_tokenizer
 from tests.scripted import Capture
 from tests.tiny import make_checkpoint
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from localmimo.errors import DoesNotFit
 from localmimo.experts.policy.trace import Trace
 from localmimo.hardware.bandwidth import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
 from localmimo.hardware.host import Machine
-from localmimo.kv.cache import cache as kv
+from localmimo.kv import cache as kv
 from localmimo.model.config import ModelConfig
 from localmimo.model.members import find_member
 from localmimo.planning.footprint import Structure, structure_of

@@ -19,7 +19,7 @@ import pytest
 from localmimo.mini import CHECKPOINT
 from tests.packs import make_pack
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 PYTHON = [sys.executable, "-m", "localmimo"]
 
 

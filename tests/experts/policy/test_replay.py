@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo.errors import BadRequest
+from localmimo.experts.policy import trace as trace_room
 from localmimo.experts.policy.baselines import Adaptive, Page
-from localmimo.experts.policy.baselines import trace as trace_room
 from localmimo.experts.policy.replay import play, replay
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.policy.trace import Trace, TraceWriter, read_trace
