@@ -23,8 +23,8 @@ from benchmarks.generated import Pools
 from localmimo.model.members import MEMBERS, find_member
 from quant import Recipe, Source
 from quant.checkpoint.pieces import Matrix
-from quant.convert.listing import FilePlan, Listing
-from quant.convert.packing import make_page, pack_bands
+from quant.conversion.listing import FilePlan, Listing
+from quant.conversion.packing import make_page, pack_bands
 from quant.errors import BadCheckpoint
 from quant.files.safetensors import Shard
 from quant.formats.page import PageLayout

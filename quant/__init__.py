@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quant.checkpoint.source import Source
-    from quant.convert.conversion import Progress, convert
-    from quant.convert.recipe import Recipe
+    from quant.conversion.conversion import Progress, convert
+    from quant.conversion.recipe import Recipe
     from quant.errors import QuantError
     from quant.formats.qtensor import QTensor, quantize
     from quant.ops.linear import backend, linear
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from quant.pack.verify import verify
 
 _MODULES = {
-    "convert": "convert.conversion",
-    "Progress": "convert.conversion",
+    "convert": "conversion.conversion",
+    "Progress": "conversion.conversion",
     "QuantError": "errors",
     "backend": "ops.linear",
     "linear": "ops.linear",
     "Pack": "pack.pack",
     "QTensor": "formats.qtensor",
     "quantize": "formats.qtensor",
-    "Recipe": "convert.recipe",
+    "Recipe": "conversion.recipe",
     "verify": "pack.verify",
     "Source": "checkpoint.source",
 }

@@ -131,7 +131,7 @@ def test_only_the_quantize_face_and_the_embedded_model_convert() -> None:
     users = {
         name_of(p, "localmimo")
         for p in rooms("localmimo")
-        if {"quant.convert", "quant.convert.conversion"} & imports(p)
+        if {"quant.convert", "quant.conversion.conversion"} & imports(p)
     }
     assert users <= {"cli.quantize", "embedded"}
 
@@ -144,7 +144,7 @@ def test_only_the_quantize_face_and_the_embedded_model_convert() -> None:
         "localmimo.planning.memory",
         "localmimo.chat.stream_parser",
         "quant",
-        "quant.convert.recipe",
+        "quant.conversion.recipe",
     ],
 )
 def test_light_rooms_do_not_load_torch(module: str) -> None:

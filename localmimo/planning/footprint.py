@@ -13,7 +13,7 @@ from localmimo.errors import BadModel
 from localmimo.model.config import ModelConfig
 from localmimo.model.members import MEMBERS, Member, find_member, member_like
 from quant import Pack, Recipe, Source
-from quant.convert.listing import Listing
+from quant.conversion.listing import Listing
 from quant.errors import BadCheckpoint
 from quant.pack.pack import MANIFEST
 

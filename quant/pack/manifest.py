@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quant.checkpoint.source import Source
-from quant.convert.listing import Listing, size_text
+from quant.conversion.listing import Listing, size_text
 from quant.formats.distortion import Distortion
 from quant.pack.pack import FORMAT, VERSION
 

@@ -34,7 +34,7 @@ from localmimo.serve.errors import Failure
 from localmimo.serve.session_store import Shelf, _write_index
 from quant import Recipe
 from quant.checkpoint.source import INDEX, Source
-from quant.convert.writer import JOURNAL, read_journal
+from quant.conversion.writer import JOURNAL, read_journal
 from quant.errors import BadCheckpoint, QuantError
 from quant.files.safetensors import Shard
 from quant.pack.pack import Pack

@@ -29,7 +29,7 @@ from quant import Recipe
 from quant.checkpoint.hub import _read_listing
 from quant.checkpoint.published import AUDIO, VISION
 from quant.checkpoint.source import INDEX, Source
-from quant.convert.writer import JOURNAL, read_journal
+from quant.conversion.writer import JOURNAL, read_journal
 from quant.errors import BadCheckpoint, BadPack, BadRecipe
 from quant.files.safetensors import Shard
 from quant.pack.pack import Pack

@@ -22,7 +22,7 @@ from localmimo.model.members import find_member
 
 if TYPE_CHECKING:
     from quant import Progress, Source
-    from quant.convert.listing import Listing
+    from quant.conversion.listing import Listing
 
 ASK_BYTES = 20_000_000_000  # conversions beyond this ask first, in a terminal
 STOPPED = "Run the same command to continue; --restart to begin again."
@@ -129,8 +129,8 @@ class Room:
 
     @classmethod
     def of(cls, out: Path, listing: Listing, source: Source, *, restart: bool) -> Room:
-        from quant.convert.conversion import schedule_of
-        from quant.convert.writer import existing_parent, partial_path, read_journal
+        from quant.conversion.conversion import schedule_of
+        from quant.conversion.writer import existing_parent, partial_path, read_journal
 
         out = out.expanduser().absolute()
         done = {} if restart else read_journal(partial_path(out))[1]

@@ -89,7 +89,7 @@ def test_the_default_name(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 SLOW = """
 import sys, time
-import quant.convert.conversion as conversion
+import quant.conversion.conversion as conversion
 make_page = conversion.make_page
 def slowly(source, name, page):
     time.sleep(0.3 if name.startswith("layers.2.") else 0)

@@ -15,7 +15,7 @@ from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.policy.trace import TraceWriter
 from localmimo.experts.store.placement import running, withdraw
 from quant import Pack
-from quant.convert.recipe import Recipe
+from quant.conversion.recipe import Recipe
 from tests.packs import make_pack
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from quant.convert import listing
 
 from quant import Source, convert
 from quant.checkpoint.hub import Hub
-from quant.convert import listing
-from quant.convert.conversion import schedule_of
-from quant.convert.recipe import Recipe
-from quant.convert.schedule import make_schedule
+from quant.conversion.conversion import schedule_of
+from quant.conversion.recipe import Recipe
+from quant.conversion.schedule import make_schedule
 from quant.errors import BadCheckpoint, Unreachable
 from tests.hubserver import HubServer, serving
 from tests.packs import add_tokenizer

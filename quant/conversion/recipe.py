@@ -22,7 +22,7 @@ from quant.formats.codec import codec
 
 if TYPE_CHECKING:
     from quant.checkpoint.source import Source
-    from quant.convert.listing import Listing
+    from quant.conversion.listing import Listing
 
 KEEP = "keep"
 ROW_LOOKUP = ("embed", "router.weight")  # embeddings are read by row; routers decide by small differences
@@ -128,7 +128,7 @@ class Recipe:
     def resolve(self, source: Source) -> Listing:
         """Every tensor with its codec, file and exact bytes. Raises BadRecipe when a rule makes no sense
         here."""
-        from quant.convert.listing import make_listing
+        from quant.conversion.listing import make_listing
 
         recipe = self.effective(source)
         codecs = {name: recipe.codec_of(matrix) for name, matrix in source.matrices.items()}

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from quant import Pack, Recipe, convert, verify
-from quant.convert.writer import JOURNAL, PackWriter, partial_path
+from quant.conversion.writer import JOURNAL, PackWriter, partial_path
 from quant.errors import BadRecipe, NoSpace, NotWritable
 from tests import tiny
 
@@ -42,15 +42,15 @@ def one_shot(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several dense files and several bands per matrix, as in a big model."""
-    monkeypatch.setattr("quant.convert.listing.DENSE_SHARD", 60_000)
-    monkeypatch.setattr("quant.convert.packing.BAND", 2048)
+    monkeypatch.setattr("quant.conversion.listing.DENSE_SHARD", 60_000)
+    monkeypatch.setattr("quant.conversion.packing.BAND", 2048)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_units_for_the_module() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quant.convert.listing.DENSE_SHARD", 60_000)
-        patch.setattr("quant.convert.packing.BAND", 2048)
+        patch.setattr("quant.conversion.listing.DENSE_SHARD", 60_000)
+        patch.setattr("quant.conversion.packing.BAND", 2048)
         yield
 
 
@@ -365,11 +365,11 @@ def test_settings_survive_json(source: Path, tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 import torch
-import quant, quant.convert.packing
+import quant, quant.conversion.packing
 from quant.formats.qtensor import quantize
 torch.set_num_threads(2)
 quantize(torch.randn(64, 1024), "nf4").dequantize()
-quant.convert.packing.BAND = 1 << 20
+quant.conversion.packing.BAND = 1 << 20
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for _ in quant.convert(sys.argv[1], sys.argv[2], dense=sys.argv[3]):
     pass

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from quant.checkpoint.pieces import Matrix
 from quant.checkpoint.source import Source
-from quant.convert.recipe import Recipe
+from quant.conversion.recipe import Recipe
 from quant.files.safetensors import ShardPlan, plan_shard
 from quant.formats.codec import ITEM_BYTES, PartSpec, codec
 from quant.formats.page import MATRICES, PAGE_ALIGN, PageLayout

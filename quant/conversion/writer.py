@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from quant.convert.listing import size_text
+from quant.conversion.listing import size_text
 from quant.errors import BadRecipe, NoSpace, NotWritable
 from quant.files.atomic import sync_folder
 from quant.files.bounded import LIST_BYTES, read_small

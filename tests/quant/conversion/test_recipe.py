@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quant import Recipe, Source, convert
-from quant.convert.listing import size_text
+from quant.conversion.listing import size_text
 from quant.errors import BadRecipe
 from tests import tiny
 
@@ -149,7 +149,7 @@ def test_sizes_are_decimal(n: int, text: str) -> None:
 
 
 def test_dense_shards_stay_below_a_gibibyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quant.convert.listing.DENSE_SHARD", 50_000)
+    monkeypatch.setattr("quant.conversion.listing.DENSE_SHARD", 50_000)
     listing = Recipe().resolve(source_of(tmp_path))
     dense = [file for file in listing.files if file.layer is None]
     assert len(dense) > 3

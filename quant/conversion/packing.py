@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from quant.checkpoint.pieces import Matrix
 from quant.checkpoint.source import Source
-from quant.convert.listing import BAND, Entry
+from quant.conversion.listing import BAND, Entry
 from quant.formats.codec import codec
 from quant.formats.distortion import Distortion
 from quant.formats.page import MATRICES, PageLayout
 
 if TYPE_CHECKING:
-    from quant.convert.writer import OpenFile
+    from quant.conversion.writer import OpenFile
     from quant.formats.qtensor import QTensor
 
     Band = tuple[int, QTensor, Distortion]  # first row, packed rows, what they lost

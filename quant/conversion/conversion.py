@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.checkpoint.source import Source
-from quant.convert.listing import FilePlan, Listing
-from quant.convert.packing import make_page, write_dense
-from quant.convert.recipe import Recipe
-from quant.convert.schedule import Schedule, make_schedule
-from quant.convert.writer import (
+from quant.conversion.listing import FilePlan, Listing
+from quant.conversion.packing import make_page, write_dense
+from quant.conversion.recipe import Recipe
+from quant.conversion.schedule import Schedule, make_schedule
+from quant.conversion.writer import (
     JOURNAL,
     OpenFile,
     PackWriter,
