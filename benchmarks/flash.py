@@ -20,17 +20,17 @@ import torch
 
 from localmimo.decode.cuda_graphs import Graphs
 from localmimo.decode.session import Session
-from localmimo.experts.compute.hybrid_runner import SharedRunner
+from localmimo.experts.compute.hybrid_runner import HybridRunner
 from localmimo.experts.policy.adaptive import Adaptive
 from localmimo.experts.policy.baselines import Page
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.store.store import ExpertStore
-from localmimo.experts.tiers.gpu_slots import GpuShelf, measured_costs
+from localmimo.experts.tiers.gpu_slots import GpuSlots, measured_costs
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.kv.cache import SLACK
 from localmimo.model.config import ModelConfig
-from localmimo.model.transformer import Placed, Transformer, load_weights
+from localmimo.model.transformer import OnDevice, Transformer, load_weights
 from localmimo.model.weight_shapes import _expected as expected_shapes
 from localmimo.planning.memory import Plan, make_plan
 from quant.formats.codec import codec
@@ -166,7 +166,7 @@ def opened(
         config, dense_bytes=total, page_bytes=layout.bytes, context=context, ram_bytes=ram, slack=SLACK,
         vram_bytes=vram, lookup_bytes=lookup,
     )  # fmt: skip
-    source = Placed(RandomSource(config, device), device)
+    source = OnDevice(RandomSource(config, device), device)
     model = Transformer(config, load_weights(source, config), torch.bfloat16)
     with tempfile.NamedTemporaryFile(dir=_folder(config.n_experts * layout.bytes), suffix=".pages") as file:
         _write(Path(file.name), layout, config.n_experts)
@@ -174,7 +174,7 @@ def opened(
         pinning = Pinning(device)
         store = _store(pages, plan, config, device, pinning)
         try:
-            runner = SharedRunner(store, layout.bytes, device)
+            runner = HybridRunner(store, layout.bytes, device)
             graphs = Graphs(model, runner)
             session = Session(
                 model,
@@ -223,7 +223,7 @@ def _store(
     if plan.vram is not None and plan.vram.n_slots:
         tier = GpuTier(plan.vram.n_slots, pages.layout.bytes, device)
         costs = measured_costs(tier, pages.layout, torch.bfloat16)
-        shelf = GpuShelf(tier, pages.layout, n_experts, chances, costs)
+        shelf = GpuSlots(tier, pages.layout, n_experts, chances, costs)
     policy = Adaptive(stats, room_for_all=plan.held_slots >= plan.n_pages)
     store = ExpertStore(
         pages,

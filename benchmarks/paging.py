@@ -36,7 +36,7 @@ from localmimo.decode.session import Session
 from localmimo.experts.policy.adaptive import Adaptive
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.store.store import ExpertStore
-from localmimo.experts.tiers.io_threads import Readers, Task
+from localmimo.experts.tiers.io_threads import IoThreads, Task
 from localmimo.experts.tiers.tiers import N_READERS, DiskTier, RamTier
 from quant import Pack
 from quant.pack.pack import experts_of
@@ -181,7 +181,7 @@ def bookkeeping(path: Path, n: int) -> dict[str, float]:
 
 def microseconds_a_read(n: int) -> dict[str, float]:
     """What asking for eight reads and taking them as they come costs the asking thread, through either: medians."""
-    readers, pool = Readers(N_READERS), ThreadPoolExecutor(N_READERS)
+    readers, pool = IoThreads(N_READERS), ThreadPoolExecutor(N_READERS)
     times: dict[str, list[float]] = {"readers": [], "futures": []}
     for _ in range(n):
         times["readers"].append(_timed(lambda: _take_all([readers.demand(_job) for _ in range(8)], readers)))
@@ -202,7 +202,7 @@ def _timed(work: Callable[[], None]) -> float:
     return time.thread_time() - began
 
 
-def _take_all(tasks: list[Task], readers: Readers) -> None:
+def _take_all(tasks: list[Task], readers: IoThreads) -> None:
     while tasks:
         readers.wait(tasks, None)
         tasks = [task for task in tasks if not task.done()]

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from localmimo import Engine, Sampling, load
-from localmimo.bench.runs import Recorder
+from localmimo.bench.runs import TraceRecorder
 from localmimo.experts.policy.trace import TraceWriter
 
 PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -63,13 +63,13 @@ def record(folder: Path, split: str, n_tokens: int) -> list[Path]:
             paths.append(folder / f"{split}-{kind}.jsonl")
             with TraceWriter(paths[-1]) as writer:
                 record_one(
-                    engine, prompts, Recorder(writer.write), n_tokens, 100 * place + (split == "report")
+                    engine, prompts, TraceRecorder(writer.write), n_tokens, 100 * place + (split == "report")
                 )
     return paths
 
 
 def record_one(
-    engine: Engine, prompts: tuple[str, ...], recorder: Recorder, n_tokens: int, seed: int
+    engine: Engine, prompts: tuple[str, ...], recorder: TraceRecorder, n_tokens: int, seed: int
 ) -> None:
     """An answer to each prompt, then all of it token by token."""
     each = n_tokens // len(prompts)

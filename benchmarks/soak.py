@@ -31,7 +31,7 @@ from localmimo import load
 from localmimo.decode.sampler import Sampling
 from localmimo.engine import Engine
 from localmimo.serve.app import make_app
-from localmimo.serve.http.auth import Guard
+from localmimo.serve.http.auth import AccessCheck
 from localmimo.serve.http.listen import listen
 from localmimo.serve.server import Server
 from localmimo.serve.service import Service
@@ -67,7 +67,7 @@ class Door:
         self._service.ready(engine)
         self._socket = listen("127.0.0.1", 0)
         self.port: int = self._socket.getsockname()[1]
-        self._server = Server(make_app(self._service, Guard()), drain_s=20)
+        self._server = Server(make_app(self._service, AccessCheck()), drain_s=20)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="door")
 
     async def _serve(self) -> None:

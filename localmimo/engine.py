@@ -25,27 +25,27 @@ from localmimo.decode.answer import Answer, Message
 from localmimo.decode.batch import Batch
 from localmimo.decode.constraint import Constraints
 from localmimo.decode.cuda_graphs import Graphs
-from localmimo.decode.generation import FinishReason, Generation, Stats, Step, Verbatim
+from localmimo.decode.generation import FinishReason, Generation, PlainTextParser, Stats, Step
 from localmimo.decode.grammar import Grammar
 from localmimo.decode.mtp import load_heads
-from localmimo.decode.options import Options
+from localmimo.decode.options import GenerationOptions
 from localmimo.decode.sampler import Sampling
 from localmimo.decode.session import Progress, Session
-from localmimo.decode.speculative import Draft, DraftStats, Lookahead, pace_of
+from localmimo.decode.speculative import Draft, DraftStats, SpeculativeSteps, depth_policy_of
 from localmimo.errors import BadModel, BadRequest, ContextFull
 from localmimo.experts.compute.cpu_runner import Record
-from localmimo.experts.compute.hybrid_runner import SharedRunner, runner_of
-from localmimo.experts.store.store import Traffic
+from localmimo.experts.compute.hybrid_runner import HybridRunner, runner_of
+from localmimo.experts.store.store import PageCounters
 from localmimo.hardware.device import out_of_memory
 from localmimo.hardware.unpack_threshold import settle
-from localmimo.kv.session_file import Identity
+from localmimo.kv.session_file import SessionIdentity
 from localmimo.loading.embedded import embedded_pack
-from localmimo.loading.expert_cache import Pager
-from localmimo.loading.options import Dtype, Kv, Opening
+from localmimo.loading.expert_cache import ExpertCache
+from localmimo.loading.options import Dtype, Kv, LoadOptions
 from localmimo.mini import NAME
 from localmimo.model.config import ModelConfig
-from localmimo.model.load_progress import Hear, Watched
-from localmimo.model.transformer import Placed, Transformer, load_weights
+from localmimo.model.load_progress import OnProgress, ReportedWeights
+from localmimo.model.transformer import OnDevice, Transformer, load_weights
 from localmimo.model.weight_shapes import check_shapes
 from localmimo.planning.memory import PREFILL_CHUNK
 from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool, tools_of
@@ -81,7 +81,7 @@ def load(
     trust: bool = False,
     draft: Draft = "auto",
     max_batch: int = 1,
-    hear: Hear = lambda done, total: None,
+    hear: OnProgress = lambda done, total: None,
 ) -> "Engine":
     """Open a pack; None and "mimo-mini" open the embedded model.
 
@@ -97,7 +97,7 @@ def load(
     together, each with room for the whole context. hear: told of the dense tensors' bytes read, and of how many.
     Raises BadPack, BadModel, NoDevice, or DoesNotFit with the numbers.
     """
-    opening = Opening(
+    opening = LoadOptions(
         context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv, profile=profile,
         prefetch=prefetch, trust=trust, draft=draft, max_batch=max_batch,
     )  # fmt: skip
@@ -117,26 +117,26 @@ def load(
 class Engine:
     """One opened pack. Thread-safe: one generation at a time, the others wait."""
 
-    def __init__(self, pack: Pack, config: ModelConfig, opening: Opening, hear: Hear) -> None:
+    def __init__(self, pack: Pack, config: ModelConfig, opening: LoadOptions, hear: OnProgress) -> None:
         self.pack = pack
         self.config = config
         opening, self.device, self.plan = opening.place(pack, config)
         self._opening = opening
         gpu = self.device.torch() if self.device.is_gpu else None
-        self._pager = Pager(
+        self._pager = ExpertCache(
             pack, config, self.plan,
             profile=opening.profile, prefetch=opening.prefetch, trust=opening.trust,
             device=gpu, dtype=opening.activation_dtype,
         )  # fmt: skip
         self._store = self._pager.store
-        dense = Watched(pack, self.plan.n_drafts, hear)
-        source = dense if gpu is None else Placed(dense, gpu)
+        dense = ReportedWeights(pack, self.plan.n_drafts, hear)
+        source = dense if gpu is None else OnDevice(dense, gpu)
         self._model = Transformer(config, load_weights(source, config), opening.activation_dtype)
         self._unpacked_from = self._crossovers() if self.device.is_gpu else {}
         self._experts = runner_of(self._store, self.plan.page_bytes, gpu)
-        self._graphs = Graphs(self._model, self._experts) if isinstance(self._experts, SharedRunner) else None
+        self._graphs = Graphs(self._model, self._experts) if isinstance(self._experts, HybridRunner) else None
         self._heads = load_heads(source, self._model, self.plan.n_drafts)
-        self._pace = pace_of(opening.draft, self.plan.n_drafts)
+        self._pace = depth_policy_of(opening.draft, self.plan.n_drafts)
         self._timelines: list[Session] = []
         self._holder: int | None = None  # the thread that is using the timeline
         self._lock = threading.Lock()
@@ -162,9 +162,9 @@ class Engine:
         return self.plan.context
 
     @cached_property
-    def identity(self) -> Identity:
+    def identity(self) -> SessionIdentity:
         """What a saved session must agree with."""
-        return Identity(
+        return SessionIdentity(
             model=self.pack.name,
             pack=self.pack.id,
             config=hashlib.sha256(repr(self.config).encode()).hexdigest(),
@@ -204,13 +204,13 @@ class Engine:
         return self._store.n_slots
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> PageCounters:
         """What was asked of the expert store since the engine was opened."""
         return self._store.traffic.copy()
 
-    def ahead(self, session: Session, stats: DraftStats) -> Lookahead:
+    def ahead(self, session: Session, stats: DraftStats) -> SpeculativeSteps:
         """Steps a session with this engine's drafts, as `stream` does, and counts them. `settle` ends it."""
-        return Lookahead(session, self._pace, stats, lambda: self._store.traffic.n_pages)
+        return SpeculativeSteps(session, self._pace, stats, lambda: self._store.traffic.n_pages)
 
     def record(self, hear: Record | None) -> None:
         """Tell `hear` of every choice of experts from now on: layer and experts [n, k]. None ends it."""
@@ -271,7 +271,7 @@ class Engine:
         """
         chat = not isinstance(prompt, str)
         schemas, _ = tools_of(tools)
-        options = Options(
+        options = GenerationOptions(
             sampling=sampling or Sampling(),
             max_tokens=max_tokens,
             stop=stop,
@@ -309,10 +309,10 @@ class Engine:
         A text of a list becomes what it becomes alone; the stats of expert pages are those of all together.
         """
         if isinstance(prompt, list):
-            return self._generate_together(prompt, Options(**options))
+            return self._generate_together(prompt, GenerationOptions(**options))
         return _completion(self.stream(prompt, **options))
 
-    def _generate_together(self, prompts: list[str], options: Options) -> list[Completion]:
+    def _generate_together(self, prompts: list[str], options: GenerationOptions) -> list[Completion]:
         tokens = [self._check_tokens(self._asked(prompt, None, None).tokens) for prompt in prompts]
         steps: list[list[Step]] = [[] for _ in prompts]
         with self._borrow(None):
@@ -412,13 +412,13 @@ class Engine:
         return tokens
 
     def _generation(
-        self, timeline: Session, tokens: list[int], options: Options, *, chat: bool
+        self, timeline: Session, tokens: list[int], options: GenerationOptions, *, chat: bool
     ) -> Generation:
         thinking = chat and self._opens_thinking(tokens)
         return Generation(
             session=timeline,
             tokenizer=self.tokenizer,
-            parser=StreamParser(options.callable, thinking) if chat else Verbatim(),
+            parser=StreamParser(options.callable, thinking) if chat else PlainTextParser(),
             sampling=self._constraints.sampling(options),
             rules=options.rules,
             traffic=lambda: self._store.traffic,

@@ -20,7 +20,7 @@ from localmimo.engine import load
 from localmimo.errors import BadModel
 from localmimo.experts.tiers.tiers import DiskTier, RamTier
 from localmimo.hardware.bandwidth import Speeds, file_spots, keep, kept, measured_speeds, products_key
-from localmimo.planning.footprint import Structure, structure_of
+from localmimo.planning.footprint import Footprint, footprint_of
 from quant import Pack
 from quant.pack.pack import PageAt, experts_of
 
@@ -43,7 +43,7 @@ def layer_seconds(ram_read: float, *, anew: bool = False) -> float:
 
 def _measure(ram_read: float) -> float:
     with load(context=512, ram=BUDGET, device="cpu", profile=None) as engine:
-        model = structure_of(engine.pack.path)
+        model = footprint_of(engine.pack.path)
         speeds = []
         for _ in range(1 + N_RUNS):
             done = engine.generate("Once upon a time", max_tokens=N_TOKENS, sampling=Sampling(temperature=0))
@@ -52,7 +52,7 @@ def _measure(ram_read: float) -> float:
     return max(0.0, token_s - _bytes(model) / ram_read) / len(model.config.layers)
 
 
-def _bytes(model: Structure) -> int:
+def _bytes(model: Footprint) -> int:
     return model.read_bytes + model.config.pages_per_token * model.page_bytes
 
 
@@ -125,7 +125,7 @@ def speeds_now(pack: Path, n_cores: int) -> Speeds:
 
 def main(pack: str, n_cores: int) -> None:
     """The process of its own: prints the speeds as JSON."""
-    model = structure_of(pack)
+    model = footprint_of(pack)
     spots = file_spots(model.files, model.page_bytes)
     speeds = measured_speeds(spots, model.page_bytes, Path(pack), n_cores, anew=True)
     with Pack.open(pack) as opened:

@@ -18,8 +18,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.bench.corpus import Corpus
-from localmimo.decode.speculative import DraftStats, Lookahead
-from localmimo.experts.store.counters import Traffic
+from localmimo.decode.speculative import DraftStats, SpeculativeSteps
+from localmimo.experts.store.counters import PageCounters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from localmimo.decode.session import Session
     from localmimo.engine import Engine
 
-TRAFFIC = tuple(Traffic.__dataclass_fields__)
+TRAFFIC = tuple(PageCounters.__dataclass_fields__)
 WARM_UP = -1  # the corpus's seed of what is not counted
 
 Write = Callable[[int, int, Sequence[int]], None]  # step, layer, experts of one token
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BenchJob:
     """What to measure."""
 
     depths: tuple[int, ...]
@@ -50,28 +50,28 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class StepCost:
     """What a prompt or a token of an answer took. A token that a draft foresaw takes next to nothing."""
 
     tokens: int
     seconds: float
-    traffic: Traffic
+    traffic: PageCounters
 
 
 @dataclass(slots=True)
-class Run:
+class BenchRun:
     """A prompt and its answer, as far as it went."""
 
     depth: int
     number: int
-    prompt: Taken
+    prompt: StepCost
     first_token_s: float
     drafts: DraftStats
-    steps: list[Taken] = field(default_factory=list)
+    steps: list[StepCost] = field(default_factory=list)
     peak_bytes: int = 0  # of the process, so far
     n_slots: int = 0  # in use at the end
 
-    def line(self, taken: Taken) -> dict[str, Any]:
+    def line(self, taken: StepCost) -> dict[str, Any]:
         """A prompt or the last step, on its own."""
         step = len(self.steps)
         where = {
@@ -83,35 +83,39 @@ class Run:
         return where | {"tokens": taken.tokens, "seconds": taken.seconds} | asdict(taken.traffic)
 
 
-class Watch(Protocol):
+class BenchObserver(Protocol):
     """Is told how it goes, outside of what is timed but for `reading`."""
 
     def opened(self, engine: Engine, corpus: Corpus) -> None: ...
 
     def reading(self, depth: int, done: int, total: int) -> None: ...
 
-    def took(self, run: Run, taken: Taken) -> None: ...
+    def took(self, run: BenchRun, taken: StepCost) -> None: ...
 
 
 class Bench:
     """Carries out a job. `runs` has what was measured so far, also after an interrupt."""
 
     def __init__(
-        self, job: Job, open_engine: Callable[[], Engine], watch: Watch, write: Write | None = None
+        self,
+        job: BenchJob,
+        open_engine: Callable[[], Engine],
+        watch: BenchObserver,
+        write: Write | None = None,
     ) -> None:
         self.job = job
-        self.runs: list[Run] = []
+        self.runs: list[BenchRun] = []
         self.library_bytes = 0  # what interpreter and libraries take before the pack is opened
         self._open_engine = open_engine
         self._watch = watch
-        self._recorder = None if write is None else Recorder(write)
+        self._recorder = None if write is None else TraceRecorder(write)
 
     def run(self) -> Iterator[int]:
         """Measure; yields each depth when it is done."""
         self.library_bytes = _library_bytes()
         return self._cold() if self.job.cold else self._warm()
 
-    def runs_at(self, depth: int) -> list[Run]:
+    def runs_at(self, depth: int) -> list[BenchRun]:
         return [run for run in self.runs if run.depth == depth]
 
     def _warm(self) -> Iterator[int]:
@@ -138,17 +142,17 @@ class Bench:
                     self._measure(bench, depth, number, bench.corpus.stretch(0, depth))
             yield depth
 
-    def _timeline(self, engine: Engine, session: Session) -> Timeline:
+    def _timeline(self, engine: Engine, session: Session) -> TimedSession:
         corpus = Corpus.open(lambda: engine.tokenizer, engine.config.vocab_size)
         self._watch.opened(engine, corpus)
-        return Timeline(engine, session, corpus, self._watch)
+        return TimedSession(engine, session, corpus, self._watch)
 
-    def _measure(self, bench: Timeline, depth: int, number: int, before: list[int]) -> None:
+    def _measure(self, bench: TimedSession, depth: int, number: int, before: list[int]) -> None:
         """One run: another prompt each time, after the same tokens."""
         n, seed = self.job.prompt_tokens, 1 + len(self.runs)
         words = bench.corpus.stretch(seed, n + self.job.max_tokens)
         token, prompt = bench.timed(lambda: bench.read([*before, *words[:n]], depth))
-        run = Run(depth, number, prompt, prompt.seconds, DraftStats())
+        run = BenchRun(depth, number, prompt, prompt.seconds, DraftStats())
         run.peak_bytes, run.n_slots = peak_bytes(), bench.engine.n_slots
         self.runs.append(run)
         self._watch.took(run, prompt)
@@ -159,26 +163,26 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
-class Timeline:
+class TimedSession:
     """An engine's session, and the clock beside it."""
 
     engine: Engine
     session: Session
     corpus: Corpus
-    watch: Watch
+    watch: BenchObserver
 
     def read(self, tokens: list[int], depth: int) -> Tensor:
         """Take the session to these tokens; the likeliest next one [1]."""
         logits = self.session.sync(tokens, lambda done, total: self.watch.reading(depth, done, total))
         return logits.argmax()
 
-    def timed(self, work: Callable[[], Tensor]) -> tuple[int, Taken]:
+    def timed(self, work: Callable[[], Tensor]) -> tuple[int, StepCost]:
         """The token that some work gives, and what it took."""
         held, before, began = self.session.position, self.engine.traffic, perf_counter()
         token = int(work())
         seconds = perf_counter() - began
         traffic = self.engine.traffic.since(before)
-        return token, Taken(self.session.position - held, seconds, traffic)
+        return token, StepCost(self.session.position - held, seconds, traffic)
 
     def warm_up(self, words: list[int], n: int) -> None:
         """A prompt of n words and an answer that do not count."""
@@ -186,8 +190,8 @@ class Timeline:
             pass
 
     def steps(
-        self, token: int, words: Sequence[int], drafts: DraftStats, recorder: Recorder | None
-    ) -> Iterator[Taken]:
+        self, token: int, words: Sequence[int], drafts: DraftStats, recorder: TraceRecorder | None
+    ) -> Iterator[StepCost]:
         """Say as many tokens as there are words, `token` first; yields what each after the first took."""
         ahead = self.engine.ahead(self.session, drafts)
         try:
@@ -201,7 +205,7 @@ class Timeline:
             ahead.settle()
 
     @contextmanager
-    def _recorded(self, recorder: Recorder | None) -> Iterator[None]:
+    def _recorded(self, recorder: TraceRecorder | None) -> Iterator[None]:
         if recorder is None:
             yield
             return
@@ -213,11 +217,11 @@ class Timeline:
         recorder.write()
 
 
-def _advance(ahead: Lookahead, said: int, room: int) -> Tensor:
+def _advance(ahead: SpeculativeSteps, said: int, room: int) -> Tensor:
     return ahead.advance(said, room, lambda logits, drafts: int(logits.argmax())).argmax()
 
 
-class Recorder:
+class TraceRecorder:
     """Turns what layers choose, one after the other, into lines token by token; for answers without drafts."""
 
     def __init__(self, write: Write) -> None:
@@ -242,7 +246,7 @@ class Recorder:
 # ---- figures ----
 
 
-def figures(depth: int, runs: Sequence[Run]) -> dict[str, Any]:
+def figures(depth: int, runs: Sequence[BenchRun]) -> dict[str, Any]:
     """What the runs at one depth gave; runs that were cut short count as far as they went."""
     prefill = [run.prompt.tokens / run.prompt.seconds for run in runs]
     decode = [len(run.steps) / sum(step.seconds for step in run.steps) for run in runs if run.steps]
@@ -281,7 +285,7 @@ def _drafts(stats: Sequence[DraftStats]) -> dict[str, Any]:
     return {"passes": passes, "drafted": drafted, "accepted": accepted, "acceptance": share}
 
 
-def tier_figures(taken: Sequence[Taken]) -> dict[str, Any]:
+def tier_figures(taken: Sequence[StepCost]) -> dict[str, Any]:
     """What the tiers gave: totals, and what follows from them."""
     total = {name: sum(getattr(it.traffic, name) for it in taken) for name in TRAFFIC}
     n_tokens = sum(it.tokens for it in taken)

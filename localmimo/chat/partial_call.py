@@ -1,4 +1,4 @@
-"""CallPart: what a call that is still being written adds to its arguments as JSON text; Growing makes them.
+"""PartialCall: what a call that is still being written adds to its arguments as JSON text; Growing makes them.
 
 Knows MiMo's notation and the parameters' schemas; nothing of streams: it is shown the same text again, grown.
 """
@@ -24,7 +24,7 @@ from localmimo.chat.tool_call import (
 
 
 @dataclass(frozen=True, slots=True)
-class CallPart:
+class PartialCall:
     """A piece of the arguments. Where the text turns out to be no call after all, the JSON stays without its end."""
 
     id: str
@@ -48,7 +48,7 @@ VALUE_END = re.compile(
 )
 
 
-class Growing:
+class PartialCallParser:
     """A call whose function is known and whose parameters are being written.
 
     Only what is certain is given out: if the text becomes a call at all, the parts together are the JSON of its
@@ -66,22 +66,22 @@ class Growing:
         self._schema: Any = None  # of the open parameter
         self._quoted = False  # its value is given out letter by letter
 
-    def push(self, text: str) -> CallPart | None:
+    def push(self, text: str) -> PartialCall | None:
         """What is certain now, the text having grown to this one."""
         before = len(self._written)
         while self._begin_value(text) if self._value is None else self._end_value(text):
             pass
         return self._part(before) if len(self._written) > before else None
 
-    def end(self, call: ToolCall) -> tuple[ToolCall, CallPart]:
+    def end(self, call: ToolCall) -> tuple[ToolCall, PartialCall]:
         """The call that it became, and the part that was missing."""
         before, whole = len(self._written), call.arguments_json
         assert whole.startswith(self._written), f"{whole!r} was begun as {self._written!r}"
         self._written = whole
         return replace(call, id=self._id), self._part(before)
 
-    def _part(self, before: int) -> CallPart:
-        return CallPart(self._id, self._name, self._written[before:])
+    def _part(self, before: int) -> PartialCall:
+        return PartialCall(self._id, self._name, self._written[before:])
 
     def _begin_value(self, text: str) -> bool:
         """Whether a parameter's value begins."""

@@ -9,10 +9,10 @@ from hashlib import blake2b
 from typing import Any
 
 from localmimo.chat.messages import check_messages, check_tools
-from localmimo.chat.special_tokens import Marker
+from localmimo.chat.special_tokens import SpecialTokenEscaper
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
-from localmimo.chat.turn_cache import Turns
+from localmimo.chat.turn_cache import TurnCache
 from localmimo.decode.answer import Answer
 from localmimo.errors import LocalMimoError
 
@@ -37,8 +37,8 @@ class Prompts:
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self._template = template
         self._tokenizer = tokenizer
-        self.marker = Marker(tokenizer.added, tokenizer.control)
-        self.turns = Turns()
+        self.marker = SpecialTokenEscaper(tokenizer.added, tokenizer.control)
+        self.turns = TurnCache()
 
     def render(
         self,

@@ -18,7 +18,7 @@ MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # for internal use, says 
 
 
 @dataclass(frozen=True, slots=True)
-class Marked:
+class EscapedMessages:
     """Messages and tools in which every spelling is broken by `mark`."""
 
     mark: str
@@ -26,7 +26,7 @@ class Marked:
     tools: list[dict[str, Any]] | None
 
 
-class Marker:
+class SpecialTokenEscaper:
     """Marks what people, tools and clients wrote.
 
     added: the spellings of all the tokens that are no ordinary text; control: of those that only the template
@@ -39,7 +39,7 @@ class Marker:
 
     def mark(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-    ) -> Marked:
+    ) -> EscapedMessages:
         """Checked messages and tools, marked; raises BadRequest."""
         mark = _unused(messages, tools)
         marked = [
@@ -49,7 +49,7 @@ class Marker:
             }
             for message in messages
         ]
-        return Marked(mark, marked, _walk(tools, self._breaker("tool", mark)))
+        return EscapedMessages(mark, marked, _walk(tools, self._breaker("tool", mark)))
 
     def _breaker(self, role: str, mark: str) -> Callable[[str], str]:
         spelled = self._control if role == "assistant" else self._added

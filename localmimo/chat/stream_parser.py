@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from localmimo.chat.partial_call import CallPart, Growing
+from localmimo.chat.partial_call import PartialCall, PartialCallParser
 from localmimo.chat.tool_call import (
     CLOSE,
     FUNCTION,
@@ -42,7 +42,7 @@ class Delta:
     text: str
     tool_call: ToolCall | None = None
     raw: str = ""
-    part: CallPart | None = None
+    part: PartialCall | None = None
 
 
 class StreamParser:
@@ -62,7 +62,7 @@ class StreamParser:
         self._implied = False  # a call ended the thinking; its </think> may still come
         self._held = ""  # not decided yet
         self._searched = 0  # how far _held was searched for the end of a call
-        self._growing: Growing | None = None  # the call that _held begins with
+        self._growing: PartialCallParser | None = None  # the call that _held begins with
 
     def push(self, text: str) -> list[Delta]:
         """The deltas that have become certain with this text."""
@@ -134,7 +134,7 @@ class StreamParser:
         name = head[1].strip()
         if name not in self._functions or not _may_go_on(self._held[body : body + len(PARAMETER)]):
             return self._text(len(OPEN))
-        growing = self._growing = self._growing or Growing(name, self._functions[name], head.end())
+        growing = self._growing = self._growing or PartialCallParser(name, self._functions[name], head.end())
         while (at := self._held.find(CLOSE, self._searched)) >= 0:
             self._searched = at + len(CLOSE)
             ended = _follows(self._held, at, FUNCTION_END)
@@ -150,7 +150,7 @@ class StreamParser:
         part = growing.push(self._held)
         return Delta("tool_call", "", part=part) if part else None
 
-    def _unfinished_call(self, growing: Growing) -> Delta:
+    def _unfinished_call(self, growing: PartialCallParser) -> Delta:
         """At the end a call that lacks only its last tag counts; one that was cut off does not."""
         ended = self._held.rstrip().endswith(FUNCTION_END)
         call = parse_call(self._held, self._functions) if ended else None
@@ -163,7 +163,7 @@ class StreamParser:
         name = rest[len(FUNCTION) :].strip()
         return any(known.startswith(name) for known in self._functions)
 
-    def _called(self, growing: Growing, call: ToolCall) -> Delta:
+    def _called(self, growing: PartialCallParser, call: ToolCall) -> Delta:
         self._implied = self._implied or self._kind == "thinking"
         self._kind, self._fresh = "answer", True
         self._take(len(call.text), "tool_call")

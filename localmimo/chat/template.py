@@ -16,7 +16,7 @@ import jinja2
 from localmimo.chat import template_sandbox as sandbox
 from localmimo.chat.messages import Message, check_messages, check_tools
 from localmimo.errors import BadModel, BadRequest
-from localmimo.system.helper_process import Child, ChildLost
+from localmimo.system.helper_process import HelperLost, HelperProcess
 from localmimo.system.json_files import read_json
 from quant.files.bounded import CONFIG_BYTES, read_small
 
@@ -32,14 +32,14 @@ class ChatTemplate:
         self.source = source
         self._tokens = dict(tokens or {})
         self._known: jinja2.Template | None = None
-        self._child: Child | None = None
+        self._child: HelperProcess | None = None
         if _is_ours(source):
             self._known = sandbox.compile_template(source)
         else:
             needed = {
                 name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TZ") if name in os.environ
             }
-            self._child = Child([sys.executable, "-I", sandbox.__file__], needed)
+            self._child = HelperProcess([sys.executable, "-I", sandbox.__file__], needed)
             self._check_syntax()
         self.think_default = self._thinks_by_itself()
 
@@ -100,7 +100,7 @@ class ChatTemplate:
         assert self._child is not None
         try:
             answer: dict[str, Any] = self._child.ask(request, LIMIT_S)
-        except ChildLost as lost:
+        except HelperLost as lost:
             raise sandbox.Refused(
                 "its process ended" if lost.in_time else f"it took longer than {LIMIT_S:g} s"
             ) from None

@@ -63,7 +63,7 @@ class Turn:
         return cls(said, tokens, tuple(keys))
 
 
-class Turns:
+class TurnCache:
     """The answers of this process, the least recently used forgotten first. Thread-safe."""
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:

@@ -113,9 +113,9 @@ def quantize(
     quiet: Quiet = False,
 ) -> int:
     """Convert a checkpoint into a pack. Ctrl-C stops it; the same command goes on where it stopped."""
-    from localmimo.cli.commands.quantize import Conversion, run_quantize
+    from localmimo.cli.commands.quantize import QuantizeOptions, run_quantize
 
-    job = Conversion(
+    job = QuantizeOptions(
         source,
         out and out.expanduser(),
         experts,
@@ -171,10 +171,10 @@ def perplexity(
     The text is cut into windows of N tokens that do not overlap. Each window is read from an empty context,
     and every token but its first is predicted from those before it in the window.
     """
-    from localmimo.cli.commands.perplexity import Measurement, run_perplexity
+    from localmimo.cli.commands.perplexity import PerplexityOptions, run_perplexity
     from localmimo.cli.ui import parse_count
 
-    job = Measurement(pack, file, against, parse_count(context, "--context"), ram, as_json)
+    job = PerplexityOptions(pack, file, against, parse_count(context, "--context"), ram, as_json)
     return carry_out(lambda: run_perplexity(job, ui_of(verbose, quiet)))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenFlags:
+class LoadFlags:
     """How a pack is to be opened, as it was typed; the meanings are those of `localmimo.load`."""
 
     context: str | None = None
@@ -44,7 +44,7 @@ class OpenFlags:
 
 
 def open_engine(
-    model: str | None, flags: OpenFlags, ui: Ui, hear: Callable[[int, int], object] = lambda done, total: None
+    model: str | None, flags: LoadFlags, ui: Ui, hear: Callable[[int, int], object] = lambda done, total: None
 ) -> Engine:
     """Load a pack, None for the embedded model, saying so while it lasts; `hear` as for `localmimo.load`."""
     context = None if flags.context is None else parse_count(flags.context, "--context")

@@ -8,7 +8,7 @@ from collections import deque
 from statistics import median
 
 
-class Paired:
+class ABTiming:
     """The second way's seconds over the first's."""
 
     def __init__(self) -> None:

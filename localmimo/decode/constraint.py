@@ -10,8 +10,8 @@ from functools import cached_property
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.chat.tool_call import OPEN
 from localmimo.chat.tool_choice import rules_of_calls
-from localmimo.decode.grammar import Following, Grammar, Grammars, grammar_of
-from localmimo.decode.options import Options
+from localmimo.decode.grammar import Grammar, Grammars, GrammarState, grammar_of
+from localmimo.decode.options import GenerationOptions
 from localmimo.decode.sampler import Sampling
 
 
@@ -22,7 +22,7 @@ class Constraints:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
 
-    def sampling(self, options: Options) -> Sampling:
+    def sampling(self, options: GenerationOptions) -> Sampling:
         """How tokens are drawn: where no tool is to be called, never the one that begins a call."""
         token = self._tokenizer.token_id(OPEN)
         if options.tools is None or options.callable is not None or token is None:
@@ -30,8 +30,8 @@ class Constraints:
         return replace(options.sampling, bans=(*options.sampling.bans, token))
 
     def follow(
-        self, options: Options, prompt: Sequence[int], *, chat: bool, thinking: bool
-    ) -> Following | None:
+        self, options: GenerationOptions, prompt: Sequence[int], *, chat: bool, thinking: bool
+    ) -> GrammarState | None:
         """The grammar's state at the beginning of an answer, None where its form is free."""
         grammar = self._grammar(options) if chat else grammar_of(options.grammar, options.response_format)
         if grammar is None:
@@ -39,7 +39,7 @@ class Constraints:
         closed = prompt[-1] == self._tokenizer.token_id("</think>")
         return self._grammars.follow(grammar, thinking=thinking, may_think=chat and not closed)
 
-    def _grammar(self, options: Options) -> Grammar | None:
+    def _grammar(self, options: GenerationOptions) -> Grammar | None:
         """What an answer with tools must look like: calls alone, what was asked for, or either."""
         asked = grammar_of(options.grammar, options.response_format)
         forced = options.choice.mode == "required"

@@ -18,7 +18,7 @@ from localmimo.kv.cache import KVCache
 from localmimo.model.attention import Rows
 from localmimo.model.transformer import (
     Experts,
-    Piece,
+    PromptChunk,
     Transformer,
     nothing_to_check,
     nothing_to_report,
@@ -31,7 +31,7 @@ MOST_GRAPHS = 256  # of one shape: where placement changes often, old stretches 
 Stretch = tuple[int, int, bool]  # its first layer, its last, and whether the last one's experts need the host
 
 
-class PlacedExperts(Experts, Protocol):
+class DeviceExperts(Experts, Protocol):
     """Experts of which those on the device can be run without the host."""
 
     @property
@@ -65,10 +65,10 @@ class PlacedExperts(Experts, Protocol):
 class Graphs:
     """Runs a model's steps; those of one timeline and a few tokens from records, made at the second step of a shape."""
 
-    def __init__(self, model: Transformer, experts: PlacedExperts) -> None:
+    def __init__(self, model: Transformer, experts: DeviceExperts) -> None:
         self._model = model
         self._experts = experts
-        self._steps: WeakKeyDictionary[KVCache, dict[int, Step | None]] = WeakKeyDictionary()
+        self._steps: WeakKeyDictionary[KVCache, dict[int, GraphStep | None]] = WeakKeyDictionary()
         self._pool: object = None  # one for all records: they never run side by side
         self.refused = ""  # why nothing is recorded any more
 
@@ -97,7 +97,7 @@ class Graphs:
         self._steps.clear()
         return self._experts.give_way()
 
-    def _step(self, n: int, cache: KVCache) -> "Step | None":
+    def _step(self, n: int, cache: KVCache) -> "GraphStep | None":
         """The records of a shape; none at its first step, which gets kernels compiled and libraries started."""
         if n > MOST_TOKENS or self.refused or self._experts.watched:
             return None
@@ -108,7 +108,7 @@ class Graphs:
         step = steps[n]
         if step is None or step.generation != self._experts.generation:
             self._pool = self._pool or torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
-            step = steps[n] = Step(self._model, self._experts, cache, n, self._pool)
+            step = steps[n] = GraphStep(self._model, self._experts, cache, n, self._pool)
         return step
 
     def _stretches(self) -> Iterator[Stretch]:
@@ -120,7 +120,7 @@ class Graphs:
         if first <= last:
             yield first, last, False
 
-    def _record(self, step: "Step", stretches: list[Stretch]) -> bool:
+    def _record(self, step: "GraphStep", stretches: list[Stretch]) -> bool:
         """Record what is not yet; False, from now on, where the device or a kernel refuses."""
         try:
             step.make_room(len(stretches))
@@ -136,7 +136,7 @@ class Graphs:
 
     def _replay(
         self,
-        step: "Step",
+        step: "GraphStep",
         stretches: list[Stretch],
         tokens: Tensor,
         cache: KVCache,
@@ -154,11 +154,11 @@ class Graphs:
         return step.x.clone()
 
 
-class Step:
+class GraphStep:
     """One shape of a step over one cache: the tensors that stay, and the records over them."""
 
     def __init__(
-        self, model: Transformer, experts: PlacedExperts, cache: KVCache, n: int, pool: object
+        self, model: Transformer, experts: DeviceExperts, cache: KVCache, n: int, pool: object
     ) -> None:
         config, device = model.config, model.device
         self.generation = experts.generation
@@ -172,8 +172,8 @@ class Step:
         self._normed = torch.empty(n, config.hidden, dtype=model.dtype, device=device)
         self._chosen = torch.empty(len(config.layers), n, config.top_k, dtype=torch.int64, device=device)
         self._weights = torch.empty(n, config.top_k, device=device)
-        still = Still(cache.length, [StillKV(layer.place(n)) for layer in cache.layers])
-        self._piece = Piece(still, 0, n, None, self._positions, self._ropes)
+        still = StaticCache(cache.length, [StaticKV(layer.place(n)) for layer in cache.layers])
+        self._piece = PromptChunk(still, 0, n, None, self._positions, self._ropes)
         self._pool = pool
         self._graphs: dict[Stretch, torch.cuda.CUDAGraph] = {}
 
@@ -227,7 +227,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class StillKV:
+class StaticKV:
     """A layer's keys and values while a record is made: where rows go is known, and none has come."""
 
     rows: Rows
@@ -240,11 +240,11 @@ class StillKV:
 
 
 @dataclass(slots=True)
-class Still:
+class StaticCache:
     """A cache that does not grow."""
 
     length: int
-    layers: list[StillKV]
+    layers: list[StaticKV]
 
     def reach(self, n: int) -> None:
         raise AssertionError("room is made before a record")

@@ -11,15 +11,15 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from localmimo.chat.partial_call import CallPart
+from localmimo.chat.partial_call import PartialCall
 from localmimo.chat.stream_parser import Delta, Kind
 from localmimo.chat.tokenizer import Decoder, Tokenizer
 from localmimo.chat.tool_call import ToolCall
 from localmimo.decode.sampler import Sampling, logprobs, pick
 from localmimo.decode.session import Progress, Session
-from localmimo.decode.speculative import MOST_DRAFTS, DraftStats, Lookahead, Pace, Steady
+from localmimo.decode.speculative import MOST_DRAFTS, DepthPolicy, DraftStats, FixedDepth, SpeculativeSteps
 from localmimo.errors import BadRequest, Cancelled
-from localmimo.experts.store.counters import Traffic
+from localmimo.experts.store.counters import PageCounters
 from quant import kernels
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "context"]
@@ -86,12 +86,12 @@ class Step:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     tool_call: ToolCall | None = None  # complete
-    call_part: CallPart | None = None  # of a call that is being written, or was completed with this step
+    call_part: PartialCall | None = None  # of a call that is being written, or was completed with this step
     finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class StopRules:
     """When to stop, and what to report."""
 
     max_tokens: int | None = None
@@ -115,7 +115,7 @@ class Parser(Protocol):
     def finish(self) -> list[Delta]: ...
 
 
-class Verbatim:
+class PlainTextParser:
     """All of the text is the answer, tags included."""
 
     def push(self, text: str) -> list[Delta]:
@@ -195,11 +195,11 @@ class Generation:
     tokenizer: Tokenizer
     parser: Parser
     sampling: Sampling
-    rules: Rules
-    traffic: Callable[[], Traffic]
+    rules: StopRules
+    traffic: Callable[[], PageCounters]
     cancel: Event = field(default_factory=Event)
     progress: Progress | None = None
-    pace: Pace = field(default_factory=lambda: Steady(0))
+    pace: DepthPolicy = field(default_factory=lambda: FixedDepth(0))
     constraint: Constraint | None = None
     stats: Stats = field(default_factory=Stats)
     reason: FinishReason | None = None  # why it is over; None while it goes on
@@ -207,7 +207,7 @@ class Generation:
     _seen: list[int] = field(default_factory=list)
     _seed: int = 0
     _began: float = 0.0
-    _before: Traffic = field(default_factory=Traffic)
+    _before: PageCounters = field(default_factory=PageCounters)
     _kind: Kind = "answer"
     _called: bool = False
     _thought: int = 0  # tokens of thinking
@@ -219,7 +219,7 @@ class Generation:
 
     def run(self, prompt: Sequence[int]) -> Iterator[Step]:
         """Yield steps; the last one has a finish_reason. Raises ContextFull before anything is read."""
-        ahead = Lookahead(self.session, self.pace, self.stats.drafts, self._pages)
+        ahead = SpeculativeSteps(self.session, self.pace, self.stats.drafts, self._pages)
         try:
             logits = self.begin(prompt)
             while True:

@@ -91,7 +91,7 @@ class Grammars:
         token = self._tokenizer.token_id(tag)
         return json.dumps(tag) if token is None else f"<[{token}]>"
 
-    def follow(self, grammar: Grammar, *, thinking: bool, may_think: bool) -> Following:
+    def follow(self, grammar: Grammar, *, thinking: bool, may_think: bool) -> GrammarState:
         """The grammar's state at the beginning of an answer.
 
         thinking: the answer begins inside a thinking block. may_think: the model may open one first.
@@ -103,7 +103,7 @@ class Grammars:
             raise BadRequest(f"The {grammar.form.replace('_', ' ')} cannot be used: {reason.rstrip('.')}.")
         open_tag, close_tag = (self._tokenizer.token_id(tag) for tag in ("<think>", "</think>"))
         tags = (open_tag, close_tag) if may_think and open_tag is not None else (None, close_tag)
-        return Following(matcher, tags, free=thinking and close_tag is not None)
+        return GrammarState(matcher, tags, free=thinking and close_tag is not None)
 
 
 def _import_llguidance() -> Any:
@@ -133,7 +133,7 @@ class _Vocabulary:
         return self._tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
-class Following:
+class GrammarState:
     """A grammar's state along one answer. What is thought is free; the answer is not."""
 
     def __init__(self, matcher: Any, tags: tuple[int | None, int | None], free: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localmimo.kv.cache import SLACK, KVCache
-from localmimo.kv.hidden_states import Trail
+from localmimo.kv.hidden_states import HiddenStates
 from localmimo.model.transformer import DenseSource, Guess, Transformer, Weights, load_block, rms_norm
 from quant import QTensor, linear
 
@@ -139,7 +139,7 @@ class Drafter:
         for ring in self._rings:
             ring.restart(0)
 
-    def propose(self, tokens: Sequence[int], trail: Trail, n: int, choose: Choose) -> list[int]:
+    def propose(self, tokens: Sequence[int], trail: HiddenStates, n: int, choose: Choose) -> list[int]:
         """n tokens, at most one per head, that may follow `tokens`: the last so many of the timeline.
 
         The last of them has not been through the main model yet; `trail` has the hidden states of those before it.
@@ -159,7 +159,7 @@ class Drafter:
                 self.truncate(before)
         self._next = position, tokens[-1]
 
-    def _catch_up(self, k: int, known: Sequence[int], trail: Trail) -> Tensor:
+    def _catch_up(self, k: int, known: Sequence[int], trail: HiddenStates) -> Tensor:
         """Take every row of the trail into head k that it has not got; logits [vocab] of the last row.
 
         known: the last tokens, the last of them k + 1 places behind the last row.

@@ -9,14 +9,14 @@ from threading import Event
 from typing import Any
 
 from localmimo.chat.tool_choice import ToolChoice
-from localmimo.decode.generation import Rules
+from localmimo.decode.generation import StopRules
 from localmimo.decode.grammar import Grammar
 from localmimo.decode.sampler import Sampling
 from localmimo.decode.session import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class GenerationOptions:
     """The keywords of `Engine.stream`."""
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -34,9 +34,9 @@ class Options:
     progress: Progress | None = None
 
     @property
-    def rules(self) -> Rules:
+    def rules(self) -> StopRules:
         one_call = self.choice.name is not None or not self.parallel_tool_calls
-        return Rules(self.max_tokens, tuple(self.stop), self.think_budget, self.logprobs, one_call)
+        return StopRules(self.max_tokens, tuple(self.stop), self.think_budget, self.logprobs, one_call)
 
     @property
     def callable(self) -> Sequence[Mapping[str, Any]] | None:

@@ -16,10 +16,10 @@ from localmimo.decode.cuda_graphs import Graphs
 from localmimo.decode.mtp import Choose, Drafter, DraftHead
 from localmimo.errors import BadRequest, BadSession, ContextFull
 from localmimo.hardware.device import broke_down, out_of_memory
-from localmimo.kv.block_table import Lender, Scattered
+from localmimo.kv.block_table import RowPieces, SlotPool
 from localmimo.kv.cache import SLACK, KVCache, Snapshot, WindowKV
-from localmimo.kv.hidden_states import Trail
-from localmimo.kv.session_file import Identity, SavedSession, write
+from localmimo.kv.hidden_states import HiddenStates
+from localmimo.kv.session_file import SavedSession, SessionIdentity, write
 from localmimo.model.transformer import Experts, Transformer, nothing_to_check, nothing_to_report
 from localmimo.planning.memory import N_SNAPSHOTS, PREFILL_CHUNK
 from quant import kernels
@@ -37,7 +37,7 @@ def nothing_to_give() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Checkpoint:
     """A place to come back to: the windows there, and the hidden states [n, hidden] of the tokens before it."""
 
     snapshot: Snapshot
@@ -54,10 +54,10 @@ class Session:
         context: int,
         kv_dtype: torch.dtype,
         stretch: int = PREFILL_CHUNK,
-        identity: Identity | None = None,
+        identity: SessionIdentity | None = None,
         heads: Sequence[DraftHead] = (),
         give_way: Callable[[], bool] = nothing_to_give,
-        lender: Lender | None = None,
+        lender: SlotPool | None = None,
         graphs: Graphs | None = None,
     ) -> None:
         """give_way: gives memory of the device back where a step ran out of it; False where there is none to give.
@@ -73,11 +73,11 @@ class Session:
         self._give_way = give_way
         self._identity = identity  # None: cannot be saved
         self._cache = KVCache(model.config.layers, context, kv_dtype, device=model.device, lender=lender)
-        self._marks: list[Mark] = []
+        self._marks: list[Checkpoint] = []
         self._stretch = stretch  # tokens of a prompt that are read layer by layer: a matter of memory alone
         # Draft heads look back over a window of hidden states; without them one gives the logits again.
         self._looks_back = (model.config.mtp_layer.window or 1) if heads else 1
-        self._trail = Trail(self._looks_back + SLACK, model.config.hidden, model.device)
+        self._trail = HiddenStates(self._looks_back + SLACK, model.config.hidden, model.device)
         self._drafter = Drafter(heads, kv_dtype)
 
     @property
@@ -167,7 +167,7 @@ class Session:
         """
         known = self._trail.last(self.position) is not None
         if known and all(mark.snapshot.length != self.position for mark in self._marks):
-            self._marks.append(Mark(self._cache.snapshot(), self._trail.tail(self._looks_back)))
+            self._marks.append(Checkpoint(self._cache.snapshot(), self._trail.tail(self._looks_back)))
             del self._marks[1 : 1 + len(self._marks) - N_SNAPSHOTS]
 
     # ---- files ----
@@ -205,9 +205,9 @@ class Session:
                 self._restore(None)
                 raise
 
-    def _contents(self) -> dict[str, Tensor | Scattered]:
+    def _contents(self) -> dict[str, Tensor | RowPieces]:
         """What a file holds, by name; the keys and values in position order."""
-        out: dict[str, Tensor | Scattered] = {
+        out: dict[str, Tensor | RowPieces] = {
             "tokens": torch.tensor(self.tokens, dtype=torch.int32),
             "hidden": self._trail.tail(self._trail.rows),
             "marks": torch.tensor([mark.snapshot.length for mark in self._marks], dtype=torch.int32),
@@ -272,12 +272,12 @@ class Session:
         rows = _rows(saved, f"{name}.keys", 1, most)
         out[f"{name}.keys"], out[f"{name}.values"] = window.empty(rows)
 
-    def _loaded_mark(self, m: int, length: int, found: dict[str, Any]) -> Mark:
+    def _loaded_mark(self, m: int, length: int, found: dict[str, Any]) -> Checkpoint:
         windows = tuple(
             (found[f"marks.{m}.layers.{i}.keys"], found[f"marks.{m}.layers.{i}.values"])
             for i, _ in self._windows()
         )
-        return Mark(Snapshot(length, windows), found[f"marks.{m}.hidden"])
+        return Checkpoint(Snapshot(length, windows), found[f"marks.{m}.hidden"])
 
     # ---- inside ----
 
@@ -303,7 +303,7 @@ class Session:
         if not self._cache.is_whole:
             self._restore(None)
 
-    def _mark_before(self, length: int) -> Mark | None:
+    def _mark_before(self, length: int) -> Checkpoint | None:
         """The last mark at `length` or before it."""
         return next((mark for mark in reversed(self._marks) if mark.snapshot.length <= length), None)
 
@@ -311,7 +311,7 @@ class Session:
         if self.position + n > self.context:
             raise ContextFull(_too_long(self.position + n, self.context))
 
-    def _restore(self, mark: Mark | None) -> None:
+    def _restore(self, mark: Checkpoint | None) -> None:
         if mark is None:
             self._cache.clear()
         else:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from localmimo.decode.ab_timing import Paired
+from localmimo.decode.ab_timing import ABTiming
 from localmimo.decode.mtp import Choose
 from localmimo.decode.session import Session
 from localmimo.errors import BadRequest
@@ -60,7 +60,7 @@ class DraftStats:
         return asdict(self) | {"acceptance": self.acceptance, "expert_growth": self.expert_growth}
 
 
-class Pace(Protocol):
+class DepthPolicy(Protocol):
     """Decides how many tokens are drafted."""
 
     def depth(self) -> int:
@@ -71,7 +71,7 @@ class Pace(Protocol):
 
 
 @dataclass(slots=True)
-class Steady:
+class FixedDepth:
     """Always the same depth."""
 
     fixed: int
@@ -82,7 +82,7 @@ class Steady:
     def took(self, depth: int, seconds: float, tokens: int) -> None: ...
 
 
-class Measured:
+class MeasuredDepth:
     """Finds the depth that gives the most tokens per second, and risks little to find it.
 
     Two depths are compared pass by pass in turns, by the median of the ratios of a pass to its neighbours: a machine
@@ -109,7 +109,7 @@ class Measured:
         self._rival: int | None = None  # compared with the current depth, in turns
         self._left = self.COLD  # passes until the next comparison
         self._looks = 0  # comparisons since the last move
-        self._paired = Paired()  # the current depth and its rival
+        self._paired = ABTiming()  # the current depth and its rival
         self._first = False  # whether the rival's next pass is its first: a head's ring is filled then
         # By depth: passes without drafts that one costs. By head: which of the drafts it came to were right.
         self._costs: list[float | None] = [1.0, *[None] * most]
@@ -152,7 +152,7 @@ class Measured:
 
     def _compare(self, rival: int, seconds: float) -> None:
         if self._first and self._paired.second:
-            self._first, self._paired = False, Paired()
+            self._first, self._paired = False, ABTiming()
             return
         self._paired.note(seconds)
         if not self._paired.ratios:
@@ -217,7 +217,7 @@ class Measured:
             self._left = self.STAY_FIRST
 
     def _hold_against(self, rival: int) -> None:
-        self._rival, self._paired, self._first = rival, Paired(), rival > 0
+        self._rival, self._paired, self._first = rival, ABTiming(), rival > 0
 
     def _may_pay(self, deeper: int) -> bool:
         """Whether a depth can be faster, one more draft costing and giving what the last one did."""
@@ -228,21 +228,21 @@ class Measured:
         return self.tokens(deeper) / (here + step) > self.tokens(self.current) / here
 
 
-def pace_of(draft: Draft, n_heads: int) -> Pace:
+def depth_policy_of(draft: Draft, n_heads: int) -> DepthPolicy:
     """The pace of a setting, with so many heads at hand."""
     return (
-        Measured(n_heads)
+        MeasuredDepth(n_heads)
         if draft == "auto" and n_heads
-        else Steady(min(0 if draft == "auto" else draft, n_heads))
+        else FixedDepth(min(0 if draft == "auto" else draft, n_heads))
     )
 
 
 @dataclass(slots=True)
-class Lookahead:
+class SpeculativeSteps:
     """Steps a session, several tokens at a time where drafts come true."""
 
     session: Session
-    pace: Pace
+    pace: DepthPolicy
     stats: DraftStats
     pages: Callable[[], int]  # pages asked of the experts so far
     _drafts: deque[int] = field(default_factory=deque)  # appended to the session, not drawn yet

@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 
-class Lender(Protocol):
+class SlotPool(Protocol):
     """Whoever owns the slab."""
 
     @property
     def slab(self) -> Tensor:
         """uint8 [slots, bytes] on the device."""
 
-    def lend(self, borrower: "Blocks", n: int) -> list[int]:
+    def lend(self, borrower: "BlockTable", n: int) -> list[int]:
         """n slots, whose content is the borrower's from now on."""
 
     def take_back(self, slots: Sequence[int]) -> None:
         """Slots that were lent are not needed any more."""
 
 
-class Blocks:
+class BlockTable:
     """The slots of one sequence, in the order of its positions."""
 
-    def __init__(self, lender: Lender, positions: int, capacity: int) -> None:
+    def __init__(self, lender: SlotPool, positions: int, capacity: int) -> None:
         """positions: of a slot. capacity: positions of the longest sequence."""
         self.lender = lender
         self.positions = positions
@@ -65,7 +65,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Scattered:
+class RowPieces:
     """A tensor that lies in pieces: these, one behind the other, are its elements in order."""
 
     dtype: torch.dtype

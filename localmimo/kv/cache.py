@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from localmimo.kv.block_table import Blocks, Lender, Scattered
+from localmimo.kv.block_table import BlockTable, RowPieces, SlotPool
 from localmimo.model.attention import Rows
 from localmimo.model.config import LayerSpec
 from localmimo.planning.memory import positions_per_slot
@@ -80,7 +80,7 @@ class GlobalKV:
 class BlockKV:
     """Keys and values of a global layer on a GPU: a part of every block of the sequence."""
 
-    def __init__(self, spec: LayerSpec, dtype: torch.dtype, blocks: Blocks, offset: int) -> None:
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype, blocks: BlockTable, offset: int) -> None:
         """offset: of the layer's part in a slot, in bytes."""
         self._spec = spec
         self._dtype = dtype
@@ -100,12 +100,12 @@ class BlockKV:
         """Forget everything from position `length` on."""
         self.length = length
 
-    def held(self) -> tuple[Scattered, Scattered]:
+    def held(self) -> tuple[RowPieces, RowPieces]:
         """Keys and values of every position, in position order: views of their pieces."""
         keys, values = (self._scattered(i) for i in range(2))
         return keys, values
 
-    def make_room(self, length: int) -> tuple[Scattered, Scattered]:
+    def make_room(self, length: int) -> tuple[RowPieces, RowPieces]:
         """Become `length` long; the views that the caller fills with what `held` gave."""
         self._blocks.reach(length)
         self.length = length
@@ -124,9 +124,9 @@ class BlockKV:
             at = end
         return views[0], views[1]
 
-    def _scattered(self, part: int) -> Scattered:
+    def _scattered(self, part: int) -> RowPieces:
         length, (heads, _, width) = self.length, self._parts()[part].shape[1:]
-        return Scattered(self._dtype, (heads, length, width), lambda: self._pieces(part, length))
+        return RowPieces(self._dtype, (heads, length, width), lambda: self._pieces(part, length))
 
     def _pieces(self, part: int, length: int) -> Iterator[Tensor]:
         view, n = self._parts()[part], self._blocks.positions
@@ -254,7 +254,7 @@ class KVCache:
         dtype: torch.dtype,
         slack: int = SLACK,
         device: torch.device = CPU,
-        lender: Lender | None = None,
+        lender: SlotPool | None = None,
     ) -> None:
         """lender: of slots for the global layers, which a GPU must have."""
         self.capacity = capacity
@@ -336,6 +336,6 @@ class KVCache:
         return [layer for layer in self.layers if isinstance(layer, WindowKV)]
 
 
-def _blocks(specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, lender: Lender) -> Blocks:
+def _blocks(specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, lender: SlotPool) -> BlockTable:
     row = sum(row_bytes(spec, dtype) for spec in specs)
-    return Blocks(lender, positions_per_slot(lender.slab.shape[1], row), capacity)
+    return BlockTable(lender, positions_per_slot(lender.slab.shape[1], row), capacity)

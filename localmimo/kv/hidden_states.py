@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Trail:
+class HiddenStates:
     """Rows [hidden] of the last tokens of a sequence `length` long: at least `rows` of them where there were so many.
 
     Rows are appended to a buffer of twice the size, so that the rows before them move seldom.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localmimo.errors import BadSession
-from localmimo.kv.block_table import Scattered
+from localmimo.kv.block_table import RowPieces
 from quant import kernels
 from quant.files.atomic import written_aside
 from quant.files.safetensors import DTYPE_NAMES, Shard, ShardPlan, Stored, plan_shard
@@ -29,7 +29,7 @@ _NO_CHECKSUM = "0" * 8
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class SessionIdentity:
     """What a session's numbers depend on: they mean nothing elsewhere."""
 
     model: str  # for people
@@ -63,7 +63,7 @@ class Identity:
 
 
 def write(
-    path: Path, identity: Identity, facts: Mapping[str, str], tensors: Mapping[str, Tensor | Scattered]
+    path: Path, identity: SessionIdentity, facts: Mapping[str, str], tensors: Mapping[str, Tensor | RowPieces]
 ) -> int:
     """Write the file whole or not at all; its bytes. Raises BadSession where the disk refuses."""
     try:
@@ -74,7 +74,7 @@ def write(
         raise BadSession(f"The session cannot be written to {path}: {error.strerror or error}.") from error
 
 
-def _write(file: BinaryIO, metadata: Mapping[str, str], tensors: Mapping[str, Tensor | Scattered]) -> int:
+def _write(file: BinaryIO, metadata: Mapping[str, str], tensors: Mapping[str, Tensor | RowPieces]) -> int:
     plan = _plan(metadata, tensors, _NO_CHECKSUM)
     file.write(plan.header)
     checksum = 0
@@ -87,12 +87,12 @@ def _write(file: BinaryIO, metadata: Mapping[str, str], tensors: Mapping[str, Te
     return plan.n_bytes
 
 
-def _plan(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | Scattered], checksum: str) -> ShardPlan:
+def _plan(metadata: Mapping[str, str], tensors: Mapping[str, Tensor | RowPieces], checksum: str) -> ShardPlan:
     specs = {name: PartSpec(_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     return plan_shard("", specs, metadata={**metadata, "crc32": checksum})
 
 
-def _pieces(tensor: Tensor | Scattered) -> Iterator[Tensor]:
+def _pieces(tensor: Tensor | RowPieces) -> Iterator[Tensor]:
     """The tensor's bytes in order, flat, in main memory; no copy of the whole where its first axis is strided."""
     for part in _parts(tensor):
         yield part.cpu().contiguous().view(-1).view(torch.uint8)
@@ -101,7 +101,7 @@ def _pieces(tensor: Tensor | Scattered) -> Iterator[Tensor]:
 class SavedSession:
     """A session's file, open: identity and shapes are checked at once, bytes as they are read."""
 
-    def __init__(self, path: Path, identity: Identity) -> None:
+    def __init__(self, path: Path, identity: SessionIdentity) -> None:
         self.path = path
         self._shard = Shard(path, BadSession, max_header=MAX_HEADER)
         try:
@@ -142,7 +142,7 @@ class SavedSession:
             "the conversation has to be read again."
         )
 
-    def read(self, targets: Mapping[str, Tensor | Scattered]) -> None:
+    def read(self, targets: Mapping[str, Tensor | RowPieces]) -> None:
         """Fill every tensor of the file into its target; raises BadSession where the checksum disagrees."""
         checksum = 0
         for stored in sorted(self._shard.tensors.values(), key=lambda stored: stored.offset):
@@ -166,15 +166,15 @@ class SavedSession:
         return self._shard.tensors[name]
 
 
-def _views(tensor: Tensor | Scattered) -> Iterator[Tensor]:
+def _views(tensor: Tensor | RowPieces) -> Iterator[Tensor]:
     """The tensor's own bytes in order, flat, to be filled: contiguous, or so behind its first axis."""
     for part in _parts(tensor):
         yield part.view(-1).view(torch.uint8)
 
 
-def _parts(tensor: Tensor | Scattered) -> Iterable[Tensor]:
+def _parts(tensor: Tensor | RowPieces) -> Iterable[Tensor]:
     """What of the tensor lies side by side, in order."""
-    if isinstance(tensor, Scattered):
+    if isinstance(tensor, RowPieces):
         return tensor.pieces()
     return [tensor] if tensor.is_contiguous() else tensor.unbind(0)
 

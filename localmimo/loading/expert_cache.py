@@ -18,9 +18,9 @@ from localmimo.experts.policy.baselines import Adaptive, Page
 from localmimo.experts.policy.profile import profile_path
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.store import placement
-from localmimo.experts.store.memory_pressure import Pressure, low_bytes
+from localmimo.experts.store.memory_pressure import MemoryPressure, low_bytes
 from localmimo.experts.store.store import ExpertStore
-from localmimo.experts.tiers.gpu_slots import GpuShelf, measured_costs
+from localmimo.experts.tiers.gpu_slots import GpuSlots, measured_costs
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.hardware.device import no_kernels
@@ -34,7 +34,7 @@ PUBLISH_S = 1.0  # between two looks at where the pages lie, at least
 LIFT = 16  # pages that go to the GPU at a time: while they do, no step begins
 
 
-class Pager:
+class ExpertCache:
     """The store of a pack; its hottest pages are read in the background from the start."""
 
     def __init__(
@@ -67,9 +67,9 @@ class Pager:
         low = low_bytes(Machine.probe().ram_bytes)
         self._n_experts = experts_of(pack)
         self._published_s = -math.inf
-        self._pressure = Pressure(self.store, plan.page_bytes, low, _free_ram_bytes)
+        self._pressure = MemoryPressure(self.store, plan.page_bytes, low, _free_ram_bytes)
 
-    def _shelf(self, pack: Pack, vram: Vram, device: torch.device, dtype: torch.dtype) -> GpuShelf:
+    def _shelf(self, pack: Pack, vram: Vram, device: torch.device, dtype: torch.dtype) -> GpuSlots:
         """Slots for pages of the largest layout; pages of others stay in RAM."""
         layout = pack.page
         assert layout is not None
@@ -80,7 +80,7 @@ class Pager:
             raise
         except Exception as error:  # whatever a compiler or a driver may come up with
             raise no_kernels(error) from error
-        shelf = GpuShelf(tier, layout, experts_of(pack), self._chances, costs)
+        shelf = GpuSlots(tier, layout, experts_of(pack), self._chances, costs)
         if len(pack.layouts) > 1:
             shelf.fits = lambda page: pack.page_at(*page).codec == layout.codec
         return shelf

@@ -25,7 +25,7 @@ KV_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
+class LoadOptions:
     """The keywords of `load`. Raises BadRequest where one of them makes no sense."""
 
     context: int | None = None
@@ -54,7 +54,7 @@ class Opening:
             raise BadRequest(f"max_batch is {self.max_batch}; it is from 1 to {MAX_BATCH} timelines.")
         object.__setattr__(self, "draft", check_draft(self.draft))  # "2" is 2
 
-    def on(self, device: Device) -> "Opening":
+    def on(self, device: Device) -> "LoadOptions":
         """The same, on the device that was found: activations are bfloat16 on a GPU unless something else is asked."""
         dtype: Dtype = "bfloat16" if self.dtype == "auto" and device.is_gpu else self.dtype
         return replace(self, device=str(device), dtype=dtype, vram=self.vram if device.is_gpu else None)
@@ -69,7 +69,7 @@ class Opening:
         named = "float32" if self.dtype == "float32" else "bf16"
         return KV_DTYPES[named if self.kv == "auto" else self.kv]
 
-    def place(self, pack: Pack, config: ModelConfig) -> tuple["Opening", Device, Plan]:
+    def place(self, pack: Pack, config: ModelConfig) -> tuple["LoadOptions", Device, Plan]:
         """Find the device and plan for it; where "auto" found a GPU that is too small, the CPU, saying so.
 
         Raises BadRequest, NoDevice, or DoesNotFit with the numbers.

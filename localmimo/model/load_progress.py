@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from quant import Pack, QTensor
 
-Hear = Callable[[int, int], object]  # bytes read, bytes to read in all
+OnProgress = Callable[[int, int], object]  # bytes read, bytes to read in all
 
 
-class Watched:
+class ReportedWeights:
     """Hands a pack's tensors on; n_heads draft heads are read, the others are not."""
 
-    def __init__(self, pack: Pack, n_heads: int, hear: Hear) -> None:
+    def __init__(self, pack: Pack, n_heads: int, hear: OnProgress) -> None:
         left_out = tuple(f"mtp.{k}." for k in range(n_heads, MOST_DRAFTS))
         sizes = {name: info.nbytes for name, info in pack.tensors.items()}
         self._sizes = {name: n_bytes for name, n_bytes in sizes.items() if not name.startswith(left_out)}

@@ -13,7 +13,7 @@ Config = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerCommand:
     """How SGLang's cookbook page for a member launches it: hardware, and the flags that differ."""
 
     hardware: str
@@ -28,7 +28,7 @@ class Member:
     title: str
     repository: str | None  # on the hub; None: no weights are public
     config: Config
-    server: Server | None
+    server: ServerCommand | None
     n_elements: int | None = None  # published: all tensors, scales included
     note: str = ""
 
@@ -195,25 +195,25 @@ _EAGLE = (
     "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
     "--speculative-num-draft-tokens 4 --enable-multi-layer-eagle"
 )
-_ON_FLASH = Server(
+_ON_FLASH = ServerCommand(
     "8 x H100 or H200",
     "--tp-size 8 --dp-size 2 --enable-dp-attention --mem-fraction-static 0.75 --attention-backend fa3 "
     "--chunked-prefill-size 16384 " + _EAGLE,
 )
-_ON_V25 = Server(
+_ON_V25 = ServerCommand(
     "8 x H100 or H200",
     "--tp-size 8 --dp-size 2 --enable-dp-attention --enable-dp-lm-head --mm-enable-dp-encoder "
     "--mem-fraction-static 0.65 --attention-backend fa3 --chunked-prefill-size 16384 " + _EAGLE,
 )
-_ON_PRO = Server(
+_ON_PRO = ServerCommand(
     "8 x B200",
     "--tp-size 8 --attention-backend fa4 --moe-runner-backend flashinfer_trtllm --mem-fraction-static 0.8 "
     "--swa-full-tokens-ratio 0.1 " + _EAGLE,
 )
 
 
-def _on_v26(gpus: int, memory: float, ratio: float) -> Server:
-    return Server(
+def _on_v26(gpus: int, memory: float, ratio: float) -> ServerCommand:
+    return ServerCommand(
         f"{gpus} x B300",
         f"--tp-size {gpus} --ep-size {gpus} --moe-runner-backend deep_gemm --moe-a2a-backend deepep "
         "--moe-dense-tp-size 1 --enable-dp-lm-head --attention-backend fa4 --mm-attention-backend fa4 "

@@ -21,7 +21,7 @@ from localmimo.model.config import LayerSpec, ModelConfig
 from localmimo.planning.memory import PREFILL_CHUNK
 from quant import QTensor, linear
 from quant.kernels import attention as native
-from quant.kernels.block import Block, Choice, Heads, Router, Span
+from quant.kernels.block import Choice, FusedBlock, HeadShape, Router, Span
 from quant.kernels.block import serves as fusible
 
 # ---- pure maths (differentiable: examples/train_mini.py trains with it) ----
@@ -105,7 +105,7 @@ class DenseSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class OnDevice:
     """A source whose tensors are brought to a device as they are read; a token reads one row of the embeddings, which
     stay in main memory."""
 
@@ -218,7 +218,7 @@ GUESS_TOKENS = 8  # the most for which the next layer's experts are guessed: mor
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PromptChunk:
     """Rows of one timeline that go through a layer's attention together."""
 
     cache: Cache
@@ -231,9 +231,9 @@ class Piece:
 
 def pieces_of(
     timelines: Sequence[tuple[int, Cache]], ropes: set[tuple[int, float]], device: torch.device | None = None
-) -> list[list[Piece]]:
+) -> list[list[PromptChunk]]:
     """Cut timelines of n tokens into pieces of at most PREFILL_CHUNK; groups of pieces of at most as many rows."""
-    groups: list[list[Piece]] = []
+    groups: list[list[PromptChunk]] = []
     first = room = 0
     for n_tokens, cache in timelines:
         for at in range(0, n_tokens, PREFILL_CHUNK):
@@ -245,7 +245,7 @@ def pieces_of(
             tables = {rope: rope_rows(position, n, *rope, device) for rope in ropes}
             on_gpu = device is not None and device.type == "cuda"
             positions = torch.arange(position, position + n, device=device) if on_gpu else None
-            groups[-1].append(Piece(cache, first, n, position, positions, tables))
+            groups[-1].append(PromptChunk(cache, first, n, position, positions, tables))
             first, room = first + n, room - n
     return groups
 
@@ -279,15 +279,15 @@ class Transformer:
         self._next_moe = dict(pairwise(moe))
         self._fused = [self._fuse(*both) for both in zip(config.layers, weights.blocks, strict=True)]
 
-    def _fuse(self, spec: LayerSpec, block: BlockWeights) -> Block | None:
+    def _fuse(self, spec: LayerSpec, block: BlockWeights) -> FusedBlock | None:
         """The layer up to its experts as one native call, where its weights allow it."""
         mlp = block.mlp if isinstance(block.mlp, MlpWeights) else None
         matrices = (mlp.gate, mlp.up, mlp.down) if mlp is not None else ()
         if self.dtype != torch.float32 or not fusible(block.attention.qkv, block.attention.o, *matrices):
             return None
-        heads = Heads(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.v_head_dim, spec.window)
+        heads = HeadShape(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.v_head_dim, spec.window)
         rest = self._router(block.mlp) if isinstance(block.mlp, RouterWeights) else matrices
-        return Block(
+        return FusedBlock(
             heads, block.attention.qkv, block.attention.o, block.attn_norm, block.mlp_norm, block.attention.sink,
             rest, eps=self.config.eps, value_scale=self.config.value_scale,
         )  # fmt: skip
@@ -354,7 +354,12 @@ class Transformer:
         return list(x.split([n for n, _ in timelines]))
 
     def _layer(
-        self, layer: int, x: Tensor, groups: list[list[Piece]], experts: Experts, check: Callable[[], None]
+        self,
+        layer: int,
+        x: Tensor,
+        groups: list[list[PromptChunk]],
+        experts: Experts,
+        check: Callable[[], None],
     ) -> None:
         """One layer, added to x [n, hidden]: attention piece by piece, the experts once for all rows."""
         routed = []
@@ -371,7 +376,7 @@ class Transformer:
             )
             x += experts.run(layer, normed, chosen, weights, self.guess(layer, x))
 
-    def attend_and_choose(self, layer: int, x: Tensor, group: list[Piece]) -> Choice | None:
+    def attend_and_choose(self, layer: int, x: Tensor, group: list[PromptChunk]) -> Choice | None:
         """Attention added to x, then a dense MLP too; or what a MoE layer's experts are to do."""
         spec, block, fused = self.config.layers[layer], self.weights.blocks[layer], self._fused[layer]
         if fused is not None:
@@ -384,7 +389,7 @@ class Transformer:
         return normed, *self.route(block.mlp, normed)
 
     def _fused_run(
-        self, fused: Block, layer: int, spec: LayerSpec, x: Tensor, group: list[Piece]
+        self, fused: FusedBlock, layer: int, spec: LayerSpec, x: Tensor, group: list[PromptChunk]
     ) -> Choice | None:
         places = [piece.cache.layers[layer].place(piece.n) for piece in group]
         spans = [
@@ -416,7 +421,7 @@ class Transformer:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.eps).to(self.dtype)
 
-    def _attention(self, layer: int, block: BlockWeights, x: Tensor, group: list[Piece]) -> Tensor:
+    def _attention(self, layer: int, block: BlockWeights, x: Tensor, group: list[PromptChunk]) -> Tensor:
         spec = self.config.layers[layer]
         joined = linear(self._norm(x, block.attn_norm), block.attention.qkv)
         parts = (joined if joined.is_cuda else joined.float()).split([piece.n for piece in group])
@@ -424,7 +429,7 @@ class Transformer:
         return linear(torch.cat(mixed).to(self.dtype), block.attention.o)
 
     def _attend(
-        self, layer: int, spec: LayerSpec, block: BlockWeights, joined: Tensor, piece: Piece
+        self, layer: int, spec: LayerSpec, block: BlockWeights, joined: Tensor, piece: PromptChunk
     ) -> Tensor:
         kv, rope = piece.cache.layers[layer], piece.ropes[spec.rope]
         rows, sink = kv.place(piece.n), block.attention.sink

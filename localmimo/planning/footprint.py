@@ -19,7 +19,7 @@ from quant.pack.pack import MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
+class Footprint:
     """A model, packed or as a recipe would pack it."""
 
     name: str
@@ -47,7 +47,7 @@ class Structure:
         return self.page_bytes * self.config.n_experts * len(self.config.moe_layers)
 
 
-def structure_of(model: str | Path, recipe: Recipe | None = None) -> Structure:
+def footprint_of(model: str | Path, recipe: Recipe | None = None) -> Footprint:
     """Open what the user named. Raises BadModel, BadPack or BadCheckpoint with what is wrong."""
     path = Path(model).expanduser()
     if (path / MANIFEST).is_file():
@@ -67,7 +67,7 @@ def structure_of(model: str | Path, recipe: Recipe | None = None) -> Structure:
     return _of_source(source, recipe or Recipe(), "described", member, (), notes)
 
 
-def _of_pack(path: Path) -> Structure:
+def _of_pack(path: Path) -> Footprint:
     with Pack.open(path) as pack:
         if pack.page is None:
             raise BadModel(f"{path} has no routed experts: there is nothing to plan.")
@@ -76,7 +76,7 @@ def _of_pack(path: Path) -> Structure:
         dense = {name: size for name, size in sizes.items() if not name.startswith("mtp.")}
         layers = pack.manifest["layers"]
         recipe = pack.manifest["recipe"]
-        return Structure(
+        return Footprint(
             name=pack.name,
             kind="pack",
             config=config,
@@ -97,7 +97,7 @@ def _of_pack(path: Path) -> Structure:
         )
 
 
-def _of_folder(path: Path, recipe: Recipe) -> Structure:
+def _of_folder(path: Path, recipe: Recipe) -> Footprint:
     """A checkpoint folder: by its headers where all files are here, else by its config.json."""
     files = tuple(sorted(path.glob("*.safetensors")))
     try:
@@ -113,12 +113,12 @@ def _of_folder(path: Path, recipe: Recipe) -> Structure:
         return _of_source(source, recipe, "checkpoint", member_like(source.config), files)
 
 
-def _of_config(file: Path, recipe: Recipe) -> Structure:
+def _of_config(file: Path, recipe: Recipe) -> Footprint:
     source = Source.described(file.read_bytes(), file.absolute().parent.name or file.name)
     return _of_source(source, recipe, "described", member_like(source.config))
 
 
-def _with(found: Structure, files: Sequence[Path], note: str) -> Structure:
+def _with(found: Footprint, files: Sequence[Path], note: str) -> Footprint:
     from dataclasses import replace
 
     return replace(found, files=tuple(files), notes=(*found.notes, note))
@@ -131,12 +131,12 @@ def _of_source(
     member: Member | None,
     files: Sequence[Path] = (),
     notes: Sequence[str] = (),
-) -> Structure:
+) -> Footprint:
     config = ModelConfig.parse(source.config)
     listing = recipe.resolve(source)
     if listing.page is None:
         raise BadModel(f"{source.name} has no routed experts: there is nothing to plan.")
-    return Structure(
+    return Footprint(
         name=source.name,
         kind=kind,
         config=config,

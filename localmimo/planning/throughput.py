@@ -15,7 +15,7 @@ from typing import Any
 
 from localmimo.hardware.bandwidth import N_READERS, Speeds
 from localmimo.model.config import ModelConfig
-from localmimo.planning.footprint import Structure
+from localmimo.planning.footprint import Footprint
 from localmimo.planning.memory import Plan, kv_row_bytes
 
 Range = tuple[float, float]  # low, high
@@ -68,7 +68,7 @@ class Estimate:
 
 
 def estimate(
-    model: Structure, plan: Plan, speeds: Speeds, tiers: Tiers, *, n_cores: int, kv_item_bytes: int = 2
+    model: Footprint, plan: Plan, speeds: Speeds, tiers: Tiers, *, n_cores: int, kv_item_bytes: int = 2
 ) -> Estimate:
     """Decode and prefill speed of a plan, at half its context. For a CPU alone leave tiers.gpu_slots at 0."""
     kv = kv_read_bytes(model.config, plan.context // 2, kv_item_bytes)
@@ -84,7 +84,7 @@ def estimate(
 
 
 def decode_range(
-    model: Structure,
+    model: Footprint,
     plan: Plan,
     speeds: Sequence[Speeds],
     hit_rate: float,
@@ -128,14 +128,14 @@ def _narrowed(least: float, most: float) -> Range:
 
 
 def _step(
-    model: Structure, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_bytes: int
+    model: Footprint, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_bytes: int
 ) -> tuple[float, float, str]:
     """Least and most seconds of one decode step at a hit rate, and what bounds it."""
     parts = _parts(model, speeds, tiers, hit_rate, kv_bytes)
     return (*_narrowed(*parts.ends), parts.bound)
 
 
-def _parts(model: Structure, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_bytes: int) -> _Parts:
+def _parts(model: Footprint, speeds: Speeds, tiers: Tiers, hit_rate: float, kv_bytes: int) -> _Parts:
     config = model.config
     asked = config.pages_per_token * model.page_bytes
     dense = model.read_bytes + kv_bytes
@@ -199,7 +199,7 @@ def kv_read_bytes(config: ModelConfig, depth: int, item_bytes: int) -> int:
     return total
 
 
-def _prefill(model: Structure, plan: Plan, speeds: Speeds, tiers: Tiers, n_cores: int) -> Range:
+def _prefill(model: Footprint, plan: Plan, speeds: Speeds, tiers: Tiers, n_cores: int) -> Range:
     """A stretch of prompt reads every expert it touches once and computes every token."""
     config, n = model.config, min(plan.stretch_tokens, plan.context)
     touched = 1 - (1 - config.top_k / config.n_experts) ** n
@@ -215,7 +215,7 @@ def _prefill(model: Structure, plan: Plan, speeds: Speeds, tiers: Tiers, n_cores
     return n / slow, n / fast
 
 
-def active_weights(model: Structure) -> int:
+def active_weights(model: Footprint) -> int:
     """Weights that a token is multiplied with, embeddings excluded."""
     config = model.config
     total = config.vocab_size * config.hidden

@@ -24,18 +24,18 @@ from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import Chat, openai_failure
 from localmimo.serve.api.openai_completions import Completions
 from localmimo.serve.api.openai_responses import Responses
-from localmimo.serve.errors import Failure
+from localmimo.serve.errors import ApiError
 from localmimo.serve.http import static as pages
-from localmimo.serve.http.auth import Guard, body_limit, read_body
+from localmimo.serve.http.auth import AccessCheck, body_limit, read_body
 from localmimo.serve.openapi import description
-from localmimo.serve.response import KEEP_ALIVE_S, Delivery, reported, respond, to_json
+from localmimo.serve.response import KEEP_ALIVE_S, StreamingResponse, reported, respond, to_json
 from localmimo.serve.service import Service
 
 MODEL = "/v1/models/{model}"
 DIALECTS = (Chat, Completions, Responses, Messages, CountTokens)
 
 
-class Talk:
+class Endpoint:
     """The ASGI endpoint of one dialect: body in, answer out."""
 
     def __init__(self, service: Service, dialect: type[Any], keep_alive_s: float) -> None:
@@ -61,7 +61,7 @@ class Talk:
                 dialect.counted((await asyncio.to_thread(service.worker.prompt, dialect.ask)).tokens)
             )
         job, place = await service.begin(dialect.ask)
-        return Delivery(dialect, job, place, service.drop, self._keep_alive_s)
+        return StreamingResponse(dialect, job, place, service.drop, self._keep_alive_s)
 
     def _read(self, body: bytes) -> Any:
         fields = Fields.of_body(body)
@@ -69,10 +69,10 @@ class Talk:
         return self._dialect(fields, self._service.desk)
 
 
-class Gate:
+class AccessMiddleware:
     """Middleware: asks the guard, and counts how each request ended."""
 
-    def __init__(self, app: ASGIApp, guard: Guard, service: Service) -> None:
+    def __init__(self, app: ASGIApp, guard: AccessCheck, service: Service) -> None:
         self._app = app
         self._guard = guard
         self._service = service
@@ -88,7 +88,7 @@ class Gate:
 
         try:
             self._guard.check(path, Headers(scope=scope))
-        except Failure as failure:
+        except ApiError as failure:
             await respond(counted, failure.status, shape(path, failure), failure.headers)
             return
         await self._app(scope, receive, counted)
@@ -107,13 +107,13 @@ PATHS = frozenset(
 )
 
 
-def shape(path: str, failure: Failure) -> dict[str, Any]:
+def shape(path: str, failure: ApiError) -> dict[str, Any]:
     """The failure as the clients of this path expect it."""
     found = next((dialect for dialect in DIALECTS if dialect.path == path), None)
     return found.failure(failure) if found else openai_failure(failure)
 
 
-def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S) -> Starlette:
+def make_app(service: Service, guard: AccessCheck, keep_alive_s: float = KEEP_ALIVE_S) -> Starlette:
     """The application over one service."""
 
     async def health(request: Request) -> Response:
@@ -131,7 +131,7 @@ def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S)
     async def model(request: Request) -> Response:
         name = request.path_params["model"]
         if name != service.model:
-            raise Failure("missing", f"There is no model {name[:80]!r} here; there is {service.model!r}.")
+            raise ApiError("missing", f"There is no model {name[:80]!r} here; there is {service.model!r}.")
         return _json(_model(service))
 
     async def described(request: Request) -> Response:
@@ -142,7 +142,8 @@ def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S)
         return _json(shape(request.url.path, failure), failure.status, failure.headers)
 
     routes = [
-        Route(dialect.path, Talk(service, dialect, keep_alive_s), methods=["POST"]) for dialect in DIALECTS
+        Route(dialect.path, Endpoint(service, dialect, keep_alive_s), methods=["POST"])
+        for dialect in DIALECTS
     ]
     routes += [
         Route("/health", health),
@@ -152,14 +153,14 @@ def make_app(service: Service, guard: Guard, keep_alive_s: float = KEEP_ALIVE_S)
         Route("/openapi.json", described),
         *pages.ROUTES,
     ]
-    middleware = [Middleware(Gate, guard=guard, service=service)]
+    middleware = [Middleware(AccessMiddleware, guard=guard, service=service)]
     if guard.cors:
         middleware.insert(0, _cors(guard))
-    handlers: Mapping[Any, Any] = {HTTPException: refused, Failure: refused}
+    handlers: Mapping[Any, Any] = {HTTPException: refused, ApiError: refused}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
-def _cors(guard: Guard) -> Middleware:
+def _cors(guard: AccessCheck) -> Middleware:
     return Middleware(
         CORSMiddleware,
         allow_origins=list(guard.cors),
@@ -169,13 +170,13 @@ def _cors(guard: Guard) -> Middleware:
     )
 
 
-def _refusal(error: Exception, request: Request) -> Failure:
-    if isinstance(error, Failure):
+def _refusal(error: Exception, request: Request) -> ApiError:
+    if isinstance(error, ApiError):
         return error
     path, method = request.url.path[:200], request.method
     if isinstance(error, HTTPException) and error.status_code == 405:
-        return Failure("method", f"{path} is not to be had with {method}.")
-    return Failure("missing", f"There is no {path} here; see /openapi.json.")
+        return ApiError("method", f"{path} is not to be had with {method}.")
+    return ApiError("missing", f"There is no {path} here; see /openapi.json.")
 
 
 def _models(service: Service) -> dict[str, Any]:

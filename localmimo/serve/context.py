@@ -16,7 +16,7 @@ from localmimo.chat.tokenizer import Tokenizer
 ARCHIVE_BYTES = 64 << 20
 
 
-class Archive:
+class ResponseArchive:
     """Conversations by the id of the response that ends them, for clients that send only what is new.
 
     In memory alone: a server that was restarted has forgotten them. The oldest give way.
@@ -45,9 +45,9 @@ class Archive:
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class ServerContext:
     """Shared by all requests of a server."""
 
     model: str
     tokenizer: Tokenizer
-    archive: Archive = field(default_factory=Archive)
+    archive: ResponseArchive = field(default_factory=ResponseArchive)

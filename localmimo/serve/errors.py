@@ -39,7 +39,7 @@ STATUS: dict[Kind, int] = {
 }
 
 
-class Failure(Exception):
+class ApiError(Exception):
     """One sentence for the client. `param` names the field that is wrong, `retry_s` says when to come back."""
 
     def __init__(
@@ -63,21 +63,21 @@ class Failure(Exception):
         return found
 
 
-def failure_of(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> ApiError:
     """The failure that an error of ours means; anything unforeseen is broken, without its details."""
     match error:
-        case Failure():
+        case ApiError():
             return error
         case ContextFull():
-            return Failure("context", str(error))
+            return ApiError("context", str(error))
         case BadRequest():
-            return Failure("invalid", str(error))
+            return ApiError("invalid", str(error))
         case Cancelled():
-            return Failure("loading", "The server is stopping; ask again when it is back.", retry_s=30)
+            return ApiError("loading", "The server is stopping; ask again when it is back.", retry_s=30)
         case RecursionError():
-            return Failure("invalid", "The request is nested too deeply.")
+            return ApiError("invalid", "The request is nested too deeply.")
         case LocalMimoError():
-            return Failure("broken", str(error))
-    return Failure(
+            return ApiError("broken", str(error))
+    return ApiError(
         "broken", f"The server failed over this request ({type(error).__name__}); its log has the details."
     )

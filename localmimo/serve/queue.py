@@ -11,7 +11,7 @@ import time
 from collections import deque
 
 
-class LineFull(Exception):
+class QueueFull(Exception):
     """No place is free; `retry_s` is when one should be."""
 
     def __init__(self, n_waiting: int, retry_s: int) -> None:
@@ -20,10 +20,10 @@ class LineFull(Exception):
         self.retry_s = retry_s
 
 
-class Place:
+class Ticket:
     """One request's place in the line, to be left whatever happens."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: RequestQueue) -> None:
         self._line = line
         self._turn = asyncio.Event()
         self._began: float | None = None
@@ -47,13 +47,13 @@ class Place:
         self._line.remove(self, took)
 
 
-class Line:
+class RequestQueue:
     """One is served, at most `n_waiting` wait."""
 
     def __init__(self, n_waiting: int) -> None:
         self.limit = n_waiting
         self.mean_s = 0.0  # of an answer, the recent ones weighing more
-        self._places: deque[Place] = deque()
+        self._places: deque[Ticket] = deque()
 
     @property
     def n_waiting(self) -> int:
@@ -64,14 +64,14 @@ class Line:
         return bool(self._places)
 
     def check(self) -> None:
-        """Raises LineFull where nobody may join."""
+        """Raises QueueFull where nobody may join."""
         if len(self._places) > self.limit:
-            raise LineFull(self.n_waiting, self.retry_s())
+            raise QueueFull(self.n_waiting, self.retry_s())
 
-    def join(self) -> Place:
-        """A place at the end. Raises LineFull."""
+    def join(self) -> Ticket:
+        """A place at the end. Raises QueueFull."""
         self.check()
-        place = Place(self)
+        place = Ticket(self)
         self._places.append(place)
         if len(self._places) == 1:
             place.called()
@@ -81,10 +81,10 @@ class Line:
         """Seconds until a place should be free: about one answer's time."""
         return min(600, max(1, math.ceil(self.mean_s)))
 
-    def index(self, place: Place) -> int:
+    def index(self, place: Ticket) -> int:
         return self._places.index(place) if place in self._places else 0
 
-    def remove(self, place: Place, took_s: float | None) -> None:
+    def remove(self, place: Ticket, took_s: float | None) -> None:
         if place not in self._places:
             return
         first = self._places[0] is place

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from starlette.types import Receive, Scope, Send
 
 from localmimo.decode.generation import Step
-from localmimo.serve.api.parameters import Ask
-from localmimo.serve.errors import Failure, failure_of
-from localmimo.serve.queue import Place
+from localmimo.serve.api.parameters import Request
+from localmimo.serve.errors import ApiError, failure_of
+from localmimo.serve.queue import Ticket
 from localmimo.serve.worker import Job
 
 KEEP_ALIVE_S = 5.0
@@ -45,7 +45,7 @@ def to_json(value: Any) -> str:
 class Dialect(Protocol):
     """One request in one way of talking: what it asks, and how the answer to it is written."""
 
-    ask: Ask
+    ask: Request
 
     def opening(self, job: Job) -> Iterable[Event]: ...
 
@@ -57,24 +57,24 @@ class Dialect(Protocol):
 
     def whole(self, job: Job) -> dict[str, Any]: ...
 
-    def broken(self, failure: Failure) -> Iterable[Event]: ...
+    def broken(self, failure: ApiError) -> Iterable[Event]: ...
 
     def pause(self, note: str) -> Event | None:
         """What keeps the connection alive; None: a comment with the note."""
         ...
 
     @staticmethod
-    def failure(failure: Failure) -> dict[str, Any]: ...
+    def failure(failure: ApiError) -> dict[str, Any]: ...
 
 
-class Delivery:
+class StreamingResponse:
     """An ASGI response. The job is cancelled where the client leaves before its end."""
 
     def __init__(
         self,
         dialect: Dialect,
         job: Job,
-        place: Place,
+        place: Ticket,
         drop: Callable[[Job], None],
         keep_alive_s: float = KEEP_ALIVE_S,
     ) -> None:
@@ -107,7 +107,7 @@ class Delivery:
             if isinstance(item, Step):
                 list(self._dialect.push(item))
         if not self._job.complete:  # nobody is there any more, or the server stops
-            await self._refuse(send, Failure("loading", "The request was dropped.", retry_s=30))
+            await self._refuse(send, ApiError("loading", "The request was dropped.", retry_s=30))
         else:
             await respond(send, 200, self._dialect.whole(self._job))
 
@@ -183,7 +183,7 @@ class Delivery:
         await respond(send, failure.status, self._dialect.failure(failure), failure.headers)
 
 
-def reported(error: BaseException) -> Failure:
+def reported(error: BaseException) -> ApiError:
     """The failure for the client; what is our own fault goes to the log with its traceback."""
     failure = failure_of(error)
     if failure.kind == "broken":

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from localmimo.serve.api.parameters import Ask
-from localmimo.serve.context import Desk
-from localmimo.serve.errors import Failure
+from localmimo.serve.api.parameters import Request
+from localmimo.serve.context import ServerContext
+from localmimo.serve.errors import ApiError
 from localmimo.serve.metrics import Metrics
-from localmimo.serve.queue import Line, LineFull, Place
-from localmimo.serve.session_store import Shelf
+from localmimo.serve.queue import QueueFull, RequestQueue, Ticket
+from localmimo.serve.session_store import SessionStore
 from localmimo.serve.worker import Job, Worker
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ class Service:
     ) -> None:
         self._note = note
         self._sessions = (sessions_dir, sessions_bytes)
-        self.line = Line(n_waiting)
+        self.line = RequestQueue(n_waiting)
         self.metrics = Metrics()
         self.began = int(time.time())
         self.stopping = False
         self.loaded: float | None = None  # share of the dense tensors read, where it is known
         self._worker: Worker | None = None
-        self._desk: Desk | None = None
+        self._desk: ServerContext | None = None
 
     def load(self, done: int, total: int) -> None:
         """Bytes read so far, and in all; from any thread."""
@@ -56,9 +56,9 @@ class Service:
         folder, limit_bytes = self._sessions
         shelf = None
         if folder is not None:
-            shelf = Shelf(folder / engine.pack.id[:16], limit_bytes, engine.prompts.turns)
+            shelf = SessionStore(folder / engine.pack.id[:16], limit_bytes, engine.prompts.turns)
         self._worker = Worker(engine, self._finished, shelf)
-        self._desk = Desk(str(engine.pack.name), engine.tokenizer)
+        self._desk = ServerContext(str(engine.pack.name), engine.tokenizer)
 
     @property
     def state(self) -> State:
@@ -72,7 +72,7 @@ class Service:
         if self._worker is None:
             far = "" if self.loaded is None else f" ({self.loaded:.0%})"
             sentence = f"The model is still loading{far}; ask again in a moment."
-            raise Failure("loading", sentence, retry_s=LOADING_RETRY_S)
+            raise ApiError("loading", sentence, retry_s=LOADING_RETRY_S)
         return self._worker
 
     @property
@@ -80,7 +80,7 @@ class Service:
         return self.worker.engine
 
     @property
-    def desk(self) -> Desk:
+    def desk(self) -> ServerContext:
         """What dialects read and write with. Raises Failure while the model is loading."""
         assert self.worker and self._desk
         return self._desk
@@ -90,14 +90,14 @@ class Service:
         """The name that clients see."""
         return self.desk.model
 
-    async def begin(self, ask: Ask) -> tuple[Job, Place]:
+    async def begin(self, ask: Request) -> tuple[Job, Ticket]:
         """Check the prompt and join the line. Raises Failure and the engine's errors, before anything is sent."""
         try:
             self.line.check()  # before the work of writing the prompt
             prompt = await asyncio.to_thread(self.worker.prompt, ask)
             place = self.line.join()
-        except LineFull as full:
-            raise Failure(
+        except QueueFull as full:
+            raise ApiError(
                 "full",
                 f"{full.n_waiting} requests are waiting, as many as may; ask again in {full.retry_s} s.",
                 retry_s=full.retry_s,
@@ -122,7 +122,7 @@ class Service:
         if worker is not None:
             gauges["localmimo_context_tokens"] = ("Positions of the context.", float(worker.engine.context))
             gauges["localmimo_turns_kept"] = (
-                "Turns whose exact tokens are remembered.",
+                "TurnCache whose exact tokens are remembered.",
                 float(len(worker.engine.prompts.turns)),
             )
             if (shelf := worker.shelf) is not None:

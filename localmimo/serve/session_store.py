@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localmimo.chat.turn_cache import Turn, Turns
+from localmimo.chat.turn_cache import Turn, TurnCache
 from localmimo.errors import BadSession, LocalMimoError
 from localmimo.kv.cache import SLACK
 from localmimo.system.json_files import read_json
@@ -46,7 +46,7 @@ log = logging.getLogger("localmimo.serve")
 
 
 @dataclass(slots=True)
-class Saved:
+class StoredSession:
     """One file: what it holds and where a session loaded from it can come back to."""
 
     path: Path
@@ -59,10 +59,10 @@ class Saved:
         return reach(self.tokens, self.places, tokens)
 
 
-class Shelf:
+class SessionStore:
     """Owns a folder of saved sessions. Used by the engine's thread alone."""
 
-    def __init__(self, folder: Path, limit_bytes: int, turns: Turns) -> None:
+    def __init__(self, folder: Path, limit_bytes: int, turns: TurnCache) -> None:
         self.folder = folder
         self._turns = turns
         self.limit_bytes = limit_bytes
@@ -137,7 +137,7 @@ class Shelf:
             _delete(path)
             return
         self._measure(written, time.perf_counter() - began)
-        self._saved.append(Saved(path, held, tuple(session.places), written, self._now()))
+        self._saved.append(StoredSession(path, held, tuple(session.places), written, self._now()))
         self.n_saved += 1
 
     def _write_notes(self, path: Path, held: NDArray[np.int32]) -> None:
@@ -147,7 +147,7 @@ class Shelf:
         with written_aside(_notes(path), 0o600) as file:
             file.write(json.dumps(notes).encode())
 
-    def _take_notes(self, saved: Saved) -> None:
+    def _take_notes(self, saved: StoredSession) -> None:
         """What an earlier server noted; what cannot be read is left."""
         try:
             notes = read_json(_notes(saved.path))
@@ -162,7 +162,7 @@ class Shelf:
         for turn in turns:
             self._turns.take(turn)
 
-    def _load(self, session: Session, saved: Saved) -> None:
+    def _load(self, session: Session, saved: StoredSession) -> None:
         began = time.perf_counter()
         try:
             session.load(saved.path)
@@ -183,14 +183,14 @@ class Shelf:
     def _measure(self, n_bytes: int, seconds: float) -> None:
         self.bytes_per_s += WEIGHT * (n_bytes / max(seconds, 1e-6) - self.bytes_per_s)
 
-    def _make_room(self, n_bytes: int, useless: Sequence[Saved] = ()) -> None:
+    def _make_room(self, n_bytes: int, useless: Sequence[StoredSession] = ()) -> None:
         for saved in useless:
             self._drop(saved)
         for saved in sorted(self._saved, key=lambda saved: saved.used):
             if self.n_bytes + n_bytes > self.limit_bytes:
                 self._drop(saved)
 
-    def _drop(self, saved: Saved) -> None:
+    def _drop(self, saved: StoredSession) -> None:
         self._saved = [other for other in self._saved if other is not saved]
         _delete(saved.path)
 
@@ -231,7 +231,7 @@ def _write_index(path: Path, tokens: NDArray[np.int32], places: Sequence[int]) -
         file.write(facts.astype("<i4").tobytes())
 
 
-def _found(path: Path) -> Saved | None:
+def _found(path: Path) -> StoredSession | None:
     """A file of an earlier server; None where it cannot be used."""
     try:
         facts = np.frombuffer(read_small(_index(path), INDEX_BYTES), "<i4").astype(np.int32)
@@ -242,4 +242,4 @@ def _found(path: Path) -> Saved | None:
         return None
     n_places = int(facts[0])
     places = tuple(int(place) for place in facts[1 : 1 + n_places])
-    return Saved(path, facts[1 + n_places :], places, status.st_size, status.st_mtime)
+    return StoredSession(path, facts[1 + n_places :], places, status.st_size, status.st_mtime)

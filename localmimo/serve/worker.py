@@ -15,9 +15,9 @@ from localmimo.chat.prompt import Prompt
 from localmimo.decode.answer import Answer
 from localmimo.decode.generation import Stats, Step
 from localmimo.errors import BadRequest, ContextFull
-from localmimo.serve.api.parameters import Ask
-from localmimo.serve.queue import Place
-from localmimo.serve.session_store import Shelf
+from localmimo.serve.api.parameters import Request
+from localmimo.serve.queue import Ticket
+from localmimo.serve.session_store import SessionStore
 
 if TYPE_CHECKING:
     from localmimo.decode.session import Session
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Job:
     """One answer being made. `steps` gives what comes: steps, at last the error if there was one, then None."""
 
-    def __init__(self, ask: Ask, prompt: Prompt) -> None:
+    def __init__(self, ask: Request, prompt: Prompt) -> None:
         self.ask = ask
         self.prompt = prompt
         self.cancel = threading.Event()
@@ -60,7 +60,7 @@ class Worker:
         self,
         engine: Engine,
         finished: Callable[[Job], None] = lambda job: None,
-        shelf: Shelf | None = None,
+        shelf: SessionStore | None = None,
     ) -> None:
         self.engine = engine
         self.shelf = shelf
@@ -69,7 +69,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "localmimo-engine")
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def prompt(self, ask: Ask) -> Prompt:
+    def prompt(self, ask: Request) -> Prompt:
         """The prompt to answer. Raises BadRequest, ContextFull."""
         prompts = self.engine.prompts
         if ask.messages is not None:
@@ -83,7 +83,7 @@ class Worker:
         self._check(ask, prompt.tokens)
         return prompt
 
-    def _check(self, ask: Ask, tokens: list[int]) -> None:
+    def _check(self, ask: Request, tokens: list[int]) -> None:
         vocabulary = self.engine.config.vocab_size
         if not tokens:
             raise BadRequest("The prompt is empty: say something.")
@@ -97,7 +97,7 @@ class Worker:
                 f"prompt and needs {wanted:,}: shorten the conversation, or start the server with a longer --context."
             )
 
-    def begin(self, job: Job, place: Place) -> None:
+    def begin(self, job: Job, place: Ticket) -> None:
         """Have the job answered when it is its turn; the place is left when the engine is through with it."""
         job.task = asyncio.get_running_loop().create_task(self._serve(job, place))
         self._tasks.add(job.task)
@@ -109,7 +109,7 @@ class Worker:
         if job.task is not None and job is not self.current:
             job.task.cancel()
 
-    async def _serve(self, job: Job, place: Place) -> None:
+    async def _serve(self, job: Job, place: Ticket) -> None:
         loop = asyncio.get_running_loop()
         try:
             await place.turn()
@@ -187,6 +187,6 @@ class Worker:
             await loop.run_in_executor(self._thread, self._leave, self.shelf)
         await loop.run_in_executor(None, self._thread.shutdown)
 
-    def _leave(self, shelf: Shelf) -> None:
+    def _leave(self, shelf: SessionStore) -> None:
         with self.engine.session() as session:
             shelf.leave(session)

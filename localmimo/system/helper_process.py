@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 
-class ChildLost(Exception):
+class HelperLost(Exception):
     """No answer came: `in_time` says whether the program ended by itself (True) or was too slow (False)."""
 
     def __init__(self, in_time: bool) -> None:
@@ -26,7 +26,7 @@ class ChildLost(Exception):
         self.in_time = in_time
 
 
-class Child:
+class HelperProcess:
     """One helper process, started at the first question and again after a loss. Thread-safe."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
@@ -37,7 +37,7 @@ class Child:
         self._lock = threading.Lock()
 
     def ask(self, request: Mapping[str, Any], limit_s: float) -> Any:
-        """The answer to one request; raises ChildLost, after which the next request starts afresh."""
+        """The answer to one request; raises HelperLost, after which the next request starts afresh."""
         line = json.dumps(request).encode() + b"\n"
         with self._lock:
             process = self._process or self._start()
@@ -48,7 +48,7 @@ class Child:
                 return json.loads(_read_line(process.stdout, time.monotonic() + limit_s))
             except (OSError, ValueError):
                 self._stop()
-                raise ChildLost(in_time=True) from None
+                raise HelperLost(in_time=True) from None
             except BaseException:  # too slow, or Ctrl-C: its answer would be taken for the next one's
                 self._stop()
                 raise
@@ -91,9 +91,9 @@ def _read_line(stream: IO[bytes], deadline: float) -> bytes:
     while not pieces or not pieces[-1].endswith(b"\n"):
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([stream], [], [], left)[0]:
-            raise ChildLost(in_time=False)
+            raise HelperLost(in_time=False)
         piece = os.read(stream.fileno(), 1 << 20)
         if not piece:
-            raise ChildLost(in_time=True)
+            raise HelperLost(in_time=True)
         pieces.append(piece)
     return b"".join(pieces)

@@ -15,7 +15,7 @@ from typing import Any, Self
 from localmimo.errors import BadRequest
 
 
-class Lines:
+class JsonLines:
     """Writes to the file that an `option` of the command line named. Raises BadRequest where that cannot be done."""
 
     def __init__(self, path: Path, option: str, *, append: bool) -> None:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from localmimo.errors import BadRequest
-from localmimo.system.helper_process import Child, ChildLost
+from localmimo.system.helper_process import HelperLost, HelperProcess
 from localmimo.tools.tool import Tool, ToolFailed
 
 OPENING_S = 60.0  # for the file's own imports
@@ -31,7 +31,7 @@ class ToolFile:
         if not self.path.is_file():
             raise BadRequest(f"There is no file {self.path}.")
         program = _PROGRAM.format(path=[entry or str(Path.cwd()) for entry in sys.path], file=str(self.path))
-        self._child = Child([sys.executable, "-c", program])
+        self._child = HelperProcess([sys.executable, "-c", program])
         self.tools = [self._tool(**entry) for entry in self._listed()]
 
     def close(self) -> None:
@@ -41,7 +41,7 @@ class ToolFile:
     def _listed(self) -> list[dict[str, Any]]:
         try:
             answer = self._child.ask({}, OPENING_S)
-        except ChildLost as lost:
+        except HelperLost as lost:
             raise BadRequest(f"{self.path} cannot be opened as tools: {lost}.") from None
         if "error" in answer:
             self.close()
@@ -55,7 +55,7 @@ class ToolFile:
                 answer = self._child.ask(
                     {"name": name, "arguments": arguments, "limit_s": limit_s}, limit_s + GRACE_S
                 )
-            except ChildLost as lost:
+            except HelperLost as lost:
                 raise ToolFailed(
                     f"{name} ended its process."
                     if lost.in_time

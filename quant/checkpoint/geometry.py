@@ -20,7 +20,7 @@ MAX_PAGES = 1 << 18  # experts of all layers; the largest has 26,496
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionHeads:
     """The attention of one kind of layer. `shards`: how many [Q | K | V] groups a fused tensor holds."""
 
     q: int
@@ -57,8 +57,8 @@ class Geometry:
     n_experts: int
     window: tuple[bool, ...]  # per layer
     moe: tuple[bool, ...]  # per layer
-    global_heads: Heads
-    window_heads: Heads
+    global_heads: AttentionHeads
+    window_heads: AttentionHeads
     fused: bool
     scale_block: tuple[int, int]
     n_mtp: int | None  # None: config.json does not say
@@ -71,7 +71,7 @@ class Geometry:
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer, moe in enumerate(self.moe) if moe)
 
-    def heads(self, layer: int) -> Heads:
+    def heads(self, layer: int) -> AttentionHeads:
         return self.window_heads if self.window[layer] else self.global_heads
 
     @classmethod
@@ -143,13 +143,13 @@ def _flags(config: Mapping[str, object], key: str, n_layers: int) -> tuple[bool,
     return tuple(bool(v) for v in value)
 
 
-def _heads(config: Mapping[str, object], prefix: str) -> Heads:
+def _heads(config: Mapping[str, object], prefix: str) -> AttentionHeads:
     """Head counts of one layer kind; a missing swa_ key means the same as in global layers."""
 
     def count(key: str) -> int:
         return _count(config, prefix + key if prefix + key in config else key)
 
-    heads = Heads(
+    heads = AttentionHeads(
         q=count("num_attention_heads"),
         kv=count("num_key_value_heads"),
         qk_dim=count("head_dim"),

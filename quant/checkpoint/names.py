@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from quant.checkpoint.geometry import Geometry, Heads
-from quant.checkpoint.pieces import Grid, Matrix, Piece, Place, plain_grid
+from quant.checkpoint.geometry import AttentionHeads, Geometry
+from quant.checkpoint.pieces import Grid, Location, Matrix, Piece, plain_grid
 from quant.errors import BadCheckpoint
 from quant.formats.codec import ceil_div
 
@@ -34,7 +34,7 @@ MTP_NORMS = {
 class Names:
     """Maps one checkpoint's stored tensors; `matrices` and `skipped` are the result."""
 
-    def __init__(self, geometry: Geometry, stored: Mapping[str, Place]) -> None:
+    def __init__(self, geometry: Geometry, stored: Mapping[str, Location]) -> None:
         self.geometry = geometry
         self._stored = stored
         self._used: set[str] = set()
@@ -81,7 +81,7 @@ class Names:
 
     # attention
 
-    def _attention(self, ours: str, theirs: str, heads: Heads) -> Iterator[Matrix]:
+    def _attention(self, ours: str, theirs: str, heads: AttentionHeads) -> Iterator[Matrix]:
         hidden = self.geometry.hidden
         pieces = self._fused(theirs, heads) if self.geometry.fused else self._split(theirs, heads)
         dtypes = {self._dtype(piece) for piece in pieces}
@@ -94,7 +94,7 @@ class Names:
         if f"{theirs}.attention_sink_bias" in self._stored:
             yield self._vector(f"{ours}.sink", f"{theirs}.attention_sink_bias", heads.q)
 
-    def _fused(self, theirs: str, heads: Heads) -> list[Piece]:
+    def _fused(self, theirs: str, heads: AttentionHeads) -> list[Piece]:
         """Tensor-parallel shards [Q_r | K_r | V_r] one below the other; the scale grid restarts in each.
 
         Concatenating the Q of all shards, then the K, then the V gives the heads in their natural order.
@@ -113,7 +113,7 @@ class Names:
             start += n_rows
         return pieces
 
-    def _shard_grids(self, name: str, weight: Place, shard_rows: int, shards: int) -> list[Grid | None]:
+    def _shard_grids(self, name: str, weight: Location, shard_rows: int, shards: int) -> list[Grid | None]:
         per_shard, cols = plain_grid((shard_rows, weight.stored.shape[1]), self.geometry.scale_block)
         scales = self._fp8_scales(name, weight, (shards * per_shard, cols))
         if scales is None:
@@ -121,7 +121,7 @@ class Names:
         block = self.geometry.scale_block
         return [Grid(scales, block, shard * shard_rows, shard * per_shard) for shard in range(shards)]
 
-    def _split(self, theirs: str, heads: Heads) -> list[Piece]:
+    def _split(self, theirs: str, heads: AttentionHeads) -> list[Piece]:
         hidden = self.geometry.hidden
         q = self._plain(f"{theirs}.q_proj", (heads.q_rows, hidden))
         groups = self._joint_groups(theirs, heads)
@@ -131,7 +131,7 @@ class Names:
         v = self._plain(f"{theirs}.v_proj", (heads.v_rows, hidden))
         return [q, k, v]
 
-    def _joint_groups(self, theirs: str, heads: Heads) -> int:
+    def _joint_groups(self, theirs: str, heads: AttentionHeads) -> int:
         """Over how many groups [K_g | V_g] the scales of K and V were computed jointly; 0: plain grids.
 
         V2-Flash quantised K and V of its global layers as one matrix per KV head (per tensor-parallel shard,
@@ -150,13 +150,13 @@ class Names:
                 return groups
         return 0
 
-    def _joint_scale_rows(self, heads: Heads, groups: int) -> tuple[int, int]:
+    def _joint_scale_rows(self, heads: AttentionHeads, groups: int) -> tuple[int, int]:
         side = self.geometry.scale_block[0]
         k_blocks = ceil_div(heads.k_rows // groups, side)
         all_blocks = ceil_div((heads.k_rows + heads.v_rows) // groups, side)
         return groups * k_blocks, groups * (all_blocks - k_blocks)
 
-    def _joint(self, theirs: str, heads: Heads, groups: int) -> list[Piece]:
+    def _joint(self, theirs: str, heads: AttentionHeads, groups: int) -> list[Piece]:
         """K then V by groups. The last scale row of a group's K also covers the first rows of its V."""
         g, (side, _) = self.geometry, self.geometry.scale_block
         k_scale_rows, v_scale_rows = self._joint_scale_rows(heads, groups)
@@ -212,10 +212,10 @@ class Names:
         place = self._take(theirs, (length,), ("BF16", "F16", "F32"))
         return Matrix(ours, (length,), DTYPES[place.stored.dtype], (Piece(place, 0, length),))
 
-    def _weight(self, name: str, shape: tuple[int, int]) -> Place:
+    def _weight(self, name: str, shape: tuple[int, int]) -> Location:
         return self._take(f"{name}.weight", shape, tuple(DTYPES))
 
-    def _fp8_scales(self, name: str, weight: Place, shape: tuple[int, int]) -> Place | None:
+    def _fp8_scales(self, name: str, weight: Location, shape: tuple[int, int]) -> Location | None:
         """The scales of an FP8 weight; other weights must have none."""
         full = f"{name}.weight_scale_inv"
         if weight.stored.dtype == "F8_E4M3":
@@ -224,7 +224,7 @@ class Names:
             raise BadCheckpoint(f"{name}.weight is stored as {weight.stored.dtype}, yet {full} exists.")
         return None
 
-    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Place:
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Location:
         place = self._stored.get(name)
         if place is None:
             raise BadCheckpoint(f"The checkpoint has no tensor {name}, which config.json implies.")

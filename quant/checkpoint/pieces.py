@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """A stored tensor and the file it lies in."""
 
     shard: Shard
@@ -38,7 +38,7 @@ class Place:
 class Grid:
     """FP8 scales of a piece: row r of the stored tensor uses scale row first + (r - origin) // block[0]."""
 
-    scales: Place
+    scales: Location
     block: tuple[int, int]
     origin: int = 0
     first: int = 0
@@ -51,11 +51,11 @@ class Grid:
 class Piece:
     """Rows first_row .. first_row + n_rows of a stored tensor. `grid` for FP8, `exponents` for MXFP4."""
 
-    weight: Place
+    weight: Location
     first_row: int
     n_rows: int
     grid: Grid | None = None
-    exponents: Place | None = None
+    exponents: Location | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def _not_finite(pieces: list[Piece]) -> BadCheckpoint:
     return BadCheckpoint(f"{names} contains NaN or infinity, in the weights or in their scales.")
 
 
-def _places(piece: Piece) -> list[Place]:
+def _places(piece: Piece) -> list[Location]:
     scales = piece.grid.scales if piece.grid else piece.exponents
     return [scales] if scales else []
 
@@ -173,7 +173,7 @@ def _scaled(values: torch.Tensor, grid: Grid, first_row: int) -> torch.Tensor:
     return values
 
 
-def _scale_rows(place: Place, start: int, stop: int) -> torch.Tensor:
+def _scale_rows(place: Location, start: int, stop: int) -> torch.Tensor:
     import torch
 
     kind = {"F32": torch.float32, "BF16": torch.bfloat16}[place.stored.dtype]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from quant.checkpoint.geometry import MAX_LAYERS, Geometry, Heads
+from quant.checkpoint.geometry import MAX_LAYERS, AttentionHeads, Geometry
 from quant.errors import BadCheckpoint
 from quant.formats.codec import ceil_div
 
@@ -26,7 +26,7 @@ out_hidden_size"""
 REPEATED = ("depth", "audio_channels", "input_local_layers")
 
 
-class Tensor(NamedTuple):
+class PublishedTensor(NamedTuple):
     """A stored tensor, as a safetensors header describes it."""
 
     name: str
@@ -42,7 +42,7 @@ class Tensor(NamedTuple):
         return self.n_elements * ITEM_BYTES[self.dtype]
 
 
-Tensors = Iterator[Tensor]
+Tensors = Iterator[PublishedTensor]
 
 
 def published_tensors(config: Mapping[str, Any]) -> Tensors:
@@ -71,36 +71,36 @@ class _Text:
 
     def tensors(self) -> Tensors:
         g = self.g
-        yield Tensor("model.embed_tokens.weight", "BF16", (g.vocab, g.hidden))
+        yield PublishedTensor("model.embed_tokens.weight", "BF16", (g.vocab, g.hidden))
         for layer in range(g.n_layers):
             yield from self._layer(f"model.layers.{layer}", layer)
-        yield Tensor("model.norm.weight", "BF16", (g.hidden,))
-        yield Tensor("lm_head.weight", "BF16", (g.vocab, g.hidden))
+        yield PublishedTensor("model.norm.weight", "BF16", (g.hidden,))
+        yield PublishedTensor("lm_head.weight", "BF16", (g.vocab, g.hidden))
         for k in range(N_MTP if g.n_mtp is None else g.n_mtp):
             yield from self._mtp_block(f"model.mtp.layers.{k}")
 
     def _layer(self, prefix: str, layer: int) -> Tensors:
         g = self.g
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield Tensor(f"{prefix}.{norm}.weight", "BF16", (g.hidden,))
+            yield PublishedTensor(f"{prefix}.{norm}.weight", "BF16", (g.hidden,))
         yield from self._attention(f"{prefix}.self_attn", g.heads(layer), window=g.window[layer])
         if not g.moe[layer]:
             yield from self._mlp(f"{prefix}.mlp", g.inner_dense)
             return
-        yield Tensor(f"{prefix}.mlp.gate.weight", self.router, (g.n_experts, g.hidden))
-        yield Tensor(f"{prefix}.mlp.gate.e_score_correction_bias", "F32", (g.n_experts,))
+        yield PublishedTensor(f"{prefix}.mlp.gate.weight", self.router, (g.n_experts, g.hidden))
+        yield PublishedTensor(f"{prefix}.mlp.gate.e_score_correction_bias", "F32", (g.n_experts,))
         for expert in range(g.n_experts):
             yield from self._mlp(f"{prefix}.mlp.experts.{expert}", g.inner_expert, routed=True)
 
     def _mtp_block(self, prefix: str) -> Tensors:
         g = self.g
         for norm in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
-            yield Tensor(f"{prefix}.{norm}.weight", "BF16", (g.hidden,))
-        yield Tensor(f"{prefix}.eh_proj.weight", "BF16", (g.hidden, 2 * g.hidden))
+            yield PublishedTensor(f"{prefix}.{norm}.weight", "BF16", (g.hidden,))
+        yield PublishedTensor(f"{prefix}.eh_proj.weight", "BF16", (g.hidden, 2 * g.hidden))
         yield from self._attention(f"{prefix}.self_attn", g.window_heads, window=True)
         yield from self._mlp(f"{prefix}.mlp", g.inner_dense)
 
-    def _attention(self, prefix: str, heads: Heads, *, window: bool) -> Tensors:
+    def _attention(self, prefix: str, heads: AttentionHeads, *, window: bool) -> Tensors:
         hidden, side = self.g.hidden, self.g.scale_block[0]
         if self.g.fused:
             n_scale_rows = heads.shards * ceil_div(heads.rows // heads.shards, side)
@@ -110,30 +110,30 @@ class _Text:
             yield from self._matrix(f"{prefix}.q_proj", heads.q_rows, hidden)
             yield from self._matrix(f"{prefix}.k_proj", heads.k_rows, hidden, k_scale_rows)
             yield from self._matrix(f"{prefix}.v_proj", heads.v_rows, hidden, v_scale_rows)
-        yield Tensor(f"{prefix}.o_proj.weight", "BF16", (hidden, heads.q * heads.v_dim))
+        yield PublishedTensor(f"{prefix}.o_proj.weight", "BF16", (hidden, heads.q * heads.v_dim))
         if self.sinks[window]:
-            yield Tensor(f"{prefix}.attention_sink_bias", "BF16", (heads.q,))
+            yield PublishedTensor(f"{prefix}.attention_sink_bias", "BF16", (heads.q,))
 
     def _mlp(self, prefix: str, inner: int, *, routed: bool = False) -> Tensors:
         hidden = self.g.hidden
         for name, rows, cols in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
             full = f"{prefix}.{name}_proj"
             if routed and self.mxfp4:
-                yield Tensor(f"{full}.weight", "U8", (rows, cols // 2))
-                yield Tensor(f"{full}.weight_scale", "U8", (rows, cols // MXFP4_BLOCK))
+                yield PublishedTensor(f"{full}.weight", "U8", (rows, cols // 2))
+                yield PublishedTensor(f"{full}.weight_scale", "U8", (rows, cols // MXFP4_BLOCK))
             else:
                 yield from self._matrix(full, rows, cols)
 
     def _matrix(self, name: str, rows: int, cols: int, n_scale_rows: int | None = None) -> Tensors:
         """A matrix with its block scales, or in bf16 where the checkpoint is not quantised."""
-        yield Tensor(f"{name}.weight", "F8_E4M3" if self.fp8 else "BF16", (rows, cols))
+        yield PublishedTensor(f"{name}.weight", "F8_E4M3" if self.fp8 else "BF16", (rows, cols))
         if self.fp8:
             side, across = self.g.scale_block
             grid = (n_scale_rows or ceil_div(rows, side), ceil_div(cols, across))
-            yield Tensor(f"{name}.weight_scale_inv", "F32", grid)
+            yield PublishedTensor(f"{name}.weight_scale_inv", "F32", grid)
 
 
-def _joint_scale_rows(heads: Heads, side: int) -> tuple[int, int]:
+def _joint_scale_rows(heads: AttentionHeads, side: int) -> tuple[int, int]:
     """Scale rows of K and of V, quantised as one matrix [K | V] per shard (V2-Flash; see `names`)."""
     if heads.kv % heads.shards:
         return ceil_div(heads.k_rows, side), ceil_div(heads.v_rows, side)
@@ -165,18 +165,18 @@ def _vision(config: Mapping[str, Any]) -> Tensors:
     hidden, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
     merged = hidden * config["spatial_merge_size"] ** 2
     patches = (config["in_chans"], config["temporal_patch_size"], patch, patch)
-    yield Tensor("visual.patch_embed.proj.weight", "BF16", (hidden, *patches))
+    yield PublishedTensor("visual.patch_embed.proj.weight", "BF16", (hidden, *patches))
     for block in range(config["depth"]):
         yield from _vision_block(f"visual.blocks.{block}", block, config, hidden, inner)
-    yield Tensor("visual.merger.ln_q.weight", "BF16", (hidden,))
-    yield Tensor("visual.merger.mlp.0.weight", "BF16", (merged, merged))
-    yield Tensor("visual.merger.mlp.2.weight", "BF16", (config["out_hidden_size"], merged))
+    yield PublishedTensor("visual.merger.ln_q.weight", "BF16", (hidden,))
+    yield PublishedTensor("visual.merger.mlp.0.weight", "BF16", (merged, merged))
+    yield PublishedTensor("visual.merger.mlp.2.weight", "BF16", (config["out_hidden_size"], merged))
 
 
 def _vision_block(prefix: str, block: int, config: Mapping[str, Any], hidden: int, inner: int) -> Tensors:
     heads, kv, dim = config["num_heads"], config["num_key_value_heads"], config["qk_channels"]
     for norm in ("norm1", "norm2"):
-        yield Tensor(f"{prefix}.{norm}.weight", "BF16", (hidden,))
+        yield PublishedTensor(f"{prefix}.{norm}.weight", "BF16", (hidden,))
     for name, rows, cols in (
         ("attn.qkv", (heads + 2 * kv) * dim, hidden),
         ("attn.proj", hidden, heads * dim),
@@ -184,31 +184,35 @@ def _vision_block(prefix: str, block: int, config: Mapping[str, Any], hidden: in
         ("mlp.up_proj", inner, hidden),
         ("mlp.down_proj", hidden, inner),
     ):
-        yield Tensor(f"{prefix}.{name}.weight", "BF16", (rows, cols))
-        yield Tensor(f"{prefix}.{name}.bias", "BF16", (rows,))
+        yield PublishedTensor(f"{prefix}.{name}.weight", "BF16", (rows, cols))
+        yield PublishedTensor(f"{prefix}.{name}.bias", "BF16", (rows,))
     if block not in config["fullatt_block_indexes"]:
-        yield Tensor(f"{prefix}.attn.sinks", "BF16", (heads,))
+        yield PublishedTensor(f"{prefix}.attn.sinks", "BF16", (heads,))
 
 
 def _audio(config: Mapping[str, Any]) -> Tensors:
     dim, inner = config["input_local_dim"], config["input_local_intermediate_size"]
     for channel in range(config["audio_channels"]):
-        yield Tensor(f"speech_embeddings.{channel}.weight", "BF16", (config["speech_vocab_size"], dim))
+        yield PublishedTensor(
+            f"speech_embeddings.{channel}.weight", "BF16", (config["speech_vocab_size"], dim)
+        )
     root = "audio_encoder.input_local_transformer"
     for layer in range(config["input_local_layers"]):
         yield from _audio_layer(f"{root}.layers.{layer}", dim, inner)
-    yield Tensor(f"{root}.norm.weight", "BF16", (dim,))
+    yield PublishedTensor(f"{root}.norm.weight", "BF16", (dim,))
     joined = dim * config["group_size"]
-    yield Tensor("audio_encoder.projection.mlp.0.weight", "BF16", (4 * joined, joined))
-    yield Tensor("audio_encoder.projection.mlp.2.weight", "BF16", (config["out_hidden_size"], 4 * joined))
+    yield PublishedTensor("audio_encoder.projection.mlp.0.weight", "BF16", (4 * joined, joined))
+    yield PublishedTensor(
+        "audio_encoder.projection.mlp.2.weight", "BF16", (config["out_hidden_size"], 4 * joined)
+    )
 
 
 def _audio_layer(prefix: str, dim: int, inner: int) -> Tensors:
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield Tensor(f"{prefix}.{norm}.weight", "BF16", (dim,))
+        yield PublishedTensor(f"{prefix}.{norm}.weight", "BF16", (dim,))
     for name in ("q_proj", "k_proj", "v_proj"):
-        yield Tensor(f"{prefix}.self_attn.{name}.weight", "BF16", (dim, dim))
-        yield Tensor(f"{prefix}.self_attn.{name}.bias", "BF16", (dim,))
-    yield Tensor(f"{prefix}.self_attn.o_proj.weight", "BF16", (dim, dim))
+        yield PublishedTensor(f"{prefix}.self_attn.{name}.weight", "BF16", (dim, dim))
+        yield PublishedTensor(f"{prefix}.self_attn.{name}.bias", "BF16", (dim,))
+    yield PublishedTensor(f"{prefix}.self_attn.o_proj.weight", "BF16", (dim, dim))
     for name, rows, cols in (("gate", inner, dim), ("up", inner, dim), ("down", dim, inner)):
-        yield Tensor(f"{prefix}.mlp.{name}_proj.weight", "BF16", (rows, cols))
+        yield PublishedTensor(f"{prefix}.mlp.{name}_proj.weight", "BF16", (rows, cols))

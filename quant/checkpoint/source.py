@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant.checkpoint.geometry import Geometry
 from quant.checkpoint.names import Names
-from quant.checkpoint.pieces import Matrix, Place
+from quant.checkpoint.pieces import Location, Matrix
 from quant.checkpoint.published import published_tensors
 from quant.errors import BadCheckpoint
 from quant.files.bounded import CONFIG_BYTES, LIST_BYTES, read_small
@@ -238,13 +238,13 @@ def _check_present(path: Path, listed: dict[str, list[str]]) -> None:
         )
 
 
-def _stored_tensors(shards: dict[str, Shard]) -> dict[str, Place]:
-    stored: dict[str, Place] = {}
+def _stored_tensors(shards: dict[str, Shard]) -> dict[str, Location]:
+    stored: dict[str, Location] = {}
     for file, shard in shards.items():
         for name, tensor in shard.tensors.items():
             if name in stored:
                 raise BadCheckpoint(
                     f"{name} is stored twice, in {stored[name].shard.path.name} and in {file}."
                 )
-            stored[name] = Place(shard, tensor)
+            stored[name] = Location(shard, tensor)
     return stored

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Step:
+class ScheduleStep:
     """One unit: what must be fetched before it, what may be discarded after it."""
 
     unit: str
@@ -23,7 +23,7 @@ class Step:
 class Schedule:
     """All units in order. `peak_bytes`: of source files here at a time, with the next step's fetched ahead."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ScheduleStep, ...]
     peak_bytes: int
     fetch_bytes: int
 
@@ -60,17 +60,17 @@ def _carried_out(
 ) -> Schedule:
     last = {file: unit for unit in order for file in reads[unit]}
     here: set[str] = set()
-    steps: list[Step] = []
+    steps: list[ScheduleStep] = []
     for unit in order:
         fetch = tuple(sorted(set(reads[unit]) - here))
         here |= set(fetch)
         discard = tuple(sorted(file for file in here if last[file] == unit))
         here -= set(discard)
-        steps.append(Step(unit, fetch, discard))
+        steps.append(ScheduleStep(unit, fetch, discard))
     return Schedule(tuple(steps), _peak(steps, sizes), sum(sizes[file] for file in last))
 
 
-def _peak(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
+def _peak(steps: Sequence[ScheduleStep], sizes: Mapping[str, int]) -> int:
     """Files of a step are here while it runs, and those of the next step that fetches anything arrive meanwhile."""
     held = peak = 0
     for i, step in enumerate(steps):

@@ -23,7 +23,7 @@ Choice = tuple[Tensor, Tensor, Tensor]  # normed [n, hidden], chosen [n, k], wei
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class HeadShape:
     """The shape of a layer's attention."""
 
     heads: int
@@ -62,12 +62,12 @@ class Span:
     first: int
 
 
-class Block:
+class FusedBlock:
     """One layer's weights, ready for the native call."""
 
     def __init__(
         self,
-        heads: Heads,
+        heads: HeadShape,
         qkv: QTensor,
         o: QTensor,
         attn_norm: Tensor,
@@ -101,7 +101,7 @@ class Block:
         _check(plain, hidden, heads, sink, matrices)
         self._kept = (plain, [kernels._checked_parts(q) for q in matrices])
         addresses = [attn_norm.data_ptr(), mlp_norm.data_ptr(), 0 if sink is None else sink.data_ptr()]
-        self._native = kernels._native.Block(
+        self._native = kernels._native.FusedBlock(
             sizes, [eps, heads.d_k**-0.5, value_scale], addresses, [_matrix(q) for q in matrices], *router
         )
 
@@ -162,7 +162,7 @@ def serves(*matrices: QTensor) -> bool:
 
 
 def _check(
-    plain: Sequence[Tensor], hidden: int, heads: Heads, sink: Tensor | None, matrices: Sequence[QTensor]
+    plain: Sequence[Tensor], hidden: int, heads: HeadShape, sink: Tensor | None, matrices: Sequence[QTensor]
 ) -> None:
     if any(t.dtype is not torch.float32 or not t.is_contiguous() or not t.is_cpu for t in plain):
         raise ValueError("Norms, sink and router must be contiguous float32 in main memory.")

@@ -11,7 +11,7 @@ import pytest
 from localmimo.chat.messages import check_messages
 from localmimo.chat.template import ChatTemplate, family
 from localmimo.errors import BadModel, BadRequest
-from localmimo.system.helper_process import Child
+from localmimo.system.helper_process import HelperProcess
 
 GOLDEN = Path(__file__).with_name("golden")
 FAMILY = ("mimo-v2-flash", "mimo-v2.5", "mimo-v2.6")
@@ -203,7 +203,7 @@ def test_the_templates_program_needs_nothing_of_ours() -> None:
 
     code = "import sys, localmimo.chat.template_sandbox; sys.exit('localmimo.errors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    child = Child([sys.executable, "-I", localmimo.chat.template_sandbox.__file__], {})
+    child = HelperProcess([sys.executable, "-I", localmimo.chat.template_sandbox.__file__], {})
     assert child.ask({"source": "{{ 1 + 1 }}", "values": {}}, 60) == {"text": "2"}
     assert child.ask({"source": "{% if %}"}, 60)["line"] == 1
     child.close()

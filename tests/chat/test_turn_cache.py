@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from localmimo.chat.tool_call import ToolCall
-from localmimo.chat.turn_cache import Turns
+from localmimo.chat.turn_cache import TurnCache
 from localmimo.decode.answer import Message
 from localmimo.errors import BadRequest
 
@@ -15,8 +15,8 @@ CALLING = Message("Let me see. \n", "\nHm.\n", (CALL,)).as_dict()
 PLAIN = Message("\n\nPlain answer.\n", "Secret thought.").as_dict()
 
 
-def turns(*said: dict[str, Any]) -> Turns:
-    made = Turns()
+def turns(*said: dict[str, Any]) -> TurnCache:
+    made = TurnCache()
     for message in said:
         made.keep([USER], message)
     return made
@@ -28,7 +28,7 @@ def sent(message: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return kept | {"content": message["content"].strip()} | changes
 
 
-def second(made: Turns, message: dict[str, Any], first: dict[str, Any] = USER) -> dict[str, Any]:
+def second(made: TurnCache, message: dict[str, Any], first: dict[str, Any] = USER) -> dict[str, Any]:
     return made.recognise([first, message])[1]
 
 
@@ -74,14 +74,14 @@ def test_a_turn_of_another_conversation_is_not_used() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    made = Turns(limit_bytes=20_000)
+    made = TurnCache(limit_bytes=20_000)
     for number in range(100):
         made.keep([{"role": "user", "content": str(number)}], Message("word " * 100).as_dict())
     assert 5 <= len(made) <= 20
 
 
 def test_tokens_are_found_by_the_text_they_belong_to() -> None:
-    made = Turns(limit_bytes=8500)
+    made = TurnCache(limit_bytes=8500)
     for text in ("ab", "abcd", "abcdef"):
         made.keep([{"role": "user", "content": text}], PLAIN, text, [len(text)] * 400)
     assert made.longest("abcdefgh") == (6, [6] * 400)
@@ -92,7 +92,7 @@ def test_tokens_are_found_by_the_text_they_belong_to() -> None:
 
 
 def test_the_same_conversation_takes_no_more_room() -> None:
-    made = Turns()
+    made = TurnCache()
     for number in range(3):
         made.keep([USER], PLAIN, "text", [number])
     assert len(made) == 1 and made.longest("text") == (4, [2])
@@ -103,4 +103,4 @@ def test_the_same_conversation_takes_no_more_room() -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(BadRequest):
-        Turns().recognise([{"role": "tool", "content": "x"}])
+        TurnCache().recognise([{"role": "tool", "content": "x"}])

@@ -10,8 +10,8 @@ import pytest
 
 from localmimo import load
 from localmimo.chat.template import TEMPLATES
-from localmimo.chat.turn_cache import Turns
-from localmimo.cli.terminal.repl import Manner, Repl
+from localmimo.chat.turn_cache import TurnCache
+from localmimo.cli.terminal.repl import ChatSettings, Repl
 from localmimo.cli.terminal.screen import Screen
 from localmimo.engine import Engine
 from quant import convert
@@ -138,7 +138,7 @@ class Talk:
         self.shown = Capture()
         self.reader = ScriptedReader()
         self.repl = Repl(
-            self.reader, self.shown.ui, engine, manner=Manner(stats=False), screen=Screen(self.shown.ui)
+            self.reader, self.shown.ui, engine, manner=ChatSettings(stats=False), screen=Screen(self.shown.ui)
         )
         self.script = script
         self.enter(f"/tools {folder / 'tools.py'}")
@@ -195,7 +195,7 @@ def test_a_saved_conversation_is_not_read_again(talk: Talk, engine: Engine, tmp_
     assert "  saved, " in talk.shown.err and (folder / "messages.json").stat().st_mode & 0o077 == 0
     with engine.session() as session:
         held = list(session.tokens)
-    engine.prompts.turns = Turns()  # another process knows nothing
+    engine.prompts.turns = TurnCache()  # another process knows nothing
     talk.script.says("no")
     engine.chat([{"role": "user", "content": "something else"}])
     other = Talk(engine, talk.script, tmp_path)

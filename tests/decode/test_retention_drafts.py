@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from localmimo import load
-from localmimo.chat.turn_cache import Turns as Kept
-from localmimo.cli.terminal.repl import Manner, Repl
+from localmimo.chat.turn_cache import TurnCache as Kept
+from localmimo.cli.terminal.repl import ChatSettings, Repl
 from localmimo.cli.terminal.screen import Screen
 from localmimo.decode.generation import Generation
 from localmimo.engine import Engine
@@ -35,7 +35,7 @@ def get_weather(city: str, days: int) -> str:
 
 
 @dataclass
-class Turns:
+class TurnCache:
     """What was read, kept and said for each answer of a conversation."""
 
     prompts: list[list[int]] = field(default_factory=list)
@@ -61,9 +61,9 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Turns:
+def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> TurnCache:
     """Filled as answers are made; one draft in four is wrong."""
-    turns, rng = Turns(), random.Random(4)
+    turns, rng = TurnCache(), random.Random(4)
     begin, guess, end = Generation.begin, Generation._guess, Generation.end
 
     def begun(self: Generation, prompt: list[int]) -> Any:
@@ -101,7 +101,7 @@ def by_repl(engine: Engine, script: Script, folder: Path) -> None:
     (folder / "tools.py").write_text(TOOLS)
     shown = Capture()
     reader = ScriptedReader(f"/tools {folder / 'tools.py'}", talks.QUESTION, "always")
-    repl = Repl(reader, shown.ui, engine, manner=Manner(stats=False), screen=Screen(shown.ui))
+    repl = Repl(reader, shown.ui, engine, manner=ChatSettings(stats=False), screen=Screen(shown.ui))
     script.says(*talks.turns())
     repl.run()
     repl.toolbox.clear()
@@ -133,7 +133,7 @@ SEEN: list[list[list[int]]] = []  # the prompts of the faces that were tried bef
 
 @pytest.mark.parametrize("face", FACES)
 def test_every_face_holds_the_same_tokens(
-    engine: Engine, turns: Turns, face: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, turns: TurnCache, face: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(talks, "SCHEMA", tools_of([get_weather])[0][0]["function"]["parameters"])
     FACES[face](engine, Script(engine, monkeypatch), tmp_path)

@@ -12,7 +12,7 @@ from localmimo import BadRequest, DoesNotFit, Sampling, load
 from localmimo.decode.generation import Generation
 from localmimo.decode.sampler import candidates, pick
 from localmimo.decode.session import Session
-from localmimo.decode.speculative import Draft, Lookahead, Measured, Pace, Steady
+from localmimo.decode.speculative import DepthPolicy, Draft, FixedDepth, MeasuredDepth, SpeculativeSteps
 from localmimo.engine import Engine
 from tests.packs import make_pack
 
@@ -28,7 +28,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @contextmanager
 def drafting(engine: Engine, depth: int) -> Iterator[None]:
-    before, engine._pace = engine._pace, Steady(depth)
+    before, engine._pace = engine._pace, FixedDepth(depth)
     try:
         yield
     finally:
@@ -90,7 +90,7 @@ def test_draws_follow_the_distribution_with_drafts(engine: Engine) -> None:
         after = session.sync(engine.encode("abc"))
         first, second = [], []
         for seed in range(n):
-            ahead = Lookahead(session, Steady(2), engine_stats(), lambda: 0)
+            ahead = SpeculativeSteps(session, FixedDepth(2), engine_stats(), lambda: 0)
             a = pick(after, sampling, [], seed, 3)
 
             def choose(logits: torch.Tensor, drafts: list[int], seed: int = seed) -> int:
@@ -210,7 +210,7 @@ class SimulatedMachine:
         self.rng, self.weather = random.Random(seed), random.Random(seed + 10_000)
         self.seconds, self._slow, self._until = 0.0, 1.0, 0.0
 
-    def run(self, pace: Pace, tokens: int) -> list[int]:
+    def run(self, pace: DepthPolicy, tokens: int) -> list[int]:
         """Say so many tokens; the depths."""
         said, depths = 0, []
         while said < tokens:
@@ -240,7 +240,7 @@ def simulate(
 ) -> tuple[float, list[int]]:
     """Seconds to say so many tokens, and the depths."""
     machine = SimulatedMachine(cost, right, seed, stalls=stalls)
-    depths = machine.run(Measured(3), tokens)
+    depths = machine.run(MeasuredDepth(3), tokens)
     return machine.seconds, depths
 
 
@@ -250,7 +250,7 @@ def speed(cost: Callable[[int], float], right: tuple[float, float, float], **mac
     for seed in range(100):
         for adaptive in seconds:
             here = SimulatedMachine(cost, right, seed, **machine)
-            here.run(Measured(3) if adaptive else Steady(0), 256)
+            here.run(MeasuredDepth(3) if adaptive else FixedDepth(0), 256)
             seconds[adaptive] += here.seconds
     return seconds[0] / seconds[1]
 
@@ -298,7 +298,7 @@ def test_a_machine_that_stalls_does_not_hide_that_they_pay() -> None:
 
 def test_the_pace_follows_when_the_machine_changes() -> None:
     """A cold start makes passes without drafts look slow; they are looked at again."""
-    rng, pace, depths = random.Random(2), Measured(3), []
+    rng, pace, depths = random.Random(2), MeasuredDepth(3), []
     for n in range(400):
         depth = pace.depth()
         base = 3.0 if n < 12 else 1.0

@@ -9,7 +9,7 @@ import torch
 from localmimo import load
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 from localmimo.hardware.device import check_device, find_device
-from localmimo.loading.options import Opening
+from localmimo.loading.options import LoadOptions
 from tests.gpu import pretended
 
 
@@ -110,9 +110,9 @@ def test_a_card_that_is_too_small_leaves_it_to_the_cpu_and_says_so() -> None:
 
 def test_vram_wants_a_gpu() -> None:
     with pytest.raises(BadRequest, match="vram is 2GiB and the device cpu"):
-        Opening(vram="2GiB", device="cpu")
+        LoadOptions(vram="2GiB", device="cpu")
     with pytest.raises(BadRequest, match="not a size"):
-        Opening(vram="much")
+        LoadOptions(vram="much")
     if torch.version.cuda is None:
         with pytest.raises(NoDevice, match="vram was given and CUDA sees no GPU"):
             load(vram="2GiB")
@@ -122,11 +122,11 @@ def test_bench_says_what_the_gpu_held() -> None:
     import json
 
     from localmimo.cli.commands.bench import Request, run_bench
-    from localmimo.cli.open_engine import OpenFlags
+    from localmimo.cli.open_engine import LoadFlags
     from tests.scripted import Capture
 
     shown = Capture()
-    opening = OpenFlags(profile=None, device="cuda", context="64", vram="2GiB")
+    opening = LoadFlags(profile=None, device="cuda", context="64", vram="2GiB")
     with pretended.device():
         assert (
             run_bench(

@@ -11,7 +11,7 @@ import torch
 
 from localmimo import Engine, Sampling, load
 from localmimo.errors import DoesNotFit, NoDevice
-from localmimo.experts.compute.hybrid_runner import SharedRunner
+from localmimo.experts.compute.hybrid_runner import HybridRunner
 from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.planning.memory import Plan
 from quant import Recipe
@@ -187,7 +187,7 @@ def test_a_gpu_that_runs_out_of_memory_gives_experts_up_and_goes_on(said: dict[s
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return original(self, layer, x, *rest)
 
-    original, resize = SharedRunner.run, GpuTier.resize
+    original, resize = HybridRunner.run, GpuTier.resize
 
     def resized(self, *given):  # type: ignore[no-untyped-def]
         """Nobody else has the old slab, so that its memory is there for the new one."""
@@ -198,7 +198,7 @@ def test_a_gpu_that_runs_out_of_memory_gives_experts_up_and_goes_on(said: dict[s
     with (
         on_gpu(1.0) as engine,
         patch.object(GpuTier, "resize", resized),
-        patch.object(SharedRunner, "run", run),
+        patch.object(HybridRunner, "run", run),
     ):
         assert engine.plan.vram is not None
         n = engine.plan.vram.n_slots * 3 // 4 * 3 // 4 * 3 // 4
@@ -250,7 +250,7 @@ def test_what_a_gpu_loses_altogether_is_read_again(said: dict[str, list[int]]) -
     with on_gpu(0.4) as engine, engine.session() as session:
         session.sync(engine.encode(SHORT))
         with (
-            patch.object(SharedRunner, "run", run), patch.object(torch.Tensor, "new_empty", none_left),
+            patch.object(HybridRunner, "run", run), patch.object(torch.Tensor, "new_empty", none_left),
             pytest.raises(DoesNotFit, match="no memory left"),
         ):  # fmt: skip
             session.step(5)
@@ -264,7 +264,7 @@ def test_a_gpu_that_fails_and_kernels_that_cannot_be_built_are_sentences() -> No
         raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronous")
 
     with (
-        on_gpu(1.0) as engine, patch.object(SharedRunner, "run", run),
+        on_gpu(1.0) as engine, patch.object(HybridRunner, "run", run),
         pytest.raises(NoDevice, match="GPU has failed, .*: CUDA error: unspecified launch failure. Start again"),
     ):  # fmt: skip
         engine.generate(SHORT, max_tokens=2)
@@ -281,6 +281,6 @@ def test_where_nothing_can_give_way_it_says_so() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with on_gpu(0.0) as engine:
-        with patch.object(SharedRunner, "run", run), pytest.raises(DoesNotFit, match="no memory left"):
+        with patch.object(HybridRunner, "run", run), pytest.raises(DoesNotFit, match="no memory left"):
             engine.generate(SHORT, max_tokens=2)
         assert engine.generate(SHORT, max_tokens=2, sampling=GREEDY).tokens  # the session is usable

@@ -10,8 +10,8 @@ import torch
 from localmimo import Engine, load
 from localmimo.decode.cuda_graphs import Graphs, Step
 from localmimo.decode.session import Session
-from localmimo.experts.tiers.gpu_slots import GpuShelf
-from localmimo.kv.block_table import Blocks
+from localmimo.experts.tiers.gpu_slots import GpuSlots
+from localmimo.kv.block_table import BlockTable
 from tests.gpu import pretended, recording
 from tests.gpu.test_engine import PLAIN, on_gpu
 
@@ -35,9 +35,9 @@ def recorded(engine: Engine) -> list[Step]:
 def move(engine: Engine, session: Session, i: int) -> None:
     """What may come between two steps: experts go, come back, and go altogether."""
     shelf = engine._store.gpu
-    assert isinstance(shelf, GpuShelf)
+    assert isinstance(shelf, GpuSlots)
     if i == 3:
-        other = Blocks(shelf, 1, 60)
+        other = BlockTable(shelf, 1, 60)
         other.reach(60)
         assert shelf.n_slots + 60 == shelf._tier.n_slots - len(session._cache._blocks.slots)  # type: ignore[union-attr]
         other.cut(0)

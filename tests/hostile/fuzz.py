@@ -18,7 +18,7 @@ from pathlib import Path
 from localmimo import load
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
-from localmimo.chat.turn_cache import Turns
+from localmimo.chat.turn_cache import TurnCache
 from localmimo.cli.terminal.saved_chats import _read as read_conversation
 from localmimo.errors import LocalMimoError
 from localmimo.experts.policy.profile import BadProfile, Profile, read_profile, write_profile
@@ -30,8 +30,8 @@ from localmimo.serve.api.anthropic_messages import read_messages
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import read_chat
 from localmimo.serve.api.openai_responses import _read_ask, _read_input
-from localmimo.serve.errors import Failure
-from localmimo.serve.session_store import Shelf, _write_index
+from localmimo.serve.errors import ApiError
+from localmimo.serve.session_store import SessionStore, _write_index
 from quant import Recipe
 from quant.checkpoint.source import INDEX, Source
 from quant.conversion.writer import JOURNAL, read_journal
@@ -41,7 +41,7 @@ from quant.pack.pack import Pack
 from tests.packs import make_pack
 
 CORPUS = Path(__file__).with_name("corpus")
-OURS = (LocalMimoError, QuantError, BadProfile, Failure)
+OURS = (LocalMimoError, QuantError, BadProfile, ApiError)
 MORE_BYTES = 256 << 20  # of address space while inputs are read, beyond what the process has before
 ODD = (
     b"-1",
@@ -57,7 +57,7 @@ ODD = (
     b"{}",
 )
 
-Reader = Callable[[bytes], object]
+EntryReader = Callable[[bytes], object]
 
 
 class Room:
@@ -92,7 +92,7 @@ class Room:
         }
         return {name: path.read_bytes() for name, path in some.items()}
 
-    def readers(self) -> dict[str, Reader]:
+    def readers(self) -> dict[str, EntryReader]:
         at = self._at
         return {
             "shard": lambda raw: Shard(at(raw), BadCheckpoint).close(),
@@ -157,7 +157,9 @@ class Room:
             template.close()
 
     def _shelved(self, end: str, raw: bytes) -> None:
-        self._swapped(self.shelf / f"{0:032x}{end}", raw, lambda: Shelf(self.shelf, 1 << 20, Turns()))
+        self._swapped(
+            self.shelf / f"{0:032x}{end}", raw, lambda: SessionStore(self.shelf, 1 << 20, TurnCache())
+        )
         if not (self.shelf / f"{0:032x}.kv").exists():  # dropped, as it should be
             shutil.copy(self.folder / "session", self.shelf / f"{0:032x}.kv")
 

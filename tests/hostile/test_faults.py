@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 
 from localmimo import LocalMimoError, load
-from localmimo.chat.turn_cache import Turns
+from localmimo.chat.turn_cache import TurnCache
 from localmimo.decode.sampler import Sampling
 from localmimo.engine import Engine
 from localmimo.experts.policy.baselines import Lru
 from localmimo.experts.policy.profile import read_profile
-from localmimo.experts.store.memory_pressure import Pressure
+from localmimo.experts.store.memory_pressure import MemoryPressure
 from localmimo.experts.store.store import ExpertStore
-from localmimo.experts.tiers.io_threads import Readers
+from localmimo.experts.tiers.io_threads import IoThreads
 from localmimo.hardware import bandwidth as speeds
-from localmimo.serve.session_store import Saved, Shelf
+from localmimo.serve.session_store import Saved, SessionStore
 from quant.pack.pack import Pack
 from tests.packs import make_pack
 
@@ -221,7 +221,7 @@ def test_readers_that_are_killed_are_replaced(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_reader_whose_report_fails_is_replaced() -> None:
-    readers = Readers(1)
+    readers = IoThreads(1)
 
     def report() -> None:
         raise SystemExit
@@ -250,7 +250,7 @@ def test_a_look_at_the_memory_that_fails_is_followed_by_others() -> None:
         looked.set() if answer is None else None
         return answer or 0
 
-    pressure = Pressure(slots, 100, 200, free_bytes, interval_s=0.01)
+    pressure = MemoryPressure(slots, 100, 200, free_bytes, interval_s=0.01)
     assert looked.wait(5) and slots.n_slots < 8
     pressure.close()
 
@@ -338,7 +338,7 @@ def test_measurements_from_the_future_are_made_again(tmp_path: Path, monkeypatch
 def test_the_last_used_file_stays_though_the_clock_went_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = Shelf(tmp_path, 100, Turns())
+    shelf = SessionStore(tmp_path, 100, TurnCache())
     for n, clock in enumerate((5e9, 1e9, 3e9)):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
         shelf._saved.append(Saved(tmp_path / f"{n}.kv", np.zeros(1, np.int32), (), 40, shelf._now()))

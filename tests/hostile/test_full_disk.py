@@ -13,14 +13,14 @@ import pytest
 
 from localmimo import load
 from localmimo.cli.plots.plot import draw_lines
-from localmimo.cli.terminal.saved_chats import Conversation
+from localmimo.cli.terminal.saved_chats import SavedChat
 from localmimo.cli.terminal.saved_chats import _write as write_conversation
 from localmimo.engine import Engine
 from localmimo.errors import BadRequest, BadSession
 from localmimo.experts.policy.profile import Profile, write_profile
 from localmimo.experts.policy.trace import TraceWriter, read_trace
 from localmimo.serve.session_store import _found, _write_index
-from localmimo.system.jsonl import Lines
+from localmimo.system.jsonl import JsonLines
 from tests.packs import make_pack
 
 
@@ -64,7 +64,7 @@ def test_a_session(engine: Engine, tmp_path: Path) -> None:
 
 def test_a_conversation(tmp_path: Path) -> None:
     path = tmp_path / "messages.json"
-    said = Conversation([{"role": "user", "content": "a" * 3000}])
+    said = SavedChat([{"role": "user", "content": "a" * 3000}])
 
     def save() -> None:
         write_conversation(path, said)
@@ -107,10 +107,10 @@ def test_a_picture(tmp_path: Path) -> None:
 def test_lines_end_with_the_last_whole_one(tmp_path: Path) -> None:
     """A log, and a trace: what was there stays, half a line does not."""
     path = tmp_path / "log"
-    with Lines(path, "--stats-json", append=True) as log:
+    with JsonLines(path, "--stats-json", append=True) as log:
         log.write({"a": 1})
     before = path.read_bytes()
-    with Lines(path, "--stats-json", append=True) as log, full_after(len(before) + 5):
+    with JsonLines(path, "--stats-json", append=True) as log, full_after(len(before) + 5):
         with pytest.raises(BadRequest, match="--stats-json: .*log cannot be written"):
             log.write({"b": "x" * 100})
         assert path.read_bytes() == before

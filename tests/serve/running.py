@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from localmimo.decode import generation as generate
-from localmimo.decode.speculative import Steady
+from localmimo.decode.speculative import FixedDepth
 from localmimo.engine import Engine
 from localmimo.serve.app import make_app
-from localmimo.serve.http.auth import Guard
+from localmimo.serve.http.auth import AccessCheck
 from localmimo.serve.http.connection import Limits
 from localmimo.serve.http.listen import listen
 from localmimo.serve.server import Server
@@ -37,7 +37,7 @@ class Running:
         self,
         engine: Engine | None,
         *,
-        guard: Guard | None = None,
+        guard: AccessCheck | None = None,
         n_waiting: int = 8,
         limits: Limits | None = None,
         keep_alive_s: float = 5.0,
@@ -53,7 +53,7 @@ class Running:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.port: int = self._sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = Server(make_app(self.service, guard or Guard(), keep_alive_s), limits, drain_s=20)
+        self.server = Server(make_app(self.service, guard or AccessCheck(), keep_alive_s), limits, drain_s=20)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self.http = httpx2.Client(base_url=self.url, timeout=60)
 
@@ -135,6 +135,6 @@ class Scripted:
 def scripted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
     script = Scripted(engine)
     monkeypatch.setattr(generate, "pick", script.pick)
-    monkeypatch.setattr(engine, "_pace", Steady(0))  # drafts would be picked from the script too
+    monkeypatch.setattr(engine, "_pace", FixedDepth(0))  # drafts would be picked from the script too
     yield script
     assert not script.texts, "the script was not said to its end"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from localmimo.engine import Engine
-from localmimo.serve.http.auth import Guard
+from localmimo.serve.http.auth import AccessCheck
 from localmimo.serve.http.connection import Limits
 from tests.serve.running import Running, Scripted, wait_for
 from tests.serve.test_chat import HELLO, PATH
@@ -180,7 +180,7 @@ def test_unknown_paths_and_methods(server: Running) -> None:
 
 
 def test_a_key_is_asked_for(engine: Engine) -> None:
-    with Running(engine, guard=Guard(api_key="secret")) as server:
+    with Running(engine, guard=AccessCheck(api_key="secret")) as server:
         assert server.http.get("/health").status_code == 200
         for path in (CHAT, BLOCKS):
             for headers in (
@@ -205,7 +205,7 @@ def test_other_peoples_pages_and_names_are_refused(server: Running, engine: Engi
     assert server.post(CHAT, MESSAGES, headers={"origin": server.url}).status_code == 200
     answer = server.http.options(CHAT, headers=evil | {"access-control-request-method": "POST"})
     assert "access-control-allow-origin" not in answer.headers
-    with Running(engine, guard=Guard(cors=("https://good.example",))) as open_server:
+    with Running(engine, guard=AccessCheck(cors=("https://good.example",))) as open_server:
         good = {"origin": "https://good.example"}
         answer = open_server.post(CHAT, MESSAGES, headers=good)
         assert answer.status_code == 200

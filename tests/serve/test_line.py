@@ -5,15 +5,15 @@ import random
 
 import pytest
 
-from localmimo.serve.queue import Line, LineFull, Place
+from localmimo.serve.queue import QueueFull, RequestQueue, Ticket
 
 
 def test_turns_come_in_order_and_the_full_line_refuses() -> None:
     async def scenario() -> None:
-        line = Line(2)
+        line = RequestQueue(2)
         places = [line.join() for _ in range(3)]
         assert [place.n_before for place in places] == [0, 1, 2] and line.n_waiting == 2
-        with pytest.raises(LineFull) as refused:
+        with pytest.raises(QueueFull) as refused:
             line.join()
         assert refused.value.n_waiting == 2 and refused.value.retry_s == 1
         await places[0].turn()
@@ -34,7 +34,7 @@ def test_turns_come_in_order_and_the_full_line_refuses() -> None:
 def test_any_order_of_leaving_serves_everybody_once(seed: int) -> None:
     rng = random.Random(seed)
 
-    async def visit(line: Line, number: int, place: Place, served: list[int]) -> None:
+    async def visit(line: RequestQueue, number: int, place: Ticket, served: list[int]) -> None:
         if rng.random() < 0.3:
             await asyncio.sleep(rng.random() * 0.01)
             place.leave()
@@ -46,7 +46,7 @@ def test_any_order_of_leaving_serves_everybody_once(seed: int) -> None:
         place.leave()
 
     async def scenario() -> None:
-        line, served = Line(40), []
+        line, served = RequestQueue(40), []
         await asyncio.gather(*[visit(line, n, line.join(), served) for n in range(40)])
         assert served == sorted(served) and not line.busy and line.mean_s > 0
 

@@ -191,8 +191,8 @@ def test_nothing_sticks_out(driver: Any, server: Running, script: Scripted, widt
 
 
 def test_a_page_asks_for_the_key(engine: Engine) -> None:
-    from localmimo.serve.http.auth import Guard
+    from localmimo.serve.http.auth import AccessCheck
 
-    with Running(engine, guard=Guard(api_key="k")) as server:
+    with Running(engine, guard=AccessCheck(api_key="k")) as server:
         assert server.http.get("/").status_code == 200
         assert server.http.get("/v1/models").status_code == 401

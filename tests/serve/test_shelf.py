@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localmimo.chat.turn_cache import Turns
+from localmimo.chat.turn_cache import TurnCache
 from localmimo.decode.generation import Stats
 from localmimo.engine import Engine
-from localmimo.serve.session_store import Shelf, reach
+from localmimo.serve.session_store import SessionStore, reach
 from tests.serve import conversations as talks
 from tests.serve.running import Running, Scripted
 
@@ -40,7 +40,7 @@ def empty(engine: Engine) -> None:
 def slow_reading(empty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read at a token per second, as by a model far larger than this one."""
     monkeypatch.setattr(
-        Shelf, "prefill_tps", property(lambda self: 1.0, lambda self, value: None), raising=False
+        SessionStore, "prefill_tps", property(lambda self: 1.0, lambda self, value: None), raising=False
     )
 
 
@@ -90,7 +90,7 @@ def test_a_later_server_goes_on_where_it_was(
     talkers = [talks.ChatClient(keep_thinking=keeps), *clients(1)]
     texts, held = [talks.turns(), talks.turns()], [0, 0]
     for _ in range(3):
-        engine.prompts.turns = Turns()  # another process
+        engine.prompts.turns = TurnCache()  # another process
         with engine.session() as session:
             session.rewind(session.position)
         with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
@@ -111,7 +111,7 @@ def test_rates_are_kept_for_a_later_server(
         talks.ChatClient().ask(server)
         shelf.prefill_tps = 0.5
     (folder,) = tmp_path.iterdir()
-    assert Shelf(folder, PLENTY, Turns()).prefill_tps == 0.5
+    assert SessionStore(folder, PLENTY, TurnCache()).prefill_tps == 0.5
     (notes,) = folder.glob("*.json")
     for damaged in (
         "{",
@@ -120,7 +120,7 @@ def test_rates_are_kept_for_a_later_server(
         '{"prefill_tps": 1, "bytes_per_s": 1, "turns": [{"said": 7}]}',
     ):
         notes.write_text(damaged)
-        assert Shelf(folder, PLENTY, Turns()).prefill_tps is None
+        assert SessionStore(folder, PLENTY, TurnCache()).prefill_tps is None
 
 
 def test_the_budget_holds(engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None) -> None:
@@ -136,7 +136,7 @@ def test_what_is_quicker_to_read_is_not_saved(
     engine: Engine, script: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        Shelf, "prefill_tps", property(lambda self: 1e9, lambda self, value: None), raising=False
+        SessionStore, "prefill_tps", property(lambda self: 1e9, lambda self, value: None), raising=False
     )
     with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
         assert min(alternate(server, script, clients(2), 2)) > 0
@@ -144,7 +144,7 @@ def test_what_is_quicker_to_read_is_not_saved(
 
 
 def test_rates_are_learned(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, PLENTY, Turns())
+    shelf = SessionStore(tmp_path, PLENTY, TurnCache())
     shelf.learn(Stats(prompt_tokens=10, prefill_s=1.0))
     assert shelf.prefill_tps is None
     shelf.learn(Stats(prompt_tokens=300, reused_tokens=100, prefill_s=2.0))
@@ -168,4 +168,4 @@ def test_damaged_files_are_left_out(
         assert cached < prompt and not path.exists()
     (tmp_path / "x.kv").write_bytes(b"nonsense")
     (tmp_path / "x.tokens").write_bytes(b"nonsense")
-    assert len(Shelf(tmp_path, PLENTY, Turns())) == 0
+    assert len(SessionStore(tmp_path, PLENTY, TurnCache())) == 0

@@ -61,10 +61,10 @@ def plan(
 
     Works before anything is downloaded. Exits with 3 where the model does not fit, saying what would help.
     """
-    from localmimo.cli.commands.plan import Question, run_plan
+    from localmimo.cli.commands.plan import PlanOptions, run_plan
     from localmimo.cli.ui import parse_count
 
-    question = Question(
+    question = PlanOptions(
         model=model,
         context=None if context is None else parse_count(context, "--context"),
         max_context=max_context,

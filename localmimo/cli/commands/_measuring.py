@@ -105,19 +105,19 @@ def bench(
     Reads N tokens of real text at each depth of context, answers them greedily, and does so a few times with
     other text. Ctrl-C shows what was measured so far.
     """
-    from localmimo.cli.commands.bench import Request, parse_depths, run_bench
-    from localmimo.cli.open_engine import OpenFlags
+    from localmimo.cli.commands.bench import BenchOptions, parse_depths, run_bench
+    from localmimo.cli.open_engine import LoadFlags
     from localmimo.cli.packs import EMBEDDED
     from localmimo.cli.ui import parse_count
 
-    request = Request(
+    request = BenchOptions(
         model=model or EMBEDDED,
         depths=parse_depths(depths),
         prompt_tokens=parse_count(prompt_tokens, "--prompt-tokens"),
         max_tokens=max_tokens,
         repeat=repeat,
         draft=draft,
-        opening=OpenFlags(
+        opening=LoadFlags(
             context=context,
             ram=ram,
             vram=vram,

@@ -129,14 +129,14 @@ def chat(
     prints the answer on stdout and exits. A single word or text that is neither a folder nor "mimo-mini" is
     taken as the PROMPT for the small model that comes along.
     """
-    from localmimo.cli.commands.chat import Options, run_chat
-    from localmimo.cli.open_engine import OpenFlags
+    from localmimo.cli.commands.chat import ChatOptions, run_chat
+    from localmimo.cli.open_engine import LoadFlags
 
-    opening = OpenFlags(
+    opening = LoadFlags(
         context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv,
         profile=profile, prefetch=not no_prefetch, trust=trust, draft=draft,
     )  # fmt: skip
-    options = Options(
+    options = ChatOptions(
         arguments=tuple(text for text in (first, second) if text is not None),
         opening=opening,
         schema=schema,
@@ -203,14 +203,14 @@ def serve(
 
     Requests are answered one at a time, first come, first served. SIGTERM or Ctrl-C finishes what came in.
     """
-    from localmimo.cli.commands.serve import Serving, model_name, run_serve
-    from localmimo.cli.open_engine import OpenFlags
+    from localmimo.cli.commands.serve import ServeOptions, model_name, run_serve
+    from localmimo.cli.open_engine import LoadFlags
 
-    opening = OpenFlags(
+    opening = LoadFlags(
         context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv,
         profile=profile, prefetch=not no_prefetch, trust=trust, draft=draft,
     )  # fmt: skip
-    job = Serving(
+    job = ServeOptions(
         model_name(model),
         host=host,
         port=port,

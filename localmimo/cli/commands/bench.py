@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localmimo.cli.open_engine import OpenFlags, open_engine
+from localmimo.cli.open_engine import LoadFlags, open_engine
 from localmimo.cli.options import INTERRUPTED
 from localmimo.cli.packs import EMBEDDED, folder_of, pack_folder
 from localmimo.cli.plots.bench_card import card, card_lines
@@ -25,14 +25,14 @@ from localmimo.experts.policy.trace import TraceWriter
 from localmimo.hardware.bandwidth import Speeds
 from localmimo.hardware.host import Machine, format_bytes
 from localmimo.model.config import ModelConfig
-from localmimo.planning.footprint import Structure, structure_of
+from localmimo.planning.footprint import Footprint, footprint_of
 from localmimo.planning.memory import DEFAULT_CONTEXT
 from localmimo.planning.throughput import decode_range
-from localmimo.system.jsonl import Lines
+from localmimo.system.jsonl import JsonLines
 
 if TYPE_CHECKING:
     from localmimo.bench.corpus import Corpus
-    from localmimo.bench.runs import Bench, Job, Run, Taken
+    from localmimo.bench.runs import Bench, BenchJob, BenchRun, StepCost
     from localmimo.engine import Engine
 
 FORMATS = ("text", "md")
@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class BenchOptions:
     """The command line of `localmimo bench`."""
 
     model: str = EMBEDDED
@@ -55,7 +55,7 @@ class Request:
     max_tokens: int = 64
     repeat: int = 3
     draft: str | None = None
-    opening: OpenFlags = field(default_factory=lambda: OpenFlags(profile=None))  # its draft is `drafting`
+    opening: LoadFlags = field(default_factory=lambda: LoadFlags(profile=None))  # its draft is `drafting`
     cold: bool = False
     check_plan: bool = False
     record: Path | None = None
@@ -93,7 +93,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
     return depths
 
 
-def run_bench(request: Request, ui: Ui) -> int:
+def run_bench(request: BenchOptions, ui: Ui) -> int:
     """Carry the command out; the exit code."""
     folder = _check_early(request)
     context = _context(request, folder)
@@ -101,14 +101,14 @@ def run_bench(request: Request, ui: Ui) -> int:
         log = (
             None
             if request.stats_json is None
-            else files.enter_context(Lines(request.stats_json, "--stats-json", append=True))
+            else files.enter_context(JsonLines(request.stats_json, "--stats-json", append=True))
         )
         trace = None if request.record is None else files.enter_context(TraceWriter(request.record))
-        sheet = Sheet(request, ui, log, trace)
+        sheet = BenchReport(request, ui, log, trace)
         return sheet.fill(lambda: _open(request, context, ui))
 
 
-def _check_early(request: Request) -> Path | None:
+def _check_early(request: BenchOptions) -> Path | None:
     """What can be refused before the slow imports; the pack's folder."""
     if request.form not in FORMATS:
         raise BadRequest(f'--output is "{request.form}"; it is one of {", ".join(FORMATS)}.')
@@ -126,7 +126,7 @@ def _check_early(request: Request) -> Path | None:
     return None if request.model == EMBEDDED else pack_folder(request.model)
 
 
-def _check_draft(request: Request) -> None:
+def _check_draft(request: BenchOptions) -> None:
     if request.draft not in (None, *DRAFTS):
         raise BadRequest(f'--draft is "{request.draft}"; it is one of {", ".join(DRAFTS)}.')
     if request.draft not in (None, "0") and (request.record or request.check_plan):
@@ -134,7 +134,7 @@ def _check_draft(request: Request) -> None:
         raise BadRequest(f"{flag} is about one token at a time: leave out --draft, or give --draft 0.")
 
 
-def _context(request: Request, folder: Path | None) -> int:
+def _context(request: BenchOptions, folder: Path | None) -> int:
     """A context with room for what is asked: as chat has it, longer where that is too short."""
     from localmimo.mini import CHECKPOINT
 
@@ -149,15 +149,17 @@ def _context(request: Request, folder: Path | None) -> int:
     return request.context or max(needed, min(DEFAULT_CONTEXT, most))
 
 
-def _open(request: Request, context: int, ui: Ui) -> Engine:
+def _open(request: BenchOptions, context: int, ui: Ui) -> Engine:
     flags = replace(request.opening, context=str(context), draft=request.drafting)
     return open_engine(None if request.model == EMBEDDED else request.model, flags, ui)
 
 
-class Sheet:
+class BenchReport:
     """Measures, and shows: the card when the pack is open, a row per depth, a line that lives in between."""
 
-    def __init__(self, request: Request, ui: Ui, log: Lines | None, trace: TraceWriter | None) -> None:
+    def __init__(
+        self, request: BenchOptions, ui: Ui, log: JsonLines | None, trace: TraceWriter | None
+    ) -> None:
         self.request = request
         self.ui = ui
         self._log = log
@@ -191,11 +193,11 @@ class Sheet:
         self._end(bench, results, finished, time.perf_counter() - began)
         return 0 if finished else INTERRUPTED
 
-    def _job(self) -> Job:
-        from localmimo.bench.runs import Job
+    def _job(self) -> BenchJob:
+        from localmimo.bench.runs import BenchJob
 
         it = self.request
-        return Job(it.depths, it.prompt_tokens, it.max_tokens, it.repeat, it.cold)
+        return BenchJob(it.depths, it.prompt_tokens, it.max_tokens, it.repeat, it.cold)
 
     # ---- while it runs ----
 
@@ -213,7 +215,7 @@ class Sheet:
     def reading(self, depth: int, done: int, total: int) -> None:
         self.ui.status.show(f" depth {depth:,} · reading {done:,} of {total:,} tokens {bar(done / total)}")
 
-    def took(self, run: Run, taken: Taken) -> None:
+    def took(self, run: BenchRun, taken: StepCost) -> None:
         if self._log is not None:
             self._log.write(run.line(taken))
         if run.steps:
@@ -257,7 +259,7 @@ class Sheet:
         if self.request.plot is not None:
             self._draw(self.request.plot, results, bench.runs)
 
-    def _draw(self, path: Path, results: list[dict[str, Any]], runs: Sequence[Run]) -> None:
+    def _draw(self, path: Path, results: list[dict[str, Any]], runs: Sequence[BenchRun]) -> None:
         effective = self._facts["effective"]
         slots = f"{self._engine.plan.n_slots:,} of {self._engine.plan.n_pages:,} experts in memory"
         title = f"{effective['model']} · {effective['experts']} · {slots}"
@@ -279,7 +281,7 @@ class Sheet:
         """The plan's arithmetic, with this machine's speeds as they are now and the hit rates as they were."""
         if not self._speeds:
             return
-        model = structure_of(self._engine.pack.path)
+        model = footprint_of(self._engine.pack.path)
         self._facts["speeds"] = [speeds.as_dict() for speeds in self._speeds]
         for found in results:
             found["plan_check"] = check = self._predict(found, model)
@@ -293,7 +295,7 @@ class Sheet:
                 f" disk: {first}/s the first time, {again}/s when pages are read again: a cache answers"
             )
 
-    def _predict(self, found: dict[str, Any], model: Structure) -> dict[str, Any]:
+    def _predict(self, found: dict[str, Any], model: Footprint) -> dict[str, Any]:
         middle = found["depth"] + self.request.prompt_tokens + self.request.max_tokens // 2
         item_bytes = ITEM_BYTES[self._facts["effective"]["kv_dtype"]]
         hit_rate = 1.0 - found["decode"]["hits"].get("disk", 0.0)
@@ -388,7 +390,7 @@ def _aligned(cells: Sequence[str]) -> str:
     return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
 
 
-def live_line(run: Run, request: Request) -> str:
+def live_line(run: BenchRun, request: BenchOptions) -> str:
     """What is going on now, and what the tiers gave in this answer so far."""
     from localmimo.bench.runs import tier_figures
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from localmimo.cli.open_engine import OpenFlags, open_engine
+from localmimo.cli.open_engine import LoadFlags, open_engine
 from localmimo.cli.packs import EMBEDDED, pack_folder
-from localmimo.cli.terminal.tool_approval import Ask, Toolbox
+from localmimo.cli.terminal.tool_approval import Ask, ToolApproval
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
     from localmimo.cli.terminal.keys import Choices
-    from localmimo.cli.terminal.repl import Manner
+    from localmimo.cli.terminal.repl import ChatSettings
     from localmimo.cli.terminal.slash_commands import Command
     from localmimo.decode.answer import Answer
     from localmimo.decode.grammar import Grammar
@@ -32,11 +32,11 @@ STDIN = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ChatOptions:
     """The command line of `localmimo chat`."""
 
     arguments: tuple[str, ...] = ()
-    opening: OpenFlags = field(default_factory=OpenFlags)
+    opening: LoadFlags = field(default_factory=LoadFlags)
     schema: Path | None = None
     grammar: str | None = None
     system: str | None = None
@@ -52,10 +52,12 @@ class Options:
     stats_json: str | None = None
 
 
-Opener = Callable[[str | None, OpenFlags, Ui], "Engine"]
+Opener = Callable[[str | None, LoadFlags, Ui], "Engine"]
 
 
-def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: Opener | None = None) -> int:
+def run_chat(
+    options: ChatOptions, ui: Ui, *, stdin: IO[str] | None = None, opener: Opener | None = None
+) -> int:
     """Carry the command out; the exit code."""
     stdin = stdin or sys.stdin
     model, prompt = model_and_prompt(options.arguments)
@@ -66,7 +68,7 @@ def run_chat(options: Options, ui: Ui, *, stdin: IO[str] | None = None, opener: 
     _check_early(options)
     if opener is None and model is not None:
         pack_folder(model)  # before anything heavy is imported
-    manner, toolbox = _manner(options, ui), Toolbox(ui)
+    manner, toolbox = _manner(options, ui), ToolApproval(ui)
     try:
         for path in options.tools:
             toolbox.open(path)
@@ -103,7 +105,7 @@ def _looks_like_path(text: str) -> bool:
     return len(text.split()) == 1 and text.startswith(("/", "./", "../", "~"))
 
 
-def _check_early(options: Options) -> None:
+def _check_early(options: ChatOptions) -> None:
     """What can be refused before the slow imports."""
     options.opening.check()
     for path in options.tools:
@@ -149,12 +151,12 @@ def _system_text(system: str | None, flag: str = "--system") -> str | None:
         raise BadRequest(f"{flag}: {path} is no UTF-8 text.") from None
 
 
-def _manner(options: Options, ui: Ui) -> Manner:
-    from localmimo.cli.terminal.repl import Manner
+def _manner(options: ChatOptions, ui: Ui) -> ChatSettings:
+    from localmimo.cli.terminal.repl import ChatSettings
     from localmimo.cli.terminal.step_log import StepLog
 
     stats = ui.err.is_terminal if options.stats is None else options.stats
-    return Manner(
+    return ChatSettings(
         sampling=dict(options.sampling),
         max_tokens=options.max_tokens,
         think=options.think,
@@ -165,7 +167,7 @@ def _manner(options: Options, ui: Ui) -> Manner:
     )
 
 
-def _grammar(options: Options) -> Grammar | None:
+def _grammar(options: ChatOptions) -> Grammar | None:
     """What the answer must look like. Raises BadRequest where a file is missing or no JSON."""
     from localmimo.decode.grammar import Grammar, grammar_of
 
@@ -181,7 +183,12 @@ def _grammar(options: Options) -> Grammar | None:
 
 
 def _converse(
-    engine: Engine, options: Options, ui: Ui, system: str | None, manner: Manner, toolbox: Toolbox
+    engine: Engine,
+    options: ChatOptions,
+    ui: Ui,
+    system: str | None,
+    manner: ChatSettings,
+    toolbox: ToolApproval,
 ) -> int:
     from localmimo.cli.terminal.keys import KeyReader
     from localmimo.cli.terminal.repl import Repl
@@ -210,7 +217,7 @@ def _choices(command: Command) -> Choices:
             return lambda: words
 
 
-def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
+def greet(engine: Engine, manner: ChatSettings, ui: Ui) -> None:
     """What is being talked to, and how it was fitted into the machine."""
     facts = engine.effective()
     think = engine.template.think_default if manner.think is None else manner.think
@@ -232,11 +239,11 @@ def greet(engine: Engine, manner: Manner, ui: Ui) -> None:
 
 def _answer_once(
     engine: Engine,
-    options: Options,
+    options: ChatOptions,
     ui: Ui,
     system: str | None,
-    manner: Manner,
-    toolbox: Toolbox,
+    manner: ChatSettings,
+    toolbox: ToolApproval,
     prompt: str,
 ) -> int:
     from localmimo.cli.terminal.repl import exchange, tell
@@ -244,7 +251,9 @@ def _answer_once(
 
     ui.configuration(engine)
     screen: Any = (
-        Silent() if options.as_json else Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
+        SilentScreen()
+        if options.as_json
+        else Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
     )
     messages = [{"role": "user", "content": prompt}]
     for turn in exchange(engine, messages, manner, screen, toolbox, system):
@@ -263,7 +272,7 @@ def _asker(stdin: IO[str], ui: Ui) -> Ask | None:
     return KeyReader({}, remember=False).ask
 
 
-class Silent:
+class SilentScreen:
     """A screen that shows nothing."""
 
     def begin(self) -> None: ...
@@ -275,7 +284,7 @@ class Silent:
     def end(self) -> None: ...
 
 
-def as_object(turn: Answer, engine: Engine, manner: Manner) -> dict[str, Any]:
+def as_object(turn: Answer, engine: Engine, manner: ChatSettings) -> dict[str, Any]:
     """An answer for machines: what was said, what it took, and the configuration in force."""
     from dataclasses import asdict
 

@@ -30,7 +30,7 @@ ROWS = 256  # tokens read together; only their distributions are in memory at a 
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class PerplexityOptions:
     """The command line of `localmimo perplexity`."""
 
     pack: str
@@ -73,7 +73,7 @@ class Comparison:
         return {"mean_kl": self.kl / self.n_tokens, "top1_agreement": self.same_top / self.n_tokens}
 
 
-def run_perplexity(job: Measurement, ui: Ui) -> int:
+def run_perplexity(job: PerplexityOptions, ui: Ui) -> int:
     """Carry the command out; the exit code."""
     text = _text_of(job.file)
     if job.context < 2:
@@ -108,7 +108,7 @@ def _text_of(file: Path) -> str:
     return text
 
 
-def _engines(job: Measurement, ui: Ui) -> Iterator[Engine]:
+def _engines(job: PerplexityOptions, ui: Ui) -> Iterator[Engine]:
     """The pack, then the other pack; two share the RAM budget in halves."""
     names = [job.pack, *([job.against] if job.against else [])]
     folders = [None if name == EMBEDDED else pack_folder(name) for name in names]  # before torch is loaded
@@ -193,7 +193,7 @@ def _compare(comparison: Comparison, ours: Tensor, theirs: Tensor) -> None:
 
 
 def _facts(
-    job: Measurement,
+    job: PerplexityOptions,
     engines: Sequence[Engine],
     tokens: Sequence[int],
     scores: Sequence[Score],

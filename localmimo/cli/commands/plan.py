@@ -15,7 +15,7 @@ from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import Trace, read_trace
 from localmimo.hardware.bandwidth import Speeds, file_spots, measured_speeds
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
-from localmimo.planning.footprint import Structure, structure_of
+from localmimo.planning.footprint import Footprint, footprint_of
 from localmimo.planning.memory import (
     DEFAULT_CONTEXT,
     PREFILL_CHUNK,
@@ -37,7 +37,7 @@ WORDS_PER_TOKEN = 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class PlanOptions:
     """The command line of `localmimo plan`."""
 
     model: str
@@ -67,10 +67,10 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PlanReport:
     """A plan with everything that is shown about it."""
 
-    model: Structure
+    model: Footprint
     plan: Plan
     tiers: Tiers
     speeds: Speeds
@@ -105,15 +105,15 @@ class Answer:
         }
 
 
-def run_plan(question: Question, ui: Ui) -> int:
+def run_plan(question: PlanOptions, ui: Ui) -> int:
     """Carry the command out; the exit code."""
     from quant import Recipe
 
     question.check()
     recipe = Recipe.of(question.recipe, experts=question.experts, dense=question.dense)
-    model = structure_of(question.model, recipe)
+    model = footprint_of(question.model, recipe)
     machine, speeds = _machine(question, model)
-    desk = Desk(model, machine, speeds, question)
+    desk = Planner(model, machine, speeds, question)
     try:
         answer = desk.answer()
     except DoesNotFit as error:
@@ -127,7 +127,7 @@ def run_plan(question: Question, ui: Ui) -> int:
     return 0
 
 
-def _machine(question: Question, model: Structure) -> tuple[Machine, Speeds]:
+def _machine(question: PlanOptions, model: Footprint) -> tuple[Machine, Speeds]:
     """The machine and its speeds, measured, or as described on the command line."""
     machine = Machine.probe()
     given: dict[str, Any] = {}
@@ -173,10 +173,10 @@ def _trace(path: Path) -> Trace:
         raise BadRequest(f"--trace: {path} cannot be read ({error.strerror}).") from None
 
 
-class Desk:
+class Planner:
     """One model on one machine: plans for any budget and context, and what they should give."""
 
-    def __init__(self, model: Structure, machine: Machine, speeds: Speeds, question: Question) -> None:
+    def __init__(self, model: Footprint, machine: Machine, speeds: Speeds, question: PlanOptions) -> None:
         if question.kv not in KV_ITEM_BYTES:
             raise BadRequest(f'--kv is "{question.kv}"; it is one of {", ".join(KV_ITEM_BYTES)}.')
         self.model = model
@@ -192,7 +192,7 @@ class Desk:
         if not 1 <= self.context <= most:
             raise BadRequest(f"The context is {self.context:,}; this model has from 1 to {most:,} positions.")
 
-    def answer(self) -> Answer:
+    def answer(self) -> PlanReport:
         """The plan that was asked for. Raises DoesNotFit with the smallest change that would help."""
         if self.longest:
             self.context = max(1, self._longest_context())
@@ -200,7 +200,9 @@ class Desk:
         tiers, figures = self._judge(plan)
         better = tuple(self._better(plan, figures))
         longest = self._longest_context()
-        return Answer(self.model, plan, tiers, self.speeds, figures, self.vram, self.n_cores, better, longest)
+        return PlanReport(
+            self.model, plan, tiers, self.speeds, figures, self.vram, self.n_cores, better, longest
+        )
 
     def needs(self) -> dict[str, int]:
         """The least memory that this context can be run with."""
@@ -338,7 +340,7 @@ def _tps(speed: Range) -> str:
     return f"{low} tok/s" if low == high else f"{low}–{high} tok/s"
 
 
-def _lines(answer: Answer, question: Question, ui: Ui) -> Iterator[str]:
+def _lines(answer: PlanReport, question: PlanOptions, ui: Ui) -> Iterator[str]:
     model, plan, tiers, figures = answer.model, answer.plan, answer.tiers, answer.estimate
     head = [model.name, model.codecs, f"{format_bytes(model.pack_bytes)} pack", f"context {plan.context:,}"]
     if model.source_bytes:
@@ -392,7 +394,7 @@ def _line(name: str, text: str) -> str:
     return f" {name:<22} {text}"
 
 
-def _places(answer: Answer) -> str:
+def _places(answer: PlanReport) -> str:
     plan, tiers = answer.plan, answer.tiers
     parts = []
     for name, n_pages in (("GPU", tiers.gpu_slots), ("RAM", tiers.ram_slots), ("disk", tiers.disk_pages)):
@@ -402,7 +404,7 @@ def _places(answer: Answer) -> str:
     return " · ".join(parts)
 
 
-def _reads(answer: Answer) -> str:
+def _reads(answer: PlanReport) -> str:
     figures, model = answer.estimate, answer.model
     asked = format_bytes(model.config.pages_per_token * model.page_bytes)
     low, high = map(format_bytes, figures.disk_bytes)
@@ -431,14 +433,14 @@ def _origin(speeds: Speeds) -> str:
     return f"{disk} ({speeds.disk_origin}) · RAM {format_bytes(speeds.ram_read)}/s ({speeds.ram_origin})"
 
 
-def _cache(answer: Answer) -> str:
+def _cache(answer: PlanReport) -> str:
     """What a disk's second answer means for this pack."""
     again, share = format_bytes(answer.speeds.disk_again), min(1.0, CACHE_BYTES / answer.model.pack_bytes)
     taken = "which may hold all of this pack" if share == 1 else f"taken to hold {share:.0%} of this pack"
     return f"pages that were just read come again at {again}/s: a cache answers, {taken}"
 
 
-def _gpu_notes(answer: Answer) -> Iterator[str]:
+def _gpu_notes(answer: PlanReport) -> Iterator[str]:
     yield (
         " Speeds with a GPU are not yet measured: they are arithmetic, with "
         f"{format_bytes(answer.speeds.gpu_read)}/s of GPU memory and {format_bytes(answer.speeds.pcie)}/s to it "

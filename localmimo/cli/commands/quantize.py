@@ -29,7 +29,7 @@ STOPPED = "Run the same command to continue; --restart to begin again."
 
 
 @dataclass(frozen=True, slots=True)
-class Conversion:
+class QuantizeOptions:
     """The command line of `localmimo quantize`."""
 
     source: str | Path
@@ -45,7 +45,7 @@ class Conversion:
     endpoint: str | None = None
 
 
-def run_quantize(job: Conversion, ui: Ui) -> int:
+def run_quantize(job: QuantizeOptions, ui: Ui) -> int:
     """Carry the command out; the exit code."""
     from quant import Recipe
 
@@ -53,11 +53,11 @@ def run_quantize(job: Conversion, ui: Ui) -> int:
         ModelConfig.parse(source.config)  # an hour's conversion must not end in a refusal to run
         listing = Recipe.of(job.recipe, experts=job.experts, dense=job.dense).resolve(source)
         out = job.out or Path(f"{listing.model}-{listing.recipe.experts}")
-        room = Room.of(out, listing, source, restart=job.restart)
+        room = DiskSpace.of(out, listing, source, restart=job.restart)
         return _offer(job, ui, source, listing, out, room)
 
 
-def open_source(job: Conversion, ui: Ui) -> Source:
+def open_source(job: QuantizeOptions, ui: Ui) -> Source:
     """A folder, or a repository on the hub: by its name, or by that of the member of the family."""
     from quant import Source
     from quant.checkpoint.hub import REPOSITORY, Hub
@@ -101,7 +101,7 @@ def cached_folder(repository: str) -> Path | None:
     return snapshots[-1] if snapshots else None
 
 
-def _offer(job: Conversion, ui: Ui, source: Source, listing: Listing, out: Path, room: Room) -> int:
+def _offer(job: QuantizeOptions, ui: Ui, source: Source, listing: Listing, out: Path, room: DiskSpace) -> int:
     if job.dry_run:
         return _dry_run(job, ui, listing, out, room)
     for line in (listing.table(), room.text(out), *listing.notes):
@@ -115,7 +115,7 @@ def _offer(job: Conversion, ui: Ui, source: Source, listing: Listing, out: Path,
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class DiskSpace:
     """What a conversion needs and what there is, in bytes."""
 
     needed: int
@@ -128,7 +128,7 @@ class Room:
     discards: bool = False
 
     @classmethod
-    def of(cls, out: Path, listing: Listing, source: Source, *, restart: bool) -> Room:
+    def of(cls, out: Path, listing: Listing, source: Source, *, restart: bool) -> DiskSpace:
         from quant.conversion.conversion import schedule_of
         from quant.conversion.writer import existing_parent, partial_path, read_journal
 
@@ -192,7 +192,7 @@ def _indented(text: str) -> str:
     return "\n".join(f" {line}" if line else "" for line in text.split("\n"))
 
 
-def _dry_run(job: Conversion, ui: Ui, listing: Listing, out: Path, room: Room) -> int:
+def _dry_run(job: QuantizeOptions, ui: Ui, listing: Listing, out: Path, room: DiskSpace) -> int:
     if job.as_json:
         ui.json(
             listing.as_dict() | room.as_dict() | {"out": str(out), "status": "dry run", "fits": room.fits}
@@ -212,7 +212,7 @@ def _dry_run(job: Conversion, ui: Ui, listing: Listing, out: Path, room: Room) -
     return 0
 
 
-def _agreed(job: Conversion, room: Room) -> bool:
+def _agreed(job: QuantizeOptions, room: DiskSpace) -> bool:
     if job.yes or room.finished or room.needed < ASK_BYTES or not sys.stdin.isatty():
         return True
     import typer
@@ -220,7 +220,7 @@ def _agreed(job: Conversion, room: Room) -> bool:
     return typer.confirm(f" Write {format_bytes(room.needed)}?", default=True, err=True)
 
 
-def _convert(job: Conversion, ui: Ui, source: Source, listing: Listing, out: Path) -> int:
+def _convert(job: QuantizeOptions, ui: Ui, source: Source, listing: Listing, out: Path) -> int:
     from quant import convert
 
     steps = convert(source, out, recipe=listing.recipe, restart=job.restart)
@@ -249,7 +249,7 @@ def _close(steps: Iterator[Progress]) -> None:
         close()
 
 
-def _finish(job: Conversion, ui: Ui, listing: Listing, out: Path, last: Progress) -> None:
+def _finish(job: QuantizeOptions, ui: Ui, listing: Listing, out: Path, last: Progress) -> None:
     facts = _facts(listing, out, last) | {"status": last.note or "done", "verified": True}
     if job.as_json:
         ui.json(facts)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmimo.cli.open_engine import OpenFlags, open_engine
+from localmimo.cli.open_engine import LoadFlags, open_engine
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import parse_bytes
@@ -30,7 +30,7 @@ KEY_VARIABLE = "LOCALMIMO_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ServeOptions:
     """The command line of `localmimo serve`."""
 
     model: str | None
@@ -41,10 +41,10 @@ class Serving:
     queue: int = 8
     sessions_dir: Path | None = None
     sessions_disk: str = "50GiB"
-    opening: OpenFlags = field(default_factory=OpenFlags)
+    opening: LoadFlags = field(default_factory=LoadFlags)
 
 
-def run_serve(job: Serving, ui: Ui) -> int:
+def run_serve(job: ServeOptions, ui: Ui) -> int:
     """Serve until a signal; the exit code."""
     key = job.api_key or os.environ.get(KEY_VARIABLE) or None
     _check_early(job, key)
@@ -61,7 +61,7 @@ def _check_installed() -> None:
             )
 
 
-def _check_early(job: Serving, key: str | None) -> None:
+def _check_early(job: ServeOptions, key: str | None) -> None:
     """What can be refused before the slow imports."""
     if key is None and not is_loopback(job.host):
         raise BadRequest(
@@ -72,9 +72,9 @@ def _check_early(job: Serving, key: str | None) -> None:
     job.opening.check()
 
 
-async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> int:
+async def _serve(job: ServeOptions, key: str | None, sock: socket.socket, ui: Ui) -> int:
     from localmimo.serve.app import make_app
-    from localmimo.serve.http.auth import Guard
+    from localmimo.serve.http.auth import AccessCheck
     from localmimo.serve.server import Server
     from localmimo.serve.service import Service
 
@@ -90,7 +90,7 @@ async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> 
         service.stopping = True
         ui.note("stopping: requests that came in are finished first; once more to stop at once")
 
-    server = Server(make_app(service, Guard(key, job.cors)), stopping=stopping)
+    server = Server(make_app(service, AccessCheck(key, job.cors)), stopping=stopping)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         engine = await _load(job, service, ui)
@@ -107,7 +107,7 @@ async def _serve(job: Serving, key: str | None, sock: socket.socket, ui: Ui) -> 
     return 0
 
 
-async def _load(job: Serving, service: Service, ui: Ui) -> Engine:
+async def _load(job: ServeOptions, service: Service, ui: Ui) -> Engine:
     engine = await asyncio.to_thread(open_engine, job.model, job.opening, ui, service.load)
     service.ready(engine)
     ui.placing(engine)

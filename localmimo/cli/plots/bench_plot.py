@@ -13,13 +13,13 @@ from localmimo.cli.plots.plot import save
 from localmimo.cli.ui import bar
 
 if TYPE_CHECKING:
-    from localmimo.bench.runs import Run, Taken
+    from localmimo.bench.runs import BenchRun, StepCost
 
 SLICES = 12  # of the time, in text
 COLOURS = {"gpu": "#2f6f4f", "ram": "#4f7fbf", "disk": "#d98b3a"}
 
 
-def draw(path: Path, title: str, results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> None:
+def draw(path: Path, title: str, results: Sequence[dict[str, Any]], runs: Sequence[BenchRun]) -> None:
     """Write the picture."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def _draw_speed(axes: Any, results: Sequence[dict[str, Any]]) -> None:
     axes.set_xlabel("depth of context, tokens")
 
 
-def _draw_tiers(axes: Any, runs: Sequence[Run]) -> None:
+def _draw_tiers(axes: Any, runs: Sequence[BenchRun]) -> None:
     """Shares of every step, stacked; a line where an answer begins."""
     steps = [step for run in runs for step in run.steps]
     shares = [_shares([step]) for step in steps]
@@ -73,13 +73,13 @@ def _draw_tiers(axes: Any, runs: Sequence[Run]) -> None:
     axes.set_ylabel("experts found in")
 
 
-def _shares(steps: Sequence[Taken]) -> dict[str, float]:
+def _shares(steps: Sequence[StepCost]) -> dict[str, float]:
     from localmimo.bench.runs import tier_figures
 
     return dict(tier_figures(steps)["hits"])
 
 
-def chart(results: Sequence[dict[str, Any]], runs: Sequence[Run]) -> Iterator[str]:
+def chart(results: Sequence[dict[str, Any]], runs: Sequence[BenchRun]) -> Iterator[str]:
     """The same in text."""
     yield " decode tok/s by depth"
     most = max((it["decode_tps"] or 0.0 for it in results), default=0.0)

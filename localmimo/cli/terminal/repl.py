@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.cli.terminal.screen import Screen, figures
-from localmimo.cli.terminal.tool_approval import Toolbox
+from localmimo.cli.terminal.tool_approval import ToolApproval
 from localmimo.cli.ui import Ui
 from localmimo.errors import Cancelled, ContextFull, LocalMimoError
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_ROUNDS = 50  # of calls after one question
 
 
-class Reader(Protocol):
+class EntryReader(Protocol):
     """Where the user's lines come from."""
 
     def read(self, draft: str = "") -> str | None:
@@ -38,7 +38,7 @@ class Reader(Protocol):
 
 
 @dataclass(slots=True)
-class Manner:
+class ChatSettings:
     """How to answer: what flags and /set say."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Manner:
 def answer(
     engine: Engine,
     messages: list[dict[str, Any]],
-    manner: Manner,
+    manner: ChatSettings,
     screen: Screen,
     tools: list[dict[str, Any]] | None = None,
 ) -> Answer:
@@ -96,9 +96,9 @@ def answer(
 def exchange(
     engine: Engine,
     messages: list[dict[str, Any]],
-    manner: Manner,
+    manner: ChatSettings,
     screen: Screen,
-    toolbox: Toolbox,
+    toolbox: ToolApproval,
     system: str | None,
 ) -> Iterator[Answer]:
     """The answers to the last message, one after each round of calls that were run; `messages` grows."""
@@ -140,14 +140,14 @@ class Repl:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: EntryReader,
         ui: Ui,
         engine: Engine,
         *,
-        manner: Manner,
+        manner: ChatSettings,
         screen: Screen,
         system: str | None = None,
-        toolbox: Toolbox | None = None,
+        toolbox: ToolApproval | None = None,
     ) -> None:
         self.reader = reader
         self.ui = ui
@@ -155,7 +155,7 @@ class Repl:
         self.manner = manner
         self.screen = screen
         self.system = system
-        self.toolbox = toolbox or Toolbox(ui)
+        self.toolbox = toolbox or ToolApproval(ui)
         self.toolbox.ask = reader.ask
         self.messages: list[dict[str, Any]] = []  # without the system prompt
         self.attached: list[str] = []  # files that go with the next message
@@ -222,7 +222,7 @@ class Repl:
             self.ui.note()
 
 
-def tell(turn: Answer, context: int, manner: Manner, ui: Ui) -> None:
+def tell(turn: Answer, context: int, manner: ChatSettings, ui: Ui) -> None:
     """Below an answer: why it is not whole, and its figures."""
     ending = ending_of(turn, context)
     facts = figures(turn.stats, context) if turn.stats and manner.stats else []

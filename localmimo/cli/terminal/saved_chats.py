@@ -46,7 +46,7 @@ def saved_names() -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class SavedChat:
     """What messages.json holds. turns: for each answer, how many of `tokens` the conversation had at its end."""
 
     messages: Messages
@@ -67,9 +67,9 @@ def save(
     folder = folder_of(name)
     if not messages:
         raise BadRequest("The conversation is empty: there is nothing to save.")
-    plain = Conversation(messages, system, str(engine.pack.name))
+    plain = SavedChat(messages, system, str(engine.pack.name))
     digest, tokens, turns = engine.prompts.held(plain.with_system(), tools)
-    whole = Conversation(messages, system, plain.model, digest, tuple(tokens), tuple(turns))
+    whole = SavedChat(messages, system, plain.model, digest, tuple(tokens), tuple(turns))
     with engine.session() as session:
         n_tokens = session.position
         yield n_tokens, session.saved_bytes
@@ -79,7 +79,7 @@ def save(
     yield n_tokens, n_bytes + _write(folder / MESSAGES, whole)
 
 
-def load(engine: "Engine", name: str, tools: Schemas) -> tuple[Conversation, int, str]:
+def load(engine: "Engine", name: str, tools: Schemas) -> tuple[SavedChat, int, str]:
     """(the conversation, how many of its tokens the session holds now, why it does not hold them or nothing).
 
     Raises BadSession where the messages themselves cannot be read.
@@ -97,9 +97,9 @@ def load(engine: "Engine", name: str, tools: Schemas) -> tuple[Conversation, int
     return found, [*alike, False].index(False), ""
 
 
-def _write(path: Path, conversation: Conversation) -> int:
+def _write(path: Path, conversation: SavedChat) -> int:
     value = {"version": VERSION, "saved": datetime.now().astimezone().isoformat(timespec="seconds")}
-    value |= {name: getattr(conversation, name) for name in Conversation.__slots__}
+    value |= {name: getattr(conversation, name) for name in SavedChat.__slots__}
     text = json.dumps(value, ensure_ascii=False)
     try:
         with written_aside(path, 0o600) as file:
@@ -109,7 +109,7 @@ def _write(path: Path, conversation: Conversation) -> int:
     return path.stat().st_size
 
 
-def _read(path: Path, name: str) -> Conversation:
+def _read(path: Path, name: str) -> SavedChat:
     if not path.is_file():
         known = ", ".join(saved_names()[-10:])
         raise BadSession(f"There is no saved session {name}" + (f"; there are {known}." if known else "."))
@@ -119,7 +119,7 @@ def _read(path: Path, name: str) -> Conversation:
             raise ValueError(f"its version is {value['version']}; this program reads {VERSION}")
         system = value["system"]
         check_messages(value["messages"])
-        return Conversation(
+        return SavedChat(
             [dict(message) for message in value["messages"]],
             None if system is None else str(system),
             str(value["model"]),

@@ -33,7 +33,7 @@ class Screen:
         self._redraws = ui.status.enabled and not plain
         self._terminal = ui.out.is_terminal
         blocks = self._terminal and not plain and not ui.out.is_dumb_terminal
-        self._blocks = Blocks(ui.out) if blocks else None
+        self._blocks = MarkdownBlocks(ui.out) if blocks else None
         self._began = 0.0
         self._thought = ""
         self._thought_tokens = 0
@@ -142,7 +142,7 @@ def _hush() -> list[Any] | None:
     return before
 
 
-class Blocks:
+class MarkdownBlocks:
     """Markdown as it grows: the unfinished block as plain text, replaced by the rendered one when it ends."""
 
     def __init__(self, console: Console) -> None:

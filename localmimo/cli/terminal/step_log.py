@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localmimo.system.jsonl import Lines
+from localmimo.system.jsonl import JsonLines
 
 if TYPE_CHECKING:
     from localmimo.decode.generation import Step
@@ -20,7 +20,7 @@ class StepLog:
     """Appends to a file. The first line of an answer counts the reading of its prompt too."""
 
     def __init__(self, path: str | Path) -> None:
-        self._lines = Lines(Path(path).expanduser(), "--stats-json", append=True)
+        self._lines = JsonLines(Path(path).expanduser(), "--stats-json", append=True)
         self._answer = self._step = 0
         self._before: dict[str, Any] = {}
         self._at = 0.0

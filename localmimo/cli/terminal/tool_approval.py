@@ -22,7 +22,7 @@ HIDDEN = re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")  # would
 SHOWN_LINES = 12  # of a result; the model reads all of it
 
 
-class Toolbox:
+class ToolApproval:
     """Files of functions that were opened, and which functions may run unasked."""
 
     def __init__(self, ui: Ui) -> None:

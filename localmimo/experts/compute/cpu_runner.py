@@ -82,10 +82,10 @@ class ExpertRunner:
         return total
 
 
-Piece = tuple[Arrival, int, int]  # an expert's page, and the places, start to stop, that it works on
+PageRows = tuple[Arrival, int, int]  # an expert's page, and the places, start to stop, that it works on
 
 
-def _add_group(x: Tensor, group: Sequence[Piece], tokens: Tensor, shares: Tensor, total: Tensor) -> None:
+def _add_group(x: Tensor, group: Sequence[PageRows], tokens: Tensor, shares: Tensor, total: Tensor) -> None:
     """Run a few experts of one layout, in order, and add their outputs to total [n, hidden]."""
     rows = [slice(start, stop) for _, start, stop in group]
     mine = torch.cat([tokens[row] for row in rows])
@@ -132,9 +132,9 @@ def by_layout(arrivals: Sequence[Arrival]) -> Iterator[Sequence[Arrival]]:
         yield [arrival for arrival in arrivals if arrival.layout == layout]
 
 
-def _groups(arrivals: Sequence[Arrival], spans: Mapping[int, tuple[int, int]]) -> Iterator[list[Piece]]:
+def _groups(arrivals: Sequence[Arrival], spans: Mapping[int, tuple[int, int]]) -> Iterator[list[PageRows]]:
     """Consecutive pages of one layout with at most ROWS_AT_A_TIME rows together, and long pages in pieces."""
-    group: list[Piece] = []
+    group: list[PageRows] = []
     for arrival in arrivals:
         start, stop = spans[arrival.expert]
         for at in range(start, stop, ROWS_AT_A_TIME):
@@ -146,6 +146,6 @@ def _groups(arrivals: Sequence[Arrival], spans: Mapping[int, tuple[int, int]]) -
     yield group
 
 
-def _fits(group: Sequence[Piece], piece: Piece) -> bool:
+def _fits(group: Sequence[PageRows], piece: PageRows) -> bool:
     rows = sum(stop - start for _, start, stop in (*group, piece))
     return rows <= ROWS_AT_A_TIME and group[0][0].layout == piece[0].layout

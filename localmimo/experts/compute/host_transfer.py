@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Bridge:
+class HostTransfer:
     """Buffers in main memory, one for each number, shape and type that was asked for."""
 
     def __init__(self, device: torch.device) -> None:

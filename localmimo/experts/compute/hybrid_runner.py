@@ -1,4 +1,4 @@
-"""SharedRunner: the routed experts of a layer where the rest of the model lies on a GPU.
+"""HybridRunner: the routed experts of a layer where the rest of the model lies on a GPU.
 
 A step's experts are computed where their pages lie: on the GPU, and on the CPU meanwhile. The pages of a long prompt
 pass through the GPU. Owns no page. The outputs of a token are added in ascending order of its experts.
@@ -19,8 +19,8 @@ from localmimo.experts.compute.cpu_runner import (
     by_layout,
     grouped,
 )
-from localmimo.experts.compute.host_transfer import Bridge
-from localmimo.experts.compute.page_staging import Conveyor
+from localmimo.experts.compute.host_transfer import HostTransfer
+from localmimo.experts.compute.page_staging import PageStaging
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.ram_slots import Arrival
 from localmimo.model.transformer import Guess
@@ -30,18 +30,18 @@ from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order, run_expert
 
 
-def runner_of(store: ExpertStore, slot_bytes: int, gpu: torch.device | None) -> "ExpertRunner | SharedRunner":
+def runner_of(store: ExpertStore, slot_bytes: int, gpu: torch.device | None) -> "ExpertRunner | HybridRunner":
     """Who runs a store's experts, on the CPU alone or beside a GPU."""
-    return ExpertRunner(store) if gpu is None else SharedRunner(store, slot_bytes, gpu)
+    return ExpertRunner(store) if gpu is None else HybridRunner(store, slot_bytes, gpu)
 
 
-class SharedRunner:
+class HybridRunner:
     """Runs experts from a store, for hidden states on `device`."""
 
     def __init__(self, store: ExpertStore, slot_bytes: int, device: torch.device) -> None:
         self._store = store
-        self._bridge = Bridge(device)
-        self._conveyor = Conveyor(slot_bytes, device)
+        self._bridge = HostTransfer(device)
+        self._conveyor = PageStaging(slot_bytes, device)
         self.record: Record | None = None  # told of every choice while it is set
 
     def run(

@@ -11,7 +11,7 @@ from torch import Tensor
 from localmimo.planning.memory import STAGES
 
 
-class Conveyor:
+class PageStaging:
     """Slots that go round."""
 
     def __init__(self, page_bytes: int, device: torch.device, n_stages: int = STAGES) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localmimo.experts.policy.recency import Ages
+from localmimo.experts.policy.recency import Recency
 from localmimo.experts.policy.router_stats import HALF_LIVES, Page, RouterStats
-from localmimo.experts.policy.similar_tokens import SHARPNESS, Recall
+from localmimo.experts.policy.similar_tokens import SHARPNESS, SimilarTokens
 
 N_ROUNDS = (4, 16)  # forecasts per token, at least and at most, where pages are missed
 FORECAST_PAGES = 1 << 15  # pages looked at per token, if that makes no fewer rounds
@@ -45,7 +45,7 @@ class Adaptive:
         self._stats = stats
         self._only_count = room_for_all
         self._n_rows, n_experts = len(stats.layers), stats.n_experts
-        self._recall = Recall(self._n_rows, n_experts)
+        self._recall = SimilarTokens(self._n_rows, n_experts)
         self._forecast = Forecast(stats, self._recall)
         self._turnover = Turnover()
         self._n_held = 0
@@ -175,14 +175,14 @@ class Turnover:
 class Forecast:
     """Chances of every page, next turn and later, as mixtures that learn their weights by expectation maximisation."""
 
-    def __init__(self, stats: RouterStats, recall: Recall) -> None:
+    def __init__(self, stats: RouterStats, recall: SimilarTokens) -> None:
         self._stats, self._recall = stats, recall
         self._n_tokens, self._last_row = 0, -1
         self._next_mix = np.full(_N_VIEWS, (1 - TRUST_IN_AGE) / (_N_VIEWS - 1), dtype=np.float32)
         self._next_mix[_AGED] = TRUST_IN_AGE
         self._later_mix = self._next_mix.copy()
         self._base_chance = 0.0  # of an expert nobody knows anything about
-        self._ages = Ages(stats)
+        self._ages = Recency(stats)
         # means, weights of like tokens and ages, some tokens ago
         self._snapshot: tuple[Array, Array, NDArray[np.intp]] | None = None
         self._reach = 3.0

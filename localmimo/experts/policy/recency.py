@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 Buckets = NDArray[np.intp]
 
 
-class Ages:
+class Recency:
     """Chances by age: at the next turn, and per token later on."""
 
     def __init__(self, stats: RouterStats) -> None:

@@ -18,7 +18,7 @@ _WIDEST = 64  # experts remembered of a request
 Array = NDArray[np.float32]
 
 
-class Recall:
+class SimilarTokens:
     """The last N_TOKENS tokens' uses of `n_rows` layers of `n_experts`."""
 
     def __init__(self, n_rows: int, n_experts: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmimo.errors import BadRequest
-from localmimo.system.jsonl import Lines
+from localmimo.system.jsonl import JsonLines
 
 MAX_LINE_BYTES = 1 << 16
 MAX_REQUESTS = 1 << 24  # 44,000 tokens of MiMo-V2-Flash
@@ -27,7 +27,7 @@ class TraceWriter:
     """Writes a trace, line by line."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = Lines(path, "--record", append=False)
+        self._lines = JsonLines(path, "--record", append=False)
 
     def write(self, step: int, layer: int, experts: Sequence[int]) -> None:
         """The experts that one token (the `step`-th) uses in one layer."""

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(slots=True)
-class Traffic:
+class PageCounters:
     """Counters since the store was opened."""
 
     gpu_pages: int = 0  # found on the GPU
@@ -21,10 +21,10 @@ class Traffic:
         """Pages that were asked for."""
         return self.gpu_pages + self.ram_pages + self.disk_pages
 
-    def since(self, before: "Traffic") -> "Traffic":
+    def since(self, before: "PageCounters") -> "PageCounters":
         """The difference to an earlier reading."""
         earlier = asdict(before)
-        return Traffic(**{name: value - earlier[name] for name, value in asdict(self).items()})
+        return PageCounters(**{name: value - earlier[name] for name, value in asdict(self).items()})
 
-    def copy(self) -> "Traffic":
-        return Traffic(**asdict(self))
+    def copy(self) -> "PageCounters":
+        return PageCounters(**asdict(self))

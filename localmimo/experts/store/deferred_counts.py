@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from localmimo.experts.policy.baselines import Policy
-from localmimo.experts.store.counters import Traffic
+from localmimo.experts.store.counters import PageCounters
 
 
-class Resident:
+class DeferredCounts:
     """What is not counted yet, for the statistics and the counters."""
 
-    def __init__(self, policy: Policy, traffic: Traffic) -> None:
+    def __init__(self, policy: Policy, traffic: PageCounters) -> None:
         self._policy = policy
         self._traffic = traffic
         self._steps: list[tuple[int, Tensor]] = []

@@ -14,7 +14,7 @@ LOW_BYTES = 1 << 30  # free memory below which slots go
 LOW_SHARE = 20  # or one part in so many of the machine's, whichever is less
 
 
-class Slots(Protocol):
+class Resizable(Protocol):
     """What can shrink and grow: the store."""
 
     @property
@@ -40,12 +40,12 @@ def slots_wanted(n_now: int, n_full: int, free_bytes: int, page_bytes: int, low:
     return min(n_full, n_now + max(0, min(step, spare)))
 
 
-class Pressure:
+class MemoryPressure:
     """Looks at the free memory every second, from a thread of its own."""
 
     def __init__(
         self,
-        slots: Slots,
+        slots: Resizable,
         page_bytes: int,
         low: int,
         free_bytes: Callable[[], int],

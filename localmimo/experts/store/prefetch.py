@@ -10,17 +10,17 @@ from functools import partial
 
 from localmimo.errors import BadModel
 from localmimo.experts.policy.baselines import Page
-from localmimo.experts.tiers.gpu_slots import GpuShelf
+from localmimo.experts.tiers.gpu_slots import GpuSlots
 from localmimo.experts.tiers.io_threads import Task
-from localmimo.experts.tiers.ram_slots import Read, Slots
+from localmimo.experts.tiers.ram_slots import RamSlots, Read
 from localmimo.experts.tiers.tiers import DiskTier
 from quant.pack.pack import PageAt
 
 
-class Guesses:
+class PrefetchReads:
     """Reads under way, or waiting for an idle disk, that nobody has asked for."""
 
-    def __init__(self, disk: DiskTier, slots: Slots) -> None:
+    def __init__(self, disk: DiskTier, slots: RamSlots) -> None:
         self._disk = disk
         self._slots = slots
         self._reads: dict[Page, Read] = {}
@@ -43,7 +43,7 @@ class Guesses:
         task = self._disk.guess(at, self._slots.memory(slot), partial(self._landed.append, page))
         self._reads[page] = Read(task, slot)
 
-    def lift(self, pages: Mapping[Page, PageAt], gpu: GpuShelf, timeout_s: float) -> tuple[int, int]:
+    def lift(self, pages: Mapping[Page, PageAt], gpu: GpuSlots, timeout_s: float) -> tuple[int, int]:
         """Read pages through free slots to the GPU, as many as there are slots; pages and bytes that were read.
 
         A page that cannot be read stays where it is, for whoever asks for it.

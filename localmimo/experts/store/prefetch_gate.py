@@ -8,7 +8,7 @@ longer pauses. The automatic choice is therefore never much slower than leaving 
 import time
 from collections.abc import Callable
 
-from localmimo.decode.ab_timing import Paired
+from localmimo.decode.ab_timing import ABTiming
 
 BLOCK = 2  # steps that are measured together
 RATIOS = 9  # for a verdict
@@ -26,7 +26,7 @@ class PrefetchGate:
         self._clock = clock
         self._useful = self._wasted = 0.0
         self._wanted = True
-        self._paired: Paired | None = None  # without guesses and with them, while they are compared
+        self._paired: ABTiming | None = None  # without guesses and with them, while they are compared
         self._pause = PAUSES[0]
         self._left = 1  # blocks of the pause; the very first block is not compared: the cache is cold
         self._steps = 0
@@ -78,10 +78,10 @@ class PrefetchGate:
         """At the end of a pause compare again."""
         self._left -= 1
         if not self._left:
-            self._paired = Paired()
+            self._paired = ABTiming()
             self._useful = self._wasted = 0.0  # a new try is judged by its own guesses
 
-    def _compare(self, paired: Paired, seconds: float) -> None:
+    def _compare(self, paired: ABTiming, seconds: float) -> None:
         """At the end of a comparison keep the faster way."""
         paired.note(seconds)
         if len(paired.ratios) == RATIOS:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from localmimo.errors import BadModel
 from localmimo.experts.policy.baselines import Page, Policy
-from localmimo.experts.store.counters import Traffic
-from localmimo.experts.store.deferred_counts import Resident
-from localmimo.experts.store.prefetch import Guesses
+from localmimo.experts.store.counters import PageCounters
+from localmimo.experts.store.deferred_counts import DeferredCounts
+from localmimo.experts.store.prefetch import PrefetchReads
 from localmimo.experts.store.prefetch_gate import PrefetchGate
-from localmimo.experts.tiers.gpu_slots import GpuShelf
+from localmimo.experts.tiers.gpu_slots import GpuSlots
 from localmimo.experts.tiers.pinning import Pinning
-from localmimo.experts.tiers.ram_slots import Arrival, Read, Slots
+from localmimo.experts.tiers.ram_slots import Arrival, RamSlots, Read
 from localmimo.experts.tiers.tiers import N_READERS, DiskTier, RamTier, stalled
 from quant import Pack
 from quant.formats.page import PageLayout
@@ -53,7 +53,7 @@ class ExpertStore:
         prefetch: bool = True,
         trust: bool = False,
         stall_s: float = STALL_S,
-        gpu: GpuShelf | None = None,
+        gpu: GpuSlots | None = None,
         pinning: Pinning | None = None,
     ) -> None:
         self._pack = pack
@@ -64,8 +64,8 @@ class ExpertStore:
         self._full = n_slots
         self._disk = DiskTier(trust=trust)
         self._policy = policy
-        self._slots = Slots(RamTier(n_slots, slot_bytes, pinning), policy)
-        self._guesses = Guesses(self._disk, self._slots)
+        self._slots = RamSlots(RamTier(n_slots, slot_bytes, pinning), policy)
+        self._guesses = PrefetchReads(self._disk, self._slots)
         self._gate = PrefetchGate() if prefetch and 4 <= n_slots < pack.n_pages else None
         self._pinned: set[Page] = set()
         self._ring: dict[Page, None] = {}  # pages that the last prompts streamed through, oldest first
@@ -74,8 +74,8 @@ class ExpertStore:
         self._stall_s = stall_s
         self._layer = -1  # of the last step's request
         self._turned_s = time.perf_counter()
-        self._traffic = Traffic()
-        self.resident = Resident(policy, self._traffic)
+        self._traffic = PageCounters()
+        self.resident = DeferredCounts(policy, self._traffic)
         self.lock = threading.RLock() if gpu is None else gpu.lock  # held: no page moves for others' sake
 
     # ---- facts ----
@@ -96,7 +96,7 @@ class ExpertStore:
         return self._gate is not None and self._gate.open
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> PageCounters:
         """What was asked so far."""
         if self.resident.waiting:
             with self.lock:

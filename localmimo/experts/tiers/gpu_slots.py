@@ -1,4 +1,4 @@
-"""GpuShelf: the pages that lie on the GPU, who comes and who goes, and their products there.
+"""GpuSlots: the pages that lie on the GPU, who comes and who goes, and their products there.
 
 A page lies on the GPU or in RAM, not in both. Slots are lent to whoever needs them more than a page does: the keys and
 values of a growing context. On the device "cpu" the same code runs with a second slab in RAM, for tests. Knows pages
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from localmimo.experts.policy.baselines import Page
 from localmimo.experts.policy.promotion import Costs, choose, most_uploads
-from localmimo.experts.tiers.ram_slots import Slots
+from localmimo.experts.tiers.ram_slots import RamSlots
 from localmimo.experts.tiers.tiers import GpuTier
-from localmimo.kv.block_table import Blocks
+from localmimo.kv.block_table import BlockTable
 from quant import gpu
 from quant.formats.page import PageLayout
 from quant.ops.experts import experts as run_pages
@@ -29,7 +29,7 @@ Chances = Callable[[Sequence[Page]], Mapping[Page, float]]
 Fits = Callable[[Page], bool]
 
 
-class GpuShelf:
+class GpuSlots:
     """Pages of one layout in the slots of a GPU tier."""
 
     def __init__(
@@ -51,7 +51,7 @@ class GpuShelf:
             for layer, n in n_experts.items()
         }
         self._leaving: list[Page] = []
-        self._borrowers: WeakSet[Blocks] = WeakSet()
+        self._borrowers: WeakSet[BlockTable] = WeakSet()
         self._full = tier.n_slots
         self._tokens = 0
         self._hold_nothing(n_lent=0)
@@ -117,7 +117,7 @@ class GpuShelf:
         """Whether a page could lie here."""
         return self.fits(page) and page not in self._held
 
-    def turn(self, ram: Slots, token_s: float) -> int:
+    def turn(self, ram: RamSlots, token_s: float) -> int:
         """A new token begins, and all have `left`: let pages come that pay back; the number of copies begun."""
         self._tokens += 1
         if not self.n_slots or (self._tokens % EVERY and not self._free):
@@ -159,7 +159,7 @@ class GpuShelf:
 
     # ---- memory for others ----
 
-    def lend(self, borrower: Blocks, n: int) -> list[int]:
+    def lend(self, borrower: BlockTable, n: int) -> list[int]:
         """n slots, free ones first, then those of the pages that are least likely to be used.
 
         Raises OutOfMemoryError where the device has taken so many back that it can not be.
@@ -249,7 +249,7 @@ def measured_costs(tier: GpuTier, layout: PageLayout, dtype: torch.dtype) -> Cos
         torch.ones(1, 1),
     )
     there = [tensor.to(tier.device) for tensor in (x, chosen, weights)]
-    shelf = GpuShelf(tier, layout, {0: 1}, lambda pages: {}, Costs(0.0, 0.0))
+    shelf = GpuSlots(tier, layout, {0: 1}, lambda pages: {}, Costs(0.0, 0.0))
     shelf.put((0, 0), page)
     out = torch.empty(1, layout.hidden)
     on_gpu = _least(lambda: shelf.begin(0, *there).cpu())

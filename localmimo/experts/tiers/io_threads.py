@@ -48,7 +48,7 @@ class Task:
             raise self.error
 
 
-class Readers:
+class IoThreads:
     """`n` threads. A guessed job starts only while no demanded one waits or runs, on half of the threads at most."""
 
     def __init__(self, n: int) -> None:

@@ -31,7 +31,7 @@ class Arrival(NamedTuple):  # made for every page of every token
     page: Tensor  # uint8 [slot bytes]
 
 
-class Slots:
+class RamSlots:
     """The pages held in a RAM tier."""
 
     def __init__(self, ram: RamTier, policy: Policy) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from localmimo.errors import BadModel
-from localmimo.experts.tiers.io_threads import Job, Readers, Task
+from localmimo.experts.tiers.io_threads import IoThreads, Job, Task
 from localmimo.experts.tiers.pinning import Pinning
 from quant.files.hugepages import mapping
 from quant.kernels import crc32
@@ -124,7 +124,7 @@ class DiskTier:
         self.direct = True  # until a file system refuses
         self._files: dict[Path, int] = {}
         self._verified: set[PageAt] = set()
-        self._readers = Readers(n_readers)
+        self._readers = IoThreads(n_readers)
         self._clock = threading.Lock()
         self._n_reading = 0
         self._began_s = 0.0

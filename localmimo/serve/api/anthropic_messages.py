@@ -13,11 +13,11 @@ from typing import Any
 
 from localmimo.chat.stream_parser import Kind
 from localmimo.decode.generation import Step
-from localmimo.serve.api.content_blocks import Block, Blocks, Change
+from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
-from localmimo.serve.api.parameters import Ask, forced, read_sampling, read_thinking
-from localmimo.serve.context import Desk
-from localmimo.serve.errors import Failure
+from localmimo.serve.api.parameters import Request, forced, read_sampling, read_thinking
+from localmimo.serve.context import ServerContext
+from localmimo.serve.errors import ApiError
 from localmimo.serve.errors import Kind as FailureKind
 from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
@@ -39,12 +39,12 @@ class Messages:
 
     path = "/v1/messages"
 
-    def __init__(self, fields: Fields, desk: Desk) -> None:
+    def __init__(self, fields: Fields, desk: ServerContext) -> None:
         fields.needed("max_tokens")
         self.ask = read_messages(fields)
         self._model = desk.model
         self._id = f"msg_{uuid.uuid4().hex}"
-        self._blocks = Blocks(self.ask.stream)
+        self._blocks = ContentParts(self.ask.stream)
 
     # ---- stream ----
 
@@ -62,7 +62,7 @@ class Messages:
         yield _event("message_delta", delta=delta, usage=_usage(job), timings=job.stats.as_dict())
         yield _event("message_stop")
 
-    def broken(self, failure: Failure) -> Iterable[Event]:
+    def broken(self, failure: ApiError) -> Iterable[Event]:
         yield Event(self.failure(failure), "error")
 
     def pause(self, note: str) -> Event | None:
@@ -90,7 +90,7 @@ class Messages:
         }
 
     @staticmethod
-    def failure(failure: Failure) -> dict[str, Any]:
+    def failure(failure: ApiError) -> dict[str, Any]:
         kind = ERROR_TYPES.get(failure.kind, "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": failure.sentence}}
 
@@ -100,7 +100,7 @@ class CountTokens:
 
     path = "/v1/messages/count_tokens"
 
-    def __init__(self, fields: Fields, desk: Desk) -> None:
+    def __init__(self, fields: Fields, desk: ServerContext) -> None:
         self.ask = read_messages(fields)
 
     def counted(self, tokens: list[int]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class CountTokens:
 # ---- in ----
 
 
-def read_messages(fields: Fields) -> Ask:
+def read_messages(fields: Fields) -> Request:
     """What the body of a request asks for."""
     fields.needed("messages")
     think, budget = read_thinking(fields)
@@ -121,7 +121,7 @@ def read_messages(fields: Fields) -> Ask:
     messages = [{"role": "system", "content": system}] if system else []
     for message in fields.objects("messages"):
         messages += _read_message(message)
-    return Ask(
+    return Request(
         messages=messages,
         tools=_read_tools(fields),
         tool_choice=choice,
@@ -244,7 +244,7 @@ def _event(name: str, **values: Any) -> Event:
     return Event({"type": name, **values}, name)
 
 
-def _block_events(change: Change) -> Iterator[Event]:
+def _block_events(change: PartChange) -> Iterator[Event]:
     block = change.block
     match change.act:
         case "open":
@@ -267,7 +267,7 @@ def _delta(kind: Kind, text: str) -> dict[str, str]:
     return {"type": "text_delta", "text": text}
 
 
-def _empty(block: Block) -> dict[str, Any]:
+def _empty(block: ContentPart) -> dict[str, Any]:
     match block.kind:
         case "thinking":
             return {"type": "thinking", "thinking": "", "signature": ""}
@@ -276,7 +276,7 @@ def _empty(block: Block) -> dict[str, Any]:
     return {"type": "text", "text": ""}
 
 
-def _content(block: Block) -> dict[str, Any]:
+def _content(block: ContentPart) -> dict[str, Any]:
     match block.kind:
         case "thinking":
             return _empty(block) | {"thinking": block.text, "signature": _signature(block.text)}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from localmimo.serve.errors import Failure
+from localmimo.serve.errors import ApiError
 
 INT64 = 2**63
 
@@ -29,15 +29,15 @@ class Fields:
             values = json.loads(body, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise Failure("invalid", f"The body is not valid JSON: {reason}.") from None
+            raise ApiError("invalid", f"The body is not valid JSON: {reason}.") from None
         if not isinstance(values, dict):
-            raise Failure("invalid", f"The body is {named(values)}; it must be a JSON object.")
+            raise ApiError("invalid", f"The body is {named(values)}; it must be a JSON object.")
         return cls(values)
 
     def wrong(self, name: str, wanted: str) -> NoReturn:
         """Refuse a key's value: `wanted` says what it must be."""
         param = self._where + name
-        raise Failure(
+        raise ApiError(
             "invalid", f"{param} is {named(self.values.get(name))}; it must be {wanted}.", param=param
         )
 
@@ -114,7 +114,7 @@ class Fields:
         """Refuse the object where the key is absent."""
         if self.values.get(name) is None:
             param = self._where + name
-            raise Failure("invalid", f"{param} is missing.", param=param)
+            raise ApiError("invalid", f"{param} is missing.", param=param)
 
 
 def named(value: object) -> str:

@@ -10,20 +10,20 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from localmimo.chat.partial_call import CallPart
+from localmimo.chat.partial_call import PartialCall
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.decode.generation import FinishReason, Stats, Step
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.parameters import (
     MOST_LOGPROBS,
-    Ask,
+    Request,
     read_sampling,
     read_thinking,
     read_tool_choice,
     refuse_several,
 )
-from localmimo.serve.context import Desk
-from localmimo.serve.errors import Failure
+from localmimo.serve.context import ServerContext
+from localmimo.serve.errors import ApiError
 from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
 
@@ -37,7 +37,7 @@ class Chat:
 
     path = "/v1/chat/completions"
 
-    def __init__(self, fields: Fields, desk: Desk) -> None:
+    def __init__(self, fields: Fields, desk: ServerContext) -> None:
         self.ask = read_chat(fields)
         options = fields.object("stream_options")
         self._usage_wanted = bool(options and options.flag("include_usage"))
@@ -73,13 +73,13 @@ class Chat:
             yield Event(self._object("chat.completion.chunk", []) | {"usage": usage(job)})
         yield Event("[DONE]")
 
-    def broken(self, failure: Failure) -> Iterable[Event]:
+    def broken(self, failure: ApiError) -> Iterable[Event]:
         yield Event(self.failure(failure))
 
     def pause(self, note: str) -> Event | None:
         return None
 
-    def _call_delta(self, part: CallPart) -> dict[str, Any]:
+    def _call_delta(self, part: PartialCall) -> dict[str, Any]:
         """A piece of a call's arguments; the first one says whose."""
         if known := part.id in self._calls:
             function = {"arguments": part.arguments}
@@ -132,17 +132,17 @@ class Chat:
         return token_logprob(self._tokenizer, step.token, step.logprob) | {"top_logprobs": top}
 
     @staticmethod
-    def failure(failure: Failure) -> dict[str, Any]:
+    def failure(failure: ApiError) -> dict[str, Any]:
         return openai_failure(failure)
 
 
-def read_chat(fields: Fields) -> Ask:
+def read_chat(fields: Fields) -> Request:
     """What the body of a chat request asks for."""
     fields.needed("messages")
     refuse_several(fields, "n")
     think, budget = read_thinking(fields)
     most = fields.count("max_completion_tokens", 1)
-    return Ask(
+    return Request(
         messages=fields.items("messages"),
         tools=read_tools(fields),
         tool_choice=read_tool_choice(fields),
@@ -202,7 +202,7 @@ def finish_reason(job: Job) -> str:
     return REASONS.get(reason, reason)
 
 
-def openai_failure(failure: Failure) -> dict[str, Any]:
+def openai_failure(failure: ApiError) -> dict[str, Any]:
     """A failure in OpenAI's shape."""
     kind = ERROR_TYPES.get(failure.kind, "invalid_request_error" if failure.status < 500 else "server_error")
     code = CODES.get(failure.kind)

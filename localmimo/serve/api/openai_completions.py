@@ -13,9 +13,9 @@ from typing import Any
 from localmimo.decode.generation import Step
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import finish_reason, openai_failure, usage
-from localmimo.serve.api.parameters import MOST_LOGPROBS, Ask, read_sampling, refuse_several
-from localmimo.serve.context import Desk
-from localmimo.serve.errors import Failure
+from localmimo.serve.api.parameters import MOST_LOGPROBS, Request, read_sampling, refuse_several
+from localmimo.serve.context import ServerContext
+from localmimo.serve.errors import ApiError
 from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
 
@@ -27,9 +27,9 @@ class Completions:
 
     path = "/v1/completions"
 
-    def __init__(self, fields: Fields, desk: Desk) -> None:
+    def __init__(self, fields: Fields, desk: ServerContext) -> None:
         text, tokens = _read_prompt(fields)
-        self.ask = Ask(
+        self.ask = Request(
             text=text,
             tokens=tokens,
             sampling=read_sampling(fields),
@@ -73,7 +73,7 @@ class Completions:
             yield Event(self._head | {"choices": [], "usage": usage(job)})
         yield Event("[DONE]")
 
-    def broken(self, failure: Failure) -> Iterable[Event]:
+    def broken(self, failure: ApiError) -> Iterable[Event]:
         yield Event(self.failure(failure))
 
     def pause(self, note: str) -> Event | None:
@@ -110,7 +110,7 @@ class Completions:
         return self._tokenizer.decode([token])
 
     @staticmethod
-    def failure(failure: Failure) -> dict[str, Any]:
+    def failure(failure: ApiError) -> dict[str, Any]:
         return openai_failure(failure)
 
 
@@ -130,7 +130,7 @@ def _read_prompt(fields: Fields) -> tuple[str | None, list[int] | None]:
     )
 
 
-def _echo(fields: Fields, ask: Ask, desk: Desk) -> str:
+def _echo(fields: Fields, ask: Request, desk: ServerContext) -> str:
     """What the prompt said, where it is wanted again before its continuation."""
     if not fields.flag("echo"):
         return ""

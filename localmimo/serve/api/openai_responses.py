@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from localmimo.decode.generation import Step
-from localmimo.serve.api.content_blocks import Block, Blocks, Change
+from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import openai_failure
-from localmimo.serve.api.parameters import Ask, read_sampling, read_thinking, read_tool_choice
-from localmimo.serve.context import Desk
-from localmimo.serve.errors import Failure
+from localmimo.serve.api.parameters import Request, read_sampling, read_thinking, read_tool_choice
+from localmimo.serve.context import ServerContext
+from localmimo.serve.errors import ApiError
 from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
 
@@ -29,7 +29,7 @@ class Responses:
 
     path = "/v1/responses"
 
-    def __init__(self, fields: Fields, desk: Desk) -> None:
+    def __init__(self, fields: Fields, desk: ServerContext) -> None:
         self._id = f"resp_{uuid.uuid4().hex}"
         self._desk = desk
         self._earlier = _earlier(fields, desk)
@@ -38,7 +38,7 @@ class Responses:
         self.ask = _read_ask(fields, [*self._earlier, *self._new])
         self._echoed = _echoed(fields)
         self._created = int(time.time())
-        self._blocks = Blocks(self.ask.stream)
+        self._blocks = ContentParts(self.ask.stream)
         self._items: dict[int, str] = {}  # ids of the output's items
         self._number = 0  # of the next event
 
@@ -58,7 +58,7 @@ class Responses:
         name = "response.completed" if whole["status"] == "completed" else "response.incomplete"
         yield self._event(name, response=whole)
 
-    def broken(self, failure: Failure) -> Iterable[Event]:
+    def broken(self, failure: ApiError) -> Iterable[Event]:
         code = openai_failure(failure)["error"]["code"] or "server_error"
         error = {"code": code, "message": failure.sentence}
         yield self._event("error", **error, param=failure.param)
@@ -67,7 +67,7 @@ class Responses:
     def pause(self, note: str) -> Event | None:
         return None
 
-    def _changes(self, change: Change) -> Iterator[Event]:
+    def _changes(self, change: PartChange) -> Iterator[Event]:
         block = change.block
         place = {"item_id": self._item_id(block), "output_index": block.index}
         match change.act:
@@ -87,7 +87,7 @@ class Responses:
                 item = self._item(block, done=True)
                 yield self._event("response.output_item.done", output_index=block.index, item=item)
 
-    def _closed(self, block: Block, place: dict[str, Any]) -> Iterator[Event]:
+    def _closed(self, block: ContentPart, place: dict[str, Any]) -> Iterator[Event]:
         if block.kind == "tool_call":
             if block.complete:
                 function = {"name": block.name, "arguments": block.text}
@@ -133,11 +133,11 @@ class Responses:
             **figures,
         }
 
-    def _item_id(self, block: Block) -> str:
+    def _item_id(self, block: ContentPart) -> str:
         prefix = {"thinking": "rs", "answer": "msg", "tool_call": "fc"}[block.kind]
         return self._items.setdefault(block.index, f"{prefix}_{uuid.uuid4().hex}")
 
-    def _item(self, block: Block, *, done: bool) -> dict[str, Any]:
+    def _item(self, block: ContentPart, *, done: bool) -> dict[str, Any]:
         status = "in_progress" if not done else "completed" if block.complete else "incomplete"
         item: dict[str, Any] = {"id": self._item_id(block), "status": status}
         if block.kind == "tool_call":
@@ -149,21 +149,21 @@ class Responses:
         return item | {"type": "message", "role": "assistant", "content": content}
 
     @staticmethod
-    def failure(failure: Failure) -> dict[str, Any]:
+    def failure(failure: ApiError) -> dict[str, Any]:
         return openai_failure(failure)
 
 
 # ---- in ----
 
 
-def _earlier(fields: Fields, desk: Desk) -> list[dict[str, Any]]:
+def _earlier(fields: Fields, desk: ServerContext) -> list[dict[str, Any]]:
     """The conversation that this request goes on with."""
     name = fields.text("previous_response_id")
     if name is None:
         return []
     found = desk.archive.find(name)
     if found is None:
-        raise Failure(
+        raise ApiError(
             "missing",
             f"The response {name[:80]!r} is not kept here (any more): send the whole conversation as input.",
             param="previous_response_id",
@@ -171,14 +171,14 @@ def _earlier(fields: Fields, desk: Desk) -> list[dict[str, Any]]:
     return found
 
 
-def _read_ask(fields: Fields, messages: list[dict[str, Any]]) -> Ask:
+def _read_ask(fields: Fields, messages: list[dict[str, Any]]) -> Request:
     if fields.flag("background"):
         fields.wrong("background", "false: answers are not kept for later")
     think, budget = read_thinking(fields)
     instructions = fields.text("instructions")
     if instructions:
         messages = [{"role": "system", "content": instructions}, *messages]
-    return Ask(
+    return Request(
         messages=messages,
         tools=_read_tools(fields),
         tool_choice=read_tool_choice(fields),
@@ -307,17 +307,17 @@ def _echoed(fields: Fields) -> dict[str, Any]:
 # ---- out ----
 
 
-def _part_kind(block: Block) -> str:
+def _part_kind(block: ContentPart) -> str:
     return "reasoning_text" if block.kind == "thinking" else "output_text"
 
 
-def _part(block: Block, text: str) -> dict[str, Any]:
+def _part(block: ContentPart, text: str) -> dict[str, Any]:
     if block.kind == "thinking":
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _no_logprobs(block: Block) -> dict[str, Any]:
+def _no_logprobs(block: ContentPart) -> dict[str, Any]:
     return {} if block.kind == "thinking" else {"logprobs": []}
 
 

@@ -18,7 +18,7 @@ EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 8192}  # of thinking; hi
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Request:
     """A conversation to answer, or a text or tokens to continue, with the engine's options."""
 
     messages: list[dict[str, Any]] | None = None

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import Receive, Scope
 
-from localmimo.serve.errors import Failure
+from localmimo.serve.errors import ApiError
 from localmimo.serve.http.listen import is_loopback
 
 BODY_BYTES_PER_TOKEN = 64  # of the context: text, its escapes and the JSON around it
@@ -25,7 +25,7 @@ PROTECTED = ("/v1/", "/metrics")
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class AccessCheck:
     """What is asked of every request. Without a key only this machine's own programs are answered."""
 
     api_key: str | None = None
@@ -37,7 +37,7 @@ class Guard:
         if self.api_key is None:
             self._check_host(headers)
         elif path.startswith(PROTECTED) and not self._knows_key(headers):
-            raise Failure(
+            raise ApiError(
                 "key", "The API key is missing or wrong: send it as Authorization: Bearer KEY or x-api-key."
             )
 
@@ -54,13 +54,15 @@ class Guard:
         if origin is None or "*" in self.cors or origin in self.cors:
             return
         if urlsplit(origin).netloc != headers.get("host"):
-            raise Failure("forbidden", f"The origin {origin[:100]} is not allowed; start with --cors ORIGIN.")
+            raise ApiError(
+                "forbidden", f"The origin {origin[:100]} is not allowed; start with --cors ORIGIN."
+            )
 
     def _check_host(self, headers: Mapping[str, str]) -> None:
         """Without a key a name that only claims to be this machine (DNS rebinding) is not served."""
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if host not in LOCAL_NAMES and not is_loopback(host):
-            raise Failure("forbidden", f"The host name {host[:100]!r} is not this machine's own.")
+            raise ApiError("forbidden", f"The host name {host[:100]!r} is not this machine's own.")
 
 
 def body_limit(context: int) -> int:
@@ -79,9 +81,9 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
         try:
             message = await asyncio.wait_for(receive(), timeout_s)
         except TimeoutError:
-            raise Failure("late", f"The body did not come within {timeout_s:g} seconds.") from None
+            raise ApiError("late", f"The body did not come within {timeout_s:g} seconds.") from None
         if message["type"] == "http.disconnect":
-            raise Failure("late", "The client left before the end of its body.")
+            raise ApiError("late", "The client left before the end of its body.")
         body += message.get("body", b"")
         more = message.get("more_body", False)
         if len(body) > limit:
@@ -89,8 +91,8 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
     return bytes(body)
 
 
-def _too_large(n_bytes: int, limit: int) -> Failure:
-    return Failure("large", f"The body has {n_bytes:,} bytes; this server reads at most {limit:,}.")
+def _too_large(n_bytes: int, limit: int) -> ApiError:
+    return ApiError("large", f"The body has {n_bytes:,} bytes; this server reads at most {limit:,}.")
 
 
 def _digest(key: str) -> bytes:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from localmimo.bench.corpus import Corpus
-from localmimo.bench.runs import Recorder, Run, Taken, figures, hits
+from localmimo.bench.runs import BenchRun, StepCost, TraceRecorder, figures, hits
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.cli import app
 from localmimo.cli.commands import bench
-from localmimo.cli.commands.bench import Request, parse_depths, run_bench
-from localmimo.cli.open_engine import OpenFlags
+from localmimo.cli.commands.bench import BenchOptions, parse_depths, run_bench
+from localmimo.cli.open_engine import LoadFlags
 from localmimo.decode.speculative import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import read_trace
-from localmimo.experts.store.counters import Traffic
+from localmimo.experts.store.counters import PageCounters
 from localmimo.mini import CHECKPOINT
 from quant import convert
 from tests.cli.test_app import localmimo
@@ -34,11 +34,11 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small(**given: Any) -> Request:
+def small(**given: Any) -> BenchOptions:
     """A small run, but for what is given."""
     flags = {"context": "256", "ram": "96MiB", "profile": None}
     opening = flags | {name: given.pop(name) for name in ("profile", "ram", "kv") if name in given}
-    return Request(**SMALL | given, opening=OpenFlags(**opening))
+    return BenchOptions(**SMALL | given, opening=LoadFlags(**opening))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pack(tmp_path_factory.mktemp("bench"), experts="nf4", dense="int8")
 
 
-def run(request: Request, **settings: Any) -> tuple[int, Capture]:
+def run(request: BenchOptions, **settings: Any) -> tuple[int, Capture]:
     shown = Capture(width=200, **settings)
     return run_bench(request, shown.ui), shown
 
@@ -117,7 +117,7 @@ def test_a_profile_only_where_one_is_named(tmp_path: Path) -> None:
 def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     took = bench.Sheet.took
 
-    def squeeze(sheet: bench.Sheet, run: Run, taken: Taken) -> None:
+    def squeeze(sheet: bench.Sheet, run: BenchRun, taken: StepCost) -> None:
         took(sheet, run, taken)
         sheet._engine._store.resize(12)
         sheet._engine._store._disk.direct = False
@@ -176,7 +176,7 @@ def test_no_words_for_the_vocabulary(tmp_path: Path) -> None:
 def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     took, calls = bench.Sheet.took, []
 
-    def press(sheet: bench.Sheet, run: Run, taken: Taken) -> None:
+    def press(sheet: bench.Sheet, run: BenchRun, taken: StepCost) -> None:
         took(sheet, run, taken)
         calls.append(run)
         if len(calls) == 13:  # in the first answer at the second depth
@@ -338,12 +338,18 @@ def test_a_strange_vocabulary_is_drawn_from() -> None:
 
 
 def test_figures_of_known_runs() -> None:
-    prompt = Taken(100, 2.0, Traffic(disk_pages=10, disk_bytes=1000, read_s=0.5))
-    step = Taken(1, 0.25, Traffic(ram_pages=3, disk_pages=1, disk_bytes=100, read_s=0.1, prefetch_useful=1))
+    prompt = StepCost(100, 2.0, PageCounters(disk_pages=10, disk_bytes=1000, read_s=0.5))
+    step = StepCost(
+        1, 0.25, PageCounters(ram_pages=3, disk_pages=1, disk_bytes=100, read_s=0.1, prefetch_useful=1)
+    )
     drafts = DraftStats(passes=2, drafted=[2, 1, 1], accepted=[2, 1, 0])
-    slow = Taken(1, 0.5, Traffic(ram_pages=4))
+    slow = StepCost(1, 0.5, PageCounters(ram_pages=4))
     found = figures(
-        0, [Run(0, 0, prompt, 2.0, drafts, [step, step], 5), Run(0, 1, prompt, 2.0, DraftStats(), [slow], 7)]
+        0,
+        [
+            BenchRun(0, 0, prompt, 2.0, drafts, [step, step], 5),
+            BenchRun(0, 1, prompt, 2.0, DraftStats(), [slow], 7),
+        ],
     )
     assert (found["prefill_tps"], found["prefill_tps_sd"]) == (50.0, 0.0)
     assert (found["decode_tps"], found["decode_tps_runs"]) == (3.0, [4.0, 2.0])
@@ -356,7 +362,7 @@ def test_figures_of_known_runs() -> None:
     assert decode["disk_read"] == pytest.approx(1000.0)
     assert found["drafts"] == {"passes": 2, "drafted": 4, "accepted": 3, "acceptance": 0.75}
     assert hits(1, 1, 2) == {"gpu": 0.25, "ram": 0.25, "disk": 0.5} and hits(0, 0, 0) == {}
-    nothing = figures(0, [Run(0, 0, prompt, 2.0, DraftStats())])
+    nothing = figures(0, [BenchRun(0, 0, prompt, 2.0, DraftStats())])
     assert nothing["decode_tps"] is None and nothing["step_s_max"] is None
     assert "–" in bench.row(nothing, "text")
 
@@ -365,7 +371,7 @@ def test_a_recorder_turns_layers_into_tokens() -> None:
     import torch
 
     lines: list[tuple[int, int, list[int]]] = []
-    recorder = Recorder(lambda *line: lines.append(line))  # type: ignore[arg-type]
+    recorder = TraceRecorder(lambda *line: lines.append(line))  # type: ignore[arg-type]
     for chosen in ([[1, 2]], [[3, 4], [5, 6]]):
         for layer in (1, 2):
             recorder.hear(layer, torch.tensor(chosen) + layer)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from localmimo.cli.commands.chat import Options, model_and_prompt, run_chat
-from localmimo.cli.open_engine import OpenFlags
+from localmimo.cli.commands.chat import ChatOptions, model_and_prompt, run_chat
+from localmimo.cli.open_engine import LoadFlags
 from localmimo.errors import BadModel, BadRequest
 from tests.scripted import INTERRUPT, Capture, ScriptedEngine
 
@@ -27,7 +27,7 @@ def chat(
     engine: ScriptedEngine, *arguments: str, stdin: Any = None, capture: Any = None, **options: Any
 ) -> Any:
     shown = capture or Capture()
-    chosen = Options(arguments=arguments, sampling={"temperature": None, "seed": None}, **options)
+    chosen = ChatOptions(arguments=arguments, sampling={"temperature": None, "seed": None}, **options)
     code = run_chat(chosen, shown.ui, stdin=stdin or Terminal(), opener=lambda *_: engine)  # type: ignore[arg-type,return-value]
     return code, shown.out, shown.err
 
@@ -121,7 +121,7 @@ def test_ctrl_c_keeps_what_was_said_and_exits_130() -> None:
         ((), {"as_json": True}, None, "--json answers one prompt: give a PROMPT, or pipe it in."),
         (
             ("q",),
-            {"opening": OpenFlags(context="many")},
+            {"opening": LoadFlags(context="many")},
             None,
             '--context is "many"; write a number such as 4096 or 32k.',
         ),
@@ -156,10 +156,10 @@ def test_folders_that_are_no_packs(tmp_path: Path) -> None:
 
 def test_greeting() -> None:
     from localmimo.cli.commands.chat import greet
-    from localmimo.cli.terminal.repl import Manner
+    from localmimo.cli.terminal.repl import ChatSettings
 
     shown = Capture()
-    greet(ScriptedEngine(think=True), Manner(), shown.ui)  # type: ignore[arg-type]
+    greet(ScriptedEngine(think=True), ChatSettings(), shown.ui)  # type: ignore[arg-type]
     assert shown.err == (
         "scripted · nf4 · 171 GB pack · context 32,768 · thinking on\n"
         "  RAM 92.0 GB of 96.0 GB: dense 7.9 GB · kv 0.8 GB\n"

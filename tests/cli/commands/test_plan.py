@@ -15,7 +15,7 @@ from localmimo.hardware.host import Machine
 from localmimo.kv import cache as kv
 from localmimo.model.config import ModelConfig
 from localmimo.model.members import find_member
-from localmimo.planning.footprint import Structure, structure_of
+from localmimo.planning.footprint import Footprint, footprint_of
 from localmimo.planning.hit_rates import assumed_hits, profile_hits, replayed_hits
 from localmimo.planning.memory import Plan, make_plan
 from localmimo.planning.throughput import Tiers, decode_range, disk_rates, estimate
@@ -33,10 +33,10 @@ def plan(*arguments: str) -> dict:
     return json.loads(out)
 
 
-def flash() -> Structure:
+def flash() -> Footprint:
     card = find_member("mimo-v2-flash")
     assert card is not None
-    return Structure(
+    return Footprint(
         name="flash",
         kind="described",
         config=ModelConfig.parse(card.config),
@@ -62,7 +62,7 @@ def test_a_family_name_before_any_download() -> None:
     low, high = found["estimate"]["decode_tps"]
     assert 0 < low < high and found["serve"].startswith("python3 -m sglang.launch_server")
     assert found["hit_rate_origin"].startswith("assumed") and found["longest_context"] == 262_144
-    assert structure_of("XiaomiMiMo/MiMo-V2-Flash").name == found["model"]
+    assert footprint_of("XiaomiMiMo/MiMo-V2-Flash").name == found["model"]
 
 
 def test_a_pack_says_the_same_as_the_engine(pack: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_slack_is_the_caches() -> None:
 # ---- arithmetic ----
 
 
-def budget_of(model: Structure) -> Plan:
+def budget_of(model: Footprint) -> Plan:
     """96 GiB, which do not hold every expert."""
     return make_plan(
         model.config,
@@ -246,7 +246,7 @@ def test_a_trace_is_replayed() -> None:
 def test_a_profile_gives_what_its_hottest_pages_answer(pack: Path) -> None:
     from localmimo import load
 
-    asked = (pack, structure_of(pack).pack[1], structure_of(pack).config)  # type: ignore[index]
+    asked = (pack, footprint_of(pack).pack[1], footprint_of(pack).config)  # type: ignore[index]
     assert profile_hits(*asked, 8) is None
     with load(pack, ram="64MiB", context=512) as engine, engine.session() as session:
         for token in range(100):  # an answer might end sooner
@@ -270,7 +270,7 @@ def test_what_a_measured_plan_says(pack: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
     ask = ("plan", str(pack), "--ram", "64MiB", "-c", "256")
-    page, device = structure_of(pack).page_bytes, pack.stat().st_dev
+    page, device = footprint_of(pack).page_bytes, pack.stat().st_dev
     speeds.keep("ram", {"read": 2e10})
     disk = {"together": 1e9, "alone": 5e8, "again": 1.1e9, "direct": True}
     speeds.keep(f"disk {device} {page}", disk)
@@ -295,7 +295,7 @@ def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_structure_of_a_pack_counts_what_a_token_reads(pack: Path) -> None:
-    found = structure_of(pack)
+    found = footprint_of(pack)
     assert 0 < found.lookup_bytes < found.dense_bytes
     assert found.read_bytes + found.lookup_bytes == found.dense_bytes
     assert found.experts_bytes == found.page_bytes * 8 * 4

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from localmimo.cli.terminal.repl import Manner, Repl
+from localmimo.cli.terminal.repl import ChatSettings, Repl
 from localmimo.cli.terminal.screen import Screen
 from localmimo.errors import BadRequest
 from tests.scripted import INTERRUPT, Capture, ScriptedEngine, ScriptedReader, full
@@ -17,7 +17,7 @@ def converse(
 ) -> tuple[Repl, Capture]:
     shown = Capture(**settings)
     screen = Screen(shown.ui)
-    repl = Repl(ScriptedReader(*entries), shown.ui, engine, manner=Manner(stats=stats), screen=screen)  # type: ignore[arg-type]
+    repl = Repl(ScriptedReader(*entries), shown.ui, engine, manner=ChatSettings(stats=stats), screen=screen)  # type: ignore[arg-type]
     repl.run()
     return repl, shown
 
@@ -311,7 +311,7 @@ def test_a_file_that_is_no_tools_is_a_sentence(tmp_path: Path) -> None:
 def test_a_line_of_json_per_token(tmp_path: Path) -> None:
     from localmimo.cli.terminal.step_log import StepLog
 
-    manner = Manner(stats=False, log=StepLog(tmp_path / "steps.jsonl"))
+    manner = ChatSettings(stats=False, log=StepLog(tmp_path / "steps.jsonl"))
     shown = Capture()
     repl = Repl(
         ScriptedReader("a", "b"), shown.ui, ScriptedEngine(["x", "y"], ["z"]),  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.routing import Shape, fickle, trace_of
 from localmimo.experts.policy.baselines import Adaptive, Belady, Lfu, Lru, Page, Policy
-from localmimo.experts.policy.recency import Ages
+from localmimo.experts.policy.recency import Recency
 from localmimo.experts.policy.replay import replay
 from localmimo.experts.policy.router_stats import RouterStats
 
@@ -117,7 +117,7 @@ def test_traffic_that_forgets_is_served_as_lru_would() -> None:
 def test_chances_by_age() -> None:
     """Three pages in turn."""
     stats = RouterStats([1], 4)
-    ages = Ages(stats)
+    ages = Recency(stats)
     for turn in range(90):
         chosen = [turn % 3] if turn % 3 else [3]
         buckets = ages.buckets(np.array([0]))

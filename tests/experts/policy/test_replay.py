@@ -16,21 +16,21 @@ from localmimo.experts.policy.replay import play, replay
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.policy.trace import Trace, TraceWriter, read_trace
 
-Lines = list[tuple[int, list[int]]]
+JsonLines = list[tuple[int, list[int]]]
 lines = st.lists(
     st.tuples(st.integers(0, 3), st.lists(st.integers(0, 7), min_size=1, max_size=4, unique=True)),
     min_size=1, max_size=60,
 )  # fmt: skip
 
 
-def trace_of(lines: Lines) -> Trace:
+def trace_of(lines: JsonLines) -> Trace:
     trace = Trace()
     for layer, experts in lines:
         trace.add(layer, experts)
     return trace
 
 
-def naive(lines: Lines, slots: int, victim: Callable[[list[Page], list[Page], int], Page]) -> int:
+def naive(lines: JsonLines, slots: int, victim: Callable[[list[Page], list[Page], int], Page]) -> int:
     """Hits page by page; victim chooses among the held ones, given all requests and the place of the present one."""
     pages = [(layer, expert) for layer, experts in lines for expert in experts]
     held: list[Page] = []
@@ -63,7 +63,7 @@ def belady(held: list[Page], pages: list[Page], place: int) -> Page:
 
 @settings(max_examples=80, deadline=None)
 @given(lines, st.integers(1, 24))
-def test_replay_equals_a_naive_simulation(lines: Lines, slots: int) -> None:
+def test_replay_equals_a_naive_simulation(lines: JsonLines, slots: int) -> None:
     result = replay(trace_of(lines), slots)
     n = sum(len(experts) for _, experts in lines)
     assert result.requests == n
@@ -90,7 +90,7 @@ class Counting(Adaptive):
 
 @settings(max_examples=40, deadline=None)
 @given(lines, st.integers(1, 24))
-def test_never_more_pages_than_slots_and_the_same_every_time(lines: Lines, slots: int) -> None:
+def test_never_more_pages_than_slots_and_the_same_every_time(lines: JsonLines, slots: int) -> None:
     policies = [Counting(RouterStats(range(4), 8)) for _ in range(2)]
     hits = [play(policy, lines, slots) for policy in policies]
     assert hits[0] == hits[1]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from localmimo import load
 from localmimo.decode.sampler import Sampling
-from localmimo.experts.store.memory_pressure import Pressure, low_bytes, slots_wanted
+from localmimo.experts.store.memory_pressure import MemoryPressure, low_bytes, slots_wanted
 from localmimo.hardware.host import _cgroup
 from tests.packs import make_pack
 
@@ -49,7 +49,7 @@ def test_slots_go_and_come_back_in_mid_answer(tmp_path: Path) -> None:
     for squeezed in (False, True):
         with load(pack, context=256, profile=None) as engine:
             store = engine._store
-            pressure = Pressure(store, 4 * GIB, GIB, lambda: free[0], interval_s=0.002)
+            pressure = MemoryPressure(store, 4 * GIB, GIB, lambda: free[0], interval_s=0.002)
             seen = {store.n_slots}
             with engine.session() as session:
                 logits, tokens = session.sync(prompt), []

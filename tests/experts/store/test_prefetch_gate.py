@@ -1,6 +1,6 @@
 """The gate keeps guesses where they pay, drops them where they don't, and never costs much to find out."""
 
-from localmimo.decode.ab_timing import Paired
+from localmimo.decode.ab_timing import ABTiming
 from localmimo.experts.store.prefetch_gate import BLOCK, RATIOS, PrefetchGate
 
 
@@ -57,7 +57,7 @@ def test_a_pause_between_answers_is_not_measured() -> None:
 
 def test_ratios_of_neighbours_know_no_drift() -> None:
     """The second way takes 1.3 times as long, on a machine that grows slower all the time and stalls once."""
-    paired = Paired()
+    paired = ABTiming()
     for turn in range(21):
         assert paired.second == bool(turn % 2)
         paired.note(1.05**turn * (1.3 if turn % 2 else 1.0) * (9 if turn == 8 else 1))

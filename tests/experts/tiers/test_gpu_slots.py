@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmimo.experts.compute.cpu_runner import ExpertRunner
-from localmimo.experts.compute.hybrid_runner import SharedRunner
+from localmimo.experts.compute.hybrid_runner import HybridRunner
 from localmimo.experts.policy.baselines import Lru, Page
 from localmimo.experts.policy.promotion import HORIZON, Costs, Swap, choose, most_uploads, pays_back
 from localmimo.experts.store.store import ExpertStore
-from localmimo.experts.tiers.gpu_slots import EVERY, GpuShelf
+from localmimo.experts.tiers.gpu_slots import EVERY, GpuSlots
 from localmimo.experts.tiers.tiers import GpuTier
 from quant import Pack, Recipe
 from quant.pack.pack import experts_of
@@ -28,13 +28,13 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     return Pack.open(make_pack(tmp_path_factory.mktemp("gpu"), recipe=Recipe("nf4", "bf16"), seed=8))
 
 
-def shelf(pack: Pack, n_slots: int, chances: Mapping[Page, float], costs: Costs = CHEAP) -> GpuShelf:
+def shelf(pack: Pack, n_slots: int, chances: Mapping[Page, float], costs: Costs = CHEAP) -> GpuSlots:
     def of(pages: Sequence[Page]) -> Mapping[Page, float]:
         return {page: chances.get(page, 0.0) for page in pages}
 
     assert pack.page is not None
     tier = GpuTier(n_slots, pack.page.bytes, torch.device("cpu"))
-    return GpuShelf(tier, pack.page, experts_of(pack), of, costs)
+    return GpuSlots(tier, pack.page, experts_of(pack), of, costs)
 
 
 def test_a_copy_must_pay_back() -> None:
@@ -92,7 +92,7 @@ def test_placement_changes_no_sum_and_no_page_is_lost(pack: Pack) -> None:
     gpu = shelf(pack, 6, chances)
     tiered = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
     plain = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8))
-    shared = SharedRunner(tiered, pack.page.bytes, torch.device("cpu"))
+    shared = HybridRunner(tiered, pack.page.bytes, torch.device("cpu"))
     for step in range(12 * EVERY):
         if step % (3 * EVERY) == 0:
             chances.update({(layer, e): draw.random() for layer in (1, 2, 3, 4) for e in range(8)})
@@ -129,7 +129,7 @@ def test_pages_that_a_prompt_streamed_through_may_go_to_the_gpu(pack: Pack) -> N
     """They leave the ring with their slots: what takes slots afterwards must not find them there."""
     assert pack.page is not None
     store = ExpertStore(pack, pack.page.bytes, 8, Lru(5, 8), gpu=shelf(pack, 16, {}))
-    shared = SharedRunner(store, pack.page.bytes, torch.device("cpu"))
+    shared = HybridRunner(store, pack.page.bytes, torch.device("cpu"))
     plain = ExpertRunner(ExpertStore(pack, pack.page.bytes, 8, Lru(5, 8)))
     for step in range(30):
         for layer in (1, 2, 3, 4):
@@ -144,7 +144,7 @@ def test_where_every_expert_of_a_layer_lies_here_the_host_is_not_asked(pack: Pac
     gpu = shelf(pack, 8, {})
     store = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
     assert store.lift([(2, e) for e in range(8)]) == 8 and gpu.has_all(2) and not gpu.has_all(1)
-    shared, alone = SharedRunner(store, pack.page.bytes, torch.device("cpu")), []
+    shared, alone = HybridRunner(store, pack.page.bytes, torch.device("cpu")), []
     shared._bridge.down = lambda *there: pytest.fail("the host asked")  # type: ignore[method-assign]
     for step in range(3):
         x, chosen, weights = routed(2, step)
@@ -159,7 +159,7 @@ def test_slots_are_given_back_and_the_sums_stay(pack: Pack) -> None:
     gpu = shelf(pack, 8, {})
     store = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
     store.lift([(2, e) for e in range(8)])
-    shared = SharedRunner(store, pack.page.bytes, torch.device("cpu"))
+    shared = HybridRunner(store, pack.page.bytes, torch.device("cpu"))
     before = shared.run(2, *routed(3, 1))
     left = []
     while shared.give_way():

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from quant.convert import listing
 
 from quant import Source, convert
 from quant.checkpoint.hub import Hub
+from quant.conversion import listing
 from quant.conversion.conversion import schedule_of
 from quant.conversion.recipe import Recipe
 from quant.conversion.schedule import make_schedule
