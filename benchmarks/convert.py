@@ -24,7 +24,7 @@ CHILD = """
 import json, sys, time
 import torch
 from quant import convert
-from quant.formats.qtensor import quantize
+from quant.ops.quantize import quantize
 
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))

@@ -28,7 +28,7 @@ from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.gpu_slots import GpuSlots, measured_costs
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.tiers import GpuTier
-from localmimo.kv.cache import SLACK
+from localmimo.limits import SLACK
 from localmimo.model.config import ModelConfig
 from localmimo.model.transformer import OnDevice, Transformer, load_weights
 from localmimo.model.weight_shapes import _expected as expected_shapes

@@ -39,6 +39,7 @@ from localmimo.engine import Engine
 from localmimo.kv.cache import GlobalKV, WindowKV, row_width
 from localmimo.mini import CHECKPOINT as MINI
 from quant import convert, kernels
+from quant.formats.codec import ROW_SCALE_BYTES
 from quant.kernels import attention
 
 LONG = Shape(256, 48, 4, 1, 2, 512, 16, 128, 4, 8192)
@@ -118,7 +119,7 @@ def _filled(heads: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tens
         some = (some * 60).clamp(-127, 127)
     out = some.to(dtype).repeat(1, -(-rows // 4096), 1)[:, :rows].contiguous()
     if dtype == torch.int8:
-        out[..., -attention.SCALE_BYTES :] = torch.tensor([0.008]).view(torch.int8)
+        out[..., -ROW_SCALE_BYTES:] = torch.tensor([0.008]).view(torch.int8)
     return out
 
 

@@ -37,7 +37,8 @@ from localmimo.experts.policy.adaptive import Adaptive
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.io_threads import IoThreads, Task
-from localmimo.experts.tiers.tiers import N_READERS, DiskTier, RamTier
+from localmimo.experts.tiers.tiers import DiskTier, RamTier
+from localmimo.limits import N_READERS
 from quant import Pack
 from quant.pack.pack import experts_of
 

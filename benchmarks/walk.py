@@ -23,7 +23,7 @@ from benchmarks.generated import Pools
 from localmimo.model.members import MEMBERS, find_member
 from quant import Recipe, Source
 from quant.checkpoint.pieces import Matrix
-from quant.conversion.listing import FilePlan, Listing
+from quant.conversion.listing import FilePlan, Listing, make_listing
 from quant.conversion.packing import make_page, pack_bands
 from quant.errors import BadCheckpoint
 from quant.files.safetensors import Shard
@@ -130,7 +130,7 @@ def _cut(matrix: Matrix, n_rows: int) -> tuple[Any, ...]:
 def walk(name: str, n_experts: int, recipe: Recipe) -> dict[str, Any]:
     began = time.perf_counter()
     source, shard = generated_source(name)
-    listing: Listing = recipe.resolve(source)
+    listing: Listing = make_listing(source, recipe)
     facts: dict[str, Any] = {"model": source.name, "tensors": check_source(source, shard)}
     assert listing.page is not None
     converted = pages = weights = 0

@@ -39,6 +39,7 @@ from localmimo.experts.store.store import PageCounters
 from localmimo.hardware.device import out_of_memory
 from localmimo.hardware.unpack_threshold import settle
 from localmimo.kv.session_file import SessionIdentity
+from localmimo.limits import PREFILL_CHUNK
 from localmimo.loading.embedded import embedded_pack
 from localmimo.loading.expert_cache import ExpertCache
 from localmimo.loading.options import Dtype, Kv, LoadOptions
@@ -47,7 +48,6 @@ from localmimo.model.config import ModelConfig
 from localmimo.model.load_progress import OnProgress, ReportedWeights
 from localmimo.model.transformer import OnDevice, Transformer, load_weights
 from localmimo.model.weight_shapes import check_shapes
-from localmimo.planning.memory import PREFILL_CHUNK
 from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.ops.linear import backend
@@ -297,7 +297,7 @@ class Engine:
             finally:
                 if chat and tokens is None:
                     whole = answer.finish_reason in ("stop", "tool_calls") and not stop
-                    self.prompts.keep(asked, answer, whole=whole)
+                    self.prompts.keep(asked, answer.message().as_dict(), answer.tokens, whole=whole)
 
     @overload
     def generate(self, prompt: str, **options: Any) -> Completion: ...

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from quant.checkpoint.source import Source
     from quant.conversion.conversion import Progress, convert
+    from quant.conversion.listing import Listing, make_listing
     from quant.conversion.recipe import Recipe
     from quant.errors import QuantError
-    from quant.formats.qtensor import QTensor, quantize
+    from quant.formats.qtensor import QTensor
     from quant.ops.linear import backend, linear
+    from quant.ops.quantize import quantize
     from quant.pack.pack import Pack
     from quant.pack.verify import verify
 
@@ -27,13 +29,16 @@ _MODULES = {
     "linear": "ops.linear",
     "Pack": "pack.pack",
     "QTensor": "formats.qtensor",
-    "quantize": "formats.qtensor",
+    "quantize": "ops.quantize",
+    "Listing": "conversion.listing",
+    "make_listing": "conversion.listing",
     "Recipe": "conversion.recipe",
     "verify": "pack.verify",
     "Source": "checkpoint.source",
 }
 
 __all__ = [
+    "Listing",
     "Pack",
     "Progress",
     "QTensor",
@@ -43,6 +48,7 @@ __all__ = [
     "backend",
     "convert",
     "linear",
+    "make_listing",
     "quantize",
     "verify",
 ]

@@ -21,7 +21,7 @@ from .network import Params, Shape
 
 BLOCK = 128
 E4M3_MAX = 448.0
-TEMPLATE = Path(__file__).resolve().parents[2] / "localmimo" / "templates" / "mimo-v2-flash.jinja"
+TEMPLATE = Path(__file__).resolve().parents[2] / "localmimo" / "chat" / "templates" / "mimo-v2-flash.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 

@@ -13,7 +13,6 @@ from localmimo.chat.special_tokens import SpecialTokenEscaper
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.chat.turn_cache import TurnCache
-from localmimo.decode.answer import Answer
 from localmimo.errors import LocalMimoError
 
 
@@ -60,21 +59,22 @@ class Prompts:
         known, tokens = self.turns.longest(text)
         return Prompt(text, tokens + self._tokenizer.encode(text[known:], mark), messages, tools)
 
-    def keep(self, prompt: Prompt, answer: Answer, *, whole: bool) -> None:
-        """Remember the tokens of an answer; whole: it ended with an end-of-text token, not by other rules."""
-        if not answer.tokens:
+    def keep(
+        self, prompt: Prompt, message: Mapping[str, Any], sampled: Sequence[int], *, whole: bool
+    ) -> None:
+        """Remember the tokens that an answer was sampled as; whole: it ended with an end-of-text token."""
+        if not sampled:
             return
-        said = answer.message().as_dict()
         try:
-            mark, text = self._marked([*prompt.messages, said], prompt.tools, add_generation_prompt=False)
+            mark, text = self._marked([*prompt.messages, message], prompt.tools, add_generation_prompt=False)
         except LocalMimoError:
             return  # a template that can't write it will say so when it is asked to
         end = len(text.rstrip())
-        tail = self._tail(prompt, text[:end], mark, answer.tokens, whole)
+        tail = self._tail(prompt, text[:end], mark, sampled, whole)
         if tail is None:
-            self.turns.keep(prompt.messages, said)
+            self.turns.keep(prompt.messages, message)
         else:
-            self.turns.keep(prompt.messages, said, text[:end], [*prompt.tokens, *answer.tokens, *tail])
+            self.turns.keep(prompt.messages, message, text[:end], [*prompt.tokens, *sampled, *tail])
 
     def held(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None

@@ -17,9 +17,10 @@ from localmimo.chat.tokenizer import Decoder, Tokenizer
 from localmimo.chat.tool_call import ToolCall
 from localmimo.decode.sampler import Sampling, logprobs, pick
 from localmimo.decode.session import Progress, Session
-from localmimo.decode.speculative import MOST_DRAFTS, DepthPolicy, DraftStats, FixedDepth, SpeculativeSteps
+from localmimo.decode.speculative import DepthPolicy, DraftStats, FixedDepth, SpeculativeSteps
 from localmimo.errors import BadRequest, Cancelled
 from localmimo.experts.store.counters import PageCounters
+from localmimo.limits import MAX_DRAFTS
 from quant import kernels
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "context"]
@@ -289,7 +290,7 @@ class Generation:
     def _room(self) -> int:
         """How many tokens may still come after the next one."""
         most = self.rules.max_tokens
-        return MOST_DRAFTS if most is None else most - self.stats.generated_tokens - 1
+        return MAX_DRAFTS if most is None else most - self.stats.generated_tokens - 1
 
     def _draw(self, logits: Tensor) -> _Draw:
         token = self._end_of_thinking()

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localmimo.kv.cache import SLACK, KVCache
+from localmimo.kv.cache import KVCache
 from localmimo.kv.hidden_states import HiddenStates
+from localmimo.limits import SLACK
 from localmimo.model.transformer import DenseSource, Guess, Transformer, Weights, load_block, rms_norm
 from quant import QTensor, linear
 

@@ -17,11 +17,11 @@ from localmimo.decode.mtp import Choose, Drafter, DraftHead
 from localmimo.errors import BadRequest, BadSession, ContextFull
 from localmimo.hardware.device import broke_down, out_of_memory
 from localmimo.kv.block_table import RowPieces, SlotPool
-from localmimo.kv.cache import SLACK, KVCache, Snapshot, WindowKV
+from localmimo.kv.cache import KVCache, Snapshot, WindowKV
 from localmimo.kv.hidden_states import HiddenStates
 from localmimo.kv.session_file import SavedSession, SessionIdentity, write
+from localmimo.limits import N_SNAPSHOTS, PREFILL_CHUNK, SLACK
 from localmimo.model.transformer import Experts, Transformer, nothing_to_check, nothing_to_report
-from localmimo.planning.memory import N_SNAPSHOTS, PREFILL_CHUNK
 from quant import kernels
 
 SHARED = (

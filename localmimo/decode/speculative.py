@@ -13,14 +13,14 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from localmimo.decode.ab_timing import ABTiming
 from localmimo.decode.mtp import Choose
 from localmimo.decode.session import Session
 from localmimo.errors import BadRequest
+from localmimo.hardware.ab_timing import ABTiming
+from localmimo.limits import MAX_DRAFTS
 from localmimo.model.transformer import nothing_to_check
 
 Draft = int | Literal["auto"]
-MOST_DRAFTS = 3
 
 
 def check_draft(draft: object) -> Draft:
@@ -30,7 +30,7 @@ def check_draft(draft: object) -> Draft:
     text = str(draft)
     if text in ("0", "1", "2", "3"):
         return int(text)
-    raise BadRequest(f"draft is {draft!r}; it is auto or a number of tokens from 0 to {MOST_DRAFTS}.")
+    raise BadRequest(f"draft is {draft!r}; it is auto or a number of tokens from 0 to {MAX_DRAFTS}.")
 
 
 @dataclass(slots=True)
@@ -38,12 +38,12 @@ class DraftStats:
     """What drafting took and gave."""
 
     passes: int = 0  # of the main model, after the prompt
-    drafted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)  # tokens, by head
-    accepted: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
+    drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)  # tokens, by head
+    accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
     pages: list[int] = field(
-        default_factory=lambda: [0] * (MOST_DRAFTS + 1)
+        default_factory=lambda: [0] * (MAX_DRAFTS + 1)
     )  # asked for, by depth of the pass
-    passes_at: list[int] = field(default_factory=lambda: [0] * (MOST_DRAFTS + 1))
+    passes_at: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
 
     @property
     def acceptance(self) -> list[float]:

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from localmimo.limits import N_READERS
 from localmimo.system.paths import home
 from quant.files.atomic import written_aside
 from quant.files.hugepages import mapping
 
-N_READERS = 4  # reads in flight, as in `experts.tiers`
 ALIGN = 4096
 DISK_SAMPLE_S = 0.4  # per measurement
 DISK_LEAST_READS = 16  # however long they take, up to DISK_MOST_S: one read that waited says nothing

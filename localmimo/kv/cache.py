@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from localmimo.kv.block_table import BlockTable, RowPieces, SlotPool
+from localmimo.kv.sizes import kv_row_bytes, positions_per_slot
+from localmimo.limits import SLACK
 from localmimo.model.attention import Rows
 from localmimo.model.config import LayerSpec
-from localmimo.planning.memory import positions_per_slot
 from quant.files.hugepages import mapping
-from quant.kernels.attention import SCALE_BYTES
+from quant.formats.codec import ROW_SCALE_BYTES
 
 CPU = torch.device("cpu")
-SLACK = 16  # tokens that a window layer can be taken back without a snapshot
 
 
 HUGE = 64 << 20  # bytes from which on memory is asked for in huge pages: small ones slow a long read down
@@ -30,13 +30,7 @@ HUGE = 64 << 20  # bytes from which on memory is asked for in huge pages: small 
 
 def row_width(d: int, dtype: torch.dtype) -> int:
     """Elements of a row of d values: in int8 with a float32 scale behind."""
-    return d + SCALE_BYTES if dtype == torch.int8 else d
-
-
-def row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
-    """Bytes of one position of one layer, over all KV heads."""
-    widths = row_width(spec.head_dim, dtype) + row_width(spec.v_head_dim, dtype)
-    return spec.n_kv_heads * widths * dtype.itemsize
+    return d + ROW_SCALE_BYTES if dtype == torch.int8 else d
 
 
 class GlobalKV:
@@ -53,7 +47,7 @@ class GlobalKV:
     @staticmethod
     def nbytes(spec: LayerSpec, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that `tokens` tokens occupy."""
-        return tokens * row_bytes(spec, dtype)
+        return tokens * kv_row_bytes(spec, dtype.itemsize)
 
     def place(self, n: int) -> Rows:
         """Where the next n tokens' rows go; all that they see is there already."""
@@ -155,7 +149,7 @@ class WindowKV:
     def nbytes(spec: LayerSpec, dtype: torch.dtype = torch.bfloat16, slack: int = 0) -> int:
         """Bytes of the ring; with no slack, of the window alone."""
         assert spec.window is not None
-        return (spec.window + slack) * row_bytes(spec, dtype)
+        return (spec.window + slack) * kv_row_bytes(spec, dtype.itemsize)
 
     def place(self, n: int) -> Rows:
         """Where the next n tokens' rows go: the ring, or rows that begin with what they see."""
@@ -270,7 +264,7 @@ class KVCache:
                 self.layers.append(GlobalKV(spec, capacity, dtype))
             else:
                 self.layers.append(BlockKV(spec, dtype, self._blocks, offset))
-                offset += self._blocks.positions * row_bytes(spec, dtype)
+                offset += self._blocks.positions * kv_row_bytes(spec, dtype.itemsize)
         self.length = 0
 
     def reach(self, n: int) -> None:
@@ -337,5 +331,5 @@ class KVCache:
 
 
 def _blocks(specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, lender: SlotPool) -> BlockTable:
-    row = sum(row_bytes(spec, dtype) for spec in specs)
+    row = sum(kv_row_bytes(spec, dtype.itemsize) for spec in specs)
     return BlockTable(lender, positions_per_slot(lender.slab.shape[1], row), capacity)

@@ -8,16 +8,14 @@ from typing import Literal
 
 import torch
 
-from localmimo.decode.speculative import MOST_DRAFTS, Draft, check_draft
+from localmimo.decode.speculative import Draft, check_draft
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 from localmimo.hardware.device import CPU, Device, check_device, find_device
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
-from localmimo.kv.cache import SLACK
+from localmimo.limits import DEFAULT_CONTEXT, MAX_BATCH, MAX_DRAFTS, SLACK
 from localmimo.model.config import ModelConfig
-from localmimo.planning.memory import DEFAULT_CONTEXT, Plan, make_plan
+from localmimo.planning.memory import Plan, make_plan
 from quant import Pack
-
-MAX_BATCH = 64
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Kv = Literal["auto", "bf16", "int8", "float32"]
@@ -92,7 +90,7 @@ class LoadOptions:
 
         Draft heads are left out where they are not asked for by number and do not fit.
         """
-        n_heads = sum(pack.has(f"mtp.{k}.proj") for k in range(MOST_DRAFTS))
+        n_heads = sum(pack.has(f"mtp.{k}.proj") for k in range(MAX_DRAFTS))
         try:
             return self._plan_with(
                 pack, config, device, n_heads if self.draft == "auto" else min(self.draft, n_heads)

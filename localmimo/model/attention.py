@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localmimo.limits import ATTENTION_WORKSPACE_BYTES
 from localmimo.model.config import LayerSpec
 from quant import gpu
+from quant.formats.codec import ROW_SCALE_BYTES
 from quant.kernels import attention as native
 
-WORKSPACE_BYTES = (
-    8 << 20
-)  # of logits at a time: long prompts are cut into blocks of queries (plan.py counts it)
 Rope = tuple[Tensor, Tensor]  # cos and sin [n, rotary_dim / 2]
 
 
@@ -125,8 +124,8 @@ def loaded(rows: Tensor) -> Tensor:
     """The float32 values of rows of a cache."""
     if rows.dtype != torch.int8:
         return rows.float()
-    scale = rows[..., -native.SCALE_BYTES :].contiguous().view(torch.float32)
-    return rows[..., : -native.SCALE_BYTES].float() * scale
+    scale = rows[..., -ROW_SCALE_BYTES:].contiguous().view(torch.float32)
+    return rows[..., :-ROW_SCALE_BYTES].float() * scale
 
 
 def extend(
@@ -177,7 +176,9 @@ def extend_reference(
     q, k, v = split_heads(joined, rope, spec, value_scale)
     end = position + len(joined)
     rows.put(position, stored(k, rows.keys.dtype), stored(v, rows.values.dtype))
-    step = max(1, WORKSPACE_BYTES // (4 * spec.n_heads * (end if spec.window is None else spec.window)))
+    step = max(
+        1, ATTENTION_WORKSPACE_BYTES // (4 * spec.n_heads * (end if spec.window is None else spec.window))
+    )
     blocks = []
     for first in range(position, end, step):
         last = min(first + step, end)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from localmimo.decode.speculative import MOST_DRAFTS
+from localmimo.limits import MAX_DRAFTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class ReportedWeights:
     """Hands a pack's tensors on; n_heads draft heads are read, the others are not."""
 
     def __init__(self, pack: Pack, n_heads: int, hear: OnProgress) -> None:
-        left_out = tuple(f"mtp.{k}." for k in range(n_heads, MOST_DRAFTS))
+        left_out = tuple(f"mtp.{k}." for k in range(n_heads, MAX_DRAFTS))
         sizes = {name: info.nbytes for name, info in pack.tensors.items()}
         self._sizes = {name: n_bytes for name, n_bytes in sizes.items() if not name.startswith(left_out)}
         self._total = sum(self._sizes.values())

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from localmimo.limits import PREFILL_CHUNK
 from localmimo.model.attention import Rope, Rows, extend, rope_table
 from localmimo.model.config import LayerSpec, ModelConfig
-from localmimo.planning.memory import PREFILL_CHUNK
 from quant import QTensor, linear
 from quant.kernels import attention as native
 from quant.kernels.block import Choice, FusedBlock, HeadShape, Router, Span

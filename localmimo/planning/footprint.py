@@ -12,7 +12,7 @@ from pathlib import Path
 from localmimo.errors import BadModel
 from localmimo.model.config import ModelConfig
 from localmimo.model.members import MEMBERS, Member, find_member, member_like
-from quant import Pack, Recipe, Source
+from quant import Pack, Recipe, Source, make_listing
 from quant.conversion.listing import Listing
 from quant.errors import BadCheckpoint
 from quant.pack.pack import MANIFEST
@@ -133,7 +133,7 @@ def _of_source(
     notes: Sequence[str] = (),
 ) -> Footprint:
     config = ModelConfig.parse(source.config)
-    listing = recipe.resolve(source)
+    listing = make_listing(source, recipe)
     if listing.page is None:
         raise BadModel(f"{source.name} has no routed experts: there is nothing to plan.")
     return Footprint(

@@ -15,28 +15,20 @@ from typing import Any
 
 from localmimo.errors import DoesNotFit
 from localmimo.hardware.host import format_bytes
+from localmimo.kv.sizes import DeviceKv, device_kv, draft_bytes, kv_bytes, kv_row_bytes
+from localmimo.limits import (
+    ATTENTION_WORKSPACE_BYTES,
+    DRIVER_BYTES,
+    EXPERT_ROWS,
+    LINEAR_WORKSPACE_BYTES,
+    MAX_SEGMENT_TOKENS,
+    PREFILL_CHUNK,
+    SEGMENT_SHARE,
+    SHARED_TOKENS,
+    STAGES,
+    UNPACKED_BYTES,
+)
 from localmimo.model.config import LayerSpec, ModelConfig
-
-PREFILL_CHUNK = (
-    1024  # tokens that go through a layer at a time: fixed, so that a budget never changes an answer
-)
-LONGEST_STRETCH = (
-    16_384  # tokens that go through the model layer by layer, so that each expert is read once for all
-)
-STRETCH_SHARE = 1 / 16  # of what is left of the budget: for the activations of longer stretches
-N_SNAPSHOTS = 4  # points of a conversation that can be come back to
-ATTENTION_WORKSPACE_BYTES = 8 << 20  # attention logits at a time
-SHARED_TOKENS = (
-    256  # of a prompt, up to which experts are shared between GPU and CPU; beyond, all pages go to the GPU
-)
-STAGES = 4  # pages on their way through the GPU (experts/conveyor.py)
-DRIVER_BYTES = 1 << 30  # of a GPU's memory, for its libraries and for what the allocator cannot use
-UNPACKED_BYTES = 2 << 26  # of one matrix at a time, in bfloat16, and its product (quant/gpu)
-EXPERT_ROWS = 2048  # rows of a prompt that experts work on at a time (experts/run.py)
-SCALE_BYTES = 4  # behind each int8 row of keys or values
-LINEAR_WORKSPACE_BYTES = 8 << 20  # packed weights unpacked at a time
-KV_ROWS = 16  # rows of the KV that begin on a boundary for wide loads, in any type
-DEFAULT_CONTEXT = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,70 +240,10 @@ def _too_small(
     )
 
 
-def kv_bytes(config: ModelConfig, context: int, item_bytes: int, slack: int) -> int:
-    """KV of `context` tokens: global layers whole, window layers as rings, and the snapshots of the rings."""
-    total = 0
-    for spec in config.layers:
-        row = kv_row_bytes(spec, item_bytes)
-        total += row * (context if spec.window is None else spec.window + slack + N_SNAPSHOTS * spec.window)
-    return total
-
-
-def kv_row_bytes(spec: LayerSpec, item_bytes: int) -> int:
-    """Keys and values of one position of one layer."""
-    scales = 2 * SCALE_BYTES if item_bytes == 1 else 0
-    return spec.n_kv_heads * ((spec.head_dim + spec.v_head_dim) * item_bytes + scales)
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceKv:
-    """What a GPU needs for keys and values: bytes for the windows, and slots when every context is full."""
-
-    fixed_bytes: int
-    n_slots: int
-    slot_tokens: int  # positions of a sequence in each slot; 0 where no layer is global
-
-
-def device_kv(
-    config: ModelConfig, context: int, item_bytes: int, slack: int, page_bytes: int, max_batch: int = 1
-) -> DeviceKv:
-    """The KV of `max_batch` timelines. Raises DoesNotFit where a slot has no room for a token."""
-    windows = kv_bytes(config, 0, item_bytes, slack)
-    row_bytes = kv_bytes(config, 1, item_bytes, slack) - windows
-    if not row_bytes:
-        return DeviceKv(max_batch * windows, 0, 0)
-    tokens = positions_per_slot(page_bytes, row_bytes)
-    return DeviceKv(max_batch * windows, max_batch * -(-context // tokens), tokens)
-
-
-def positions_per_slot(slot_bytes: int, row_bytes: int) -> int:
-    """Positions of a sequence whose rows of `row_bytes` lie in a slot: a multiple of 16 where there is room for it.
-
-    Raises DoesNotFit where there is no room for one.
-    """
-    if slot_bytes < row_bytes:
-        raise DoesNotFit(
-            f"An expert of this model takes {slot_bytes:,} bytes and a token's keys and values {row_bytes:,}: on a GPU "
-            "they share equal slots, which would be too small. Give --device cpu."
-        )
-    n = slot_bytes // row_bytes
-    return n - n % KV_ROWS if n >= KV_ROWS else n
-
-
-def draft_bytes(config: ModelConfig, item_bytes: int, slack: int, n_drafts: int) -> int:
-    """What a timeline keeps for its draft heads: a ring each, and hidden states in float32, the marks' too."""
-    if not n_drafts:
-        return 0
-    spec = config.mtp_layer
-    window = spec.window or 1
-    ring = (window + slack) * kv_row_bytes(spec, item_bytes)
-    return n_drafts * ring + 4 * config.hidden * (2 * (window + slack) + N_SNAPSHOTS * window)
-
-
 def stretch_tokens(config: ModelConfig, context: int, spare_bytes: int) -> int:
     """One chunk, and as many more as a share of the spare bytes has room for: never more than the context needs."""
-    more = int(spare_bytes * STRETCH_SHARE) // (4 * _stretch_floats(config) * PREFILL_CHUNK)
-    most = min(-(-context // PREFILL_CHUNK), LONGEST_STRETCH // PREFILL_CHUNK)
+    more = int(spare_bytes * SEGMENT_SHARE) // (4 * _stretch_floats(config) * PREFILL_CHUNK)
+    most = min(-(-context // PREFILL_CHUNK), MAX_SEGMENT_TOKENS // PREFILL_CHUNK)
     return min(1 + more, most) * PREFILL_CHUNK
 
 

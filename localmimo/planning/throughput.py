@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localmimo.hardware.bandwidth import N_READERS, Speeds
+from localmimo.hardware.bandwidth import Speeds
+from localmimo.kv.sizes import kv_row_bytes
+from localmimo.limits import N_READERS
 from localmimo.model.config import ModelConfig
 from localmimo.planning.footprint import Footprint
-from localmimo.planning.memory import Plan, kv_row_bytes
+from localmimo.planning.memory import Plan
 
 Range = tuple[float, float]  # low, high
 

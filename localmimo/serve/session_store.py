@@ -26,7 +26,7 @@ import numpy as np
 
 from localmimo.chat.turn_cache import Turn, TurnCache
 from localmimo.errors import BadSession, LocalMimoError
-from localmimo.kv.cache import SLACK
+from localmimo.limits import SLACK
 from localmimo.system.json_files import read_json
 from quant.files.atomic import written_aside
 from quant.files.bounded import read_small

@@ -173,7 +173,7 @@ class Worker:
             self.engine.prompts.turns.keep_text(ask.text + text, tokens)
         if ask.messages is not None:
             whole = answer.finish_reason in ("stop", "tool_calls") and not ask.stop
-            self.engine.prompts.keep(job.prompt, answer, whole=whole)
+            self.engine.prompts.keep(job.prompt, answer.message().as_dict(), answer.tokens, whole=whole)
 
     async def close(self) -> None:
         """Stop what is being answered and what waits, and wait for the thread; the shelf keeps what is held."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.checkpoint.source import Source
-from quant.conversion.listing import FilePlan, Listing
+from quant.conversion.listing import FilePlan, Listing, make_listing
+from quant.conversion.manifest import CARD, copied_files, make_card, make_manifest, settings_in, settings_of
 from quant.conversion.packing import make_page, write_dense
 from quant.conversion.recipe import Recipe
 from quant.conversion.schedule import Schedule, make_schedule
@@ -34,7 +35,6 @@ from quant.conversion.writer import (
 )
 from quant.errors import BadPack, NotWritable
 from quant.formats.distortion import Distortion
-from quant.pack.manifest import CARD, copied_files, make_card, make_manifest, settings_in, settings_of
 from quant.pack.pack import MANIFEST, Pack
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def convert(
     disk.
     """
     source = src if isinstance(src, Source) else Source.open(src)
-    listing = Recipe.of(recipe, experts=experts, dense=dense).resolve(source)
+    listing = make_listing(source, Recipe.of(recipe, experts=experts, dense=dense))
     job = _Job(source, listing, Path(out).expanduser().absolute())
     return job.run() if job.preflight(restart=restart) else job.already_done()
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 from quant.checkpoint.pieces import Matrix
 from quant.checkpoint.source import Source
 from quant.conversion.recipe import Recipe
+from quant.errors import BadRecipe
 from quant.files.safetensors import ShardPlan, plan_shard
 from quant.formats.codec import ITEM_BYTES, PartSpec, codec
 from quant.formats.page import MATRICES, PAGE_ALIGN, PageLayout
@@ -161,8 +163,17 @@ class Listing:
         return min(largest, BAND) * BAND_BYTES
 
 
-def make_listing(source: Source, recipe: Recipe, codecs: Mapping[str, str]) -> Listing:
-    """Lay the pack out. `codecs`: canonical name -> codec, or the dtype of a kept vector."""
+def make_listing(source: Source, recipe: Recipe) -> Listing:
+    """Every tensor with its codec, file and exact bytes. Raises BadRecipe where a rule matches nothing."""
+    recipe = recipe.effective(source)
+    codecs = {name: recipe.codec_of(matrix) for name, matrix in source.matrices.items()}
+    _check_rules(recipe, list(codecs))
+    _check_whole_experts(codecs)
+    return _lay_out(source, recipe, codecs)
+
+
+def _lay_out(source: Source, recipe: Recipe, codecs: Mapping[str, str]) -> Listing:
+    """The files of the pack. `codecs`: canonical name -> codec, or the dtype of a kept vector."""
     page = _page(source, codecs)
     dense = [(name, m) for name, m in source.matrices.items() if ".experts." not in name]
     files = list(_dense_files(dense, codecs))
@@ -274,3 +285,20 @@ def size_text(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
     return f"{n_bytes} B"
+
+
+def _check_rules(recipe: Recipe, names: list[str]) -> None:
+    for glob, _ in recipe.rules:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise BadRecipe(f"The rule {glob!r} matches no tensor of this model.")
+
+
+def _check_whole_experts(codecs: Mapping[str, str]) -> None:
+    """A page has one codec: the three matrices of an expert go together."""
+    first: dict[str, tuple[str, str]] = {}
+    for name, chosen in codecs.items():
+        if ".experts." not in name:
+            continue
+        other, had = first.setdefault(name.rpartition(".")[0], (name, chosen))
+        if had != chosen:
+            raise BadRecipe(f"An expert needs one codec, but {other} gets {had} and {name} gets {chosen}.")

@@ -55,7 +55,8 @@ def write_dense(source: Source, entry: Entry, offsets: Mapping[str, int], target
 
 def pack_bands(matrix: Matrix, chosen: str) -> Iterator[Band]:
     """The matrix packed in one codec, from top to bottom."""
-    from quant.formats.qtensor import QTensor, quantize_measured, row_bands
+    from quant.formats.qtensor import QTensor, row_bands
+    from quant.ops.quantize import quantize_measured
 
     kept = _rearranged(matrix, chosen)
     if kept is not None:

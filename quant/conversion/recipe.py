@@ -22,7 +22,6 @@ from quant.formats.codec import codec
 
 if TYPE_CHECKING:
     from quant.checkpoint.source import Source
-    from quant.conversion.listing import Listing
 
 KEEP = "keep"
 ROW_LOOKUP = ("embed", "router.weight")  # embeddings are read by row; routers decide by small differences
@@ -125,17 +124,6 @@ class Recipe:
             return replace(self, experts="mxfp4")
         return self
 
-    def resolve(self, source: Source) -> Listing:
-        """Every tensor with its codec, file and exact bytes. Raises BadRecipe when a rule makes no sense
-        here."""
-        from quant.conversion.listing import make_listing
-
-        recipe = self.effective(source)
-        codecs = {name: recipe.codec_of(matrix) for name, matrix in source.matrices.items()}
-        _check_rules(recipe, list(codecs))
-        _check_whole_experts(codecs)
-        return make_listing(source, recipe, codecs)
-
     def codec_of(self, matrix: Matrix) -> str:
         """The codec of one tensor; for a vector the dtype in which it is kept."""
         if len(matrix.shape) == 1:
@@ -171,20 +159,3 @@ def _kept(matrix: Matrix) -> str:
 
 def _expert_dtypes(source: Source) -> set[str]:
     return {matrix.dtype for name, matrix in source.matrices.items() if ".experts." in name}
-
-
-def _check_rules(recipe: Recipe, names: list[str]) -> None:
-    for glob, _ in recipe.rules:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise BadRecipe(f"The rule {glob!r} matches no tensor of this model.")
-
-
-def _check_whole_experts(codecs: Mapping[str, str]) -> None:
-    """A page has one codec: the three matrices of an expert go together."""
-    first: dict[str, tuple[str, str]] = {}
-    for name, chosen in codecs.items():
-        if ".experts." not in name:
-            continue
-        other, had = first.setdefault(name.rpartition(".")[0], (name, chosen))
-        if had != chosen:
-            raise BadRecipe(f"An expert needs one codec, but {other} gets {had} and {name} gets {chosen}.")

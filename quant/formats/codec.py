@@ -24,6 +24,7 @@ from quant.errors import BadRecipe
 Shape = tuple[int, int]  # rows, cols of a weight matrix
 
 ROW_GROUP = 16
+ROW_SCALE_BYTES = 4  # behind the values of an int8 row of keys or values: one float32
 ITEM_BYTES = {"u8": 1, "i8": 1, "fp8": 1, "f16": 2, "bf16": 2, "i32": 4, "f32": 4}
 
 

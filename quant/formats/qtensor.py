@@ -1,5 +1,4 @@
-"""QTensor: one packed matrix in memory, and `quantize`, which makes it. Knows codecs, no files and no
-names."""
+"""QTensor: one packed matrix in memory, and its rows and values. Knows codecs; no files, no names, no kernels."""
 
 from __future__ import annotations
 
@@ -7,12 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from quant import kernels
-from quant.errors import QuantError
 from quant.formats import codec as codecs
 from quant.formats import eightbit, fourbit
 from quant.formats.codec import Codec, Shape
-from quant.formats.distortion import Distortion, sum_of_squares
 
 Tensor = torch.Tensor
 
@@ -70,7 +66,7 @@ class QTensor:
         """The matrix [rows, cols]; beyond the result it needs the memory of one band."""
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         for start, stop in self.bands():
-            out[start:stop] = _decode(self.rows(start, stop))
+            out[start:stop] = decode(self.rows(start, stop))
         return out
 
 
@@ -86,7 +82,8 @@ def row_bands(shape: Shape, step: int, limit: int = BAND) -> list[tuple[int, int
     return [(start, min(start + height, rows)) for start in range(0, rows, height)]
 
 
-def _decode(q: QTensor) -> Tensor:
+def decode(q: QTensor) -> Tensor:
+    """The values float32 [rows, cols] of a packed matrix, all at once."""
     kind = codecs.codec(q.codec)
     rows, cols = q.shape
     match kind.kind:
@@ -97,56 +94,3 @@ def _decode(q: QTensor) -> Tensor:
         case "fp8":
             return eightbit.decode_fp8(kind, q.parts)
     return q.parts["weight"].float()
-
-
-def quantize(weight: Tensor, format: str = "nf4") -> QTensor:
-    """Pack a float matrix [rows, cols]. Raises QuantError on NaN or infinity, BadRecipe on an unknown
-    format."""
-    return quantize_measured(weight, format)[0]
-
-
-def quantize_measured(
-    weight: Tensor, format: str, *, largest: float | None = None
-) -> tuple[QTensor, Distortion]:
-    """Pack a float matrix and say how far it is off.
-
-    A matrix too big for memory is packed in bands of rows, each a multiple of the codec's row step: give
-    every band the `largest` magnitude of the whole matrix, and the parts laid end to end are those of the
-    whole matrix.
-    """
-    kind = codecs.codec(format)
-    if weight.ndim != 2 or 0 in weight.shape:
-        raise QuantError(f"Only matrices can be packed, not a tensor of shape {list(weight.shape)}.")
-    weight = weight.detach().to("cpu", torch.float32)
-    here = float(weight.abs().max())
-    if not here < float("inf"):  # also true for NaN
-        raise QuantError("The matrix contains NaN or infinity and can not be packed.")
-    shape = (weight.shape[0], weight.shape[1])
-    parts, error = _encode(kind, weight, here if largest is None else largest)
-    return QTensor(format, shape, parts), Distortion(error, sum_of_squares(weight))
-
-
-def _encode(kind: Codec, weight: Tensor, largest: float) -> tuple[dict[str, Tensor], float]:
-    match kind.kind:
-        case "four":
-            return _encode_four(kind, weight, largest)
-        case "int8":
-            parts = eightbit.encode_int8(kind, weight)
-        case "fp8":
-            parts = eightbit.encode_fp8(kind, weight)
-        case _:
-            parts = {"weight": weight.to(DTYPES[kind.name]).contiguous()}
-    packed = QTensor(kind.name, (weight.shape[0], weight.shape[1]), parts)
-    return parts, sum(sum_of_squares(_decode(packed.rows(a, b)) - weight[a:b]) for a, b in packed.bands())
-
-
-def _encode_four(kind: Codec, weight: Tensor, largest: float) -> tuple[dict[str, Tensor], float]:
-    """By the native search where there is one: the same bytes as the reference's, sooner."""
-    scale = fourbit.tensor_scale(kind.name, largest)
-    covers, steps = fourbit.search_space(kind.name)
-    native = kernels.encode(kind.name, weight, scale, fourbit.book(kind.name), covers, steps)
-    if native is None:
-        return fourbit.encode(kind, weight, scale)
-    codes, scales, squared_error = native
-    parts = {"codes": codes, "scales": scales, "scale": torch.tensor([scale], dtype=torch.float32)}
-    return parts, squared_error * scale * scale

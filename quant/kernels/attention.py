@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from quant import kernels
+from quant.formats.codec import ROW_SCALE_BYTES
 
 Tensor = torch.Tensor
 
 STORES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-SCALE_BYTES = 4  # behind the values of an int8 row
 EVERYTHING = 1 << 40  # a window wider than any context
 LARGEST_HEAD = 1024
 WEIGHT_DTYPES = (torch.float32,)
@@ -52,7 +52,7 @@ def attend(
     n, width = joined.shape
     kv_heads, rows, d_k_stored = keys.shape
     d_k, d_v = head_dims
-    extra = SCALE_BYTES if keys.dtype == torch.int8 else 0
+    extra = ROW_SCALE_BYTES if keys.dtype == torch.int8 else 0
     fits = (
         keys.dtype in STORES
         and values.dtype == keys.dtype

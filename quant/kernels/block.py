@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quant import kernels
-from quant.kernels.attention import EVERYTHING, LARGEST_HEAD, SCALE_BYTES, STORES, floats, in_rows
+from quant.formats.codec import ROW_SCALE_BYTES
+from quant.kernels.attention import EVERYTHING, LARGEST_HEAD, STORES, floats, in_rows
 
 if TYPE_CHECKING:
     from quant.formats.qtensor import QTensor
@@ -128,7 +129,7 @@ class FusedBlock:
 
     def _place(self, span: Span) -> tuple[int, ...]:
         keys, values, half, heads = span.keys, span.values, span.cos.shape[1], self._heads
-        extra = SCALE_BYTES if keys.dtype is torch.int8 else 0
+        extra = ROW_SCALE_BYTES if keys.dtype is torch.int8 else 0
         kv_heads, rows, width = keys.shape
         fits = (
             kv_heads == heads.kv_heads

@@ -7,7 +7,7 @@ import pytest
 
 from localmimo import BadRequest, Sampling, load
 from localmimo.engine import Engine
-from localmimo.planning.memory import kv_bytes
+from localmimo.kv.sizes import kv_bytes
 from tests.packs import make_pack
 
 PROMPTS = ["abc", "Hello", "x" * 30, "The sea", "abc", "q"]

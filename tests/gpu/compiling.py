@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quant.formats.page import PageLayout
-from quant.formats.qtensor import quantize
+from quant.ops.quantize import quantize
 
 TYPES = {
     torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8",

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from quant.formats.page import Expert, PageLayout
-from quant.formats.qtensor import QTensor, quantize
+from quant.formats.qtensor import QTensor
+from quant.ops.quantize import quantize
 
 Tensor = torch.Tensor
 

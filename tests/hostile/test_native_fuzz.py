@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from quant import kernels
 from quant.formats import fourbit
+from quant.formats.codec import ROW_SCALE_BYTES
 from quant.formats.codec import codec as codec_of
 from quant.formats.page import PageLayout
 from quant.formats.qtensor import DTYPES, QTensor
@@ -125,7 +126,7 @@ def test_attention(rng: Random) -> None:
     d_k, d_v, n = rng.randrange(2, 70), rng.randrange(1, 70), rng.randrange(1, 40)
     half = rng.randrange(0, d_k // 2 + 1)
     kind = rng.choice([*attention.STORES])
-    extra = attention.SCALE_BYTES if kind is torch.int8 else 0
+    extra = ROW_SCALE_BYTES if kind is torch.int8 else 0
     rows, window = n + rng.randrange(0, 200), rng.choice([None, 1, rng.randrange(1, 100)])
     first, position = rng.choice([0, rng.randrange(0, 200)]), rng.choice([n, rows, 1 << 20])
     position = rng.randrange(0, position)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmimo.kv.cache import GlobalKV, KVCache, WindowKV, row_bytes, row_width
+from localmimo.kv.cache import GlobalKV, KVCache, WindowKV, row_width
+from localmimo.kv.sizes import kv_row_bytes
 from localmimo.model.attention import Rows, extend, rope_table
 from localmimo.model.config import LayerSpec
 from localmimo.model.transformer import ROPE_TABLE, rope_rows
@@ -85,7 +86,7 @@ def test_published_bytes_per_token() -> None:
 
 
 def test_int8_rows_carry_their_scale() -> None:
-    assert row_bytes(GLOBAL, torch.int8) == 2 * (6 + 4 + 2 * 4)
+    assert kv_row_bytes(GLOBAL, torch.int8.itemsize) == 2 * (6 + 4 + 2 * 4)
     ring = WindowKV(SPEC, torch.int8, SLACK)
     for n in (3, 40, 1, 7):
         got = append(ring, n)

@@ -6,6 +6,7 @@ from localmimo.model.config import ModelConfig
 from localmimo.model.members import MEMBERS, Member, find_member, member_like
 from quant import Recipe, Source
 from quant.checkpoint.published import published_tensors
+from quant.conversion.listing import make_listing
 
 ONE_OF_A_KIND = [member for member in MEMBERS if not member.name.endswith("-base")]
 
@@ -67,7 +68,7 @@ def test_the_size_in_the_name(name: str, parameters: float, active: float) -> No
 def test_a_described_checkpoint_is_priced_to_the_byte() -> None:
     source = Source.described(member("mimo-v2.5").config, "MiMo-V2.5")
     assert source.skipped == {"audio_encoder.": 75, "speech_embeddings": 20, "visual.": 364}
-    listing = Recipe().resolve(source)
+    listing = make_listing(source, Recipe())
     assert listing.model == "MiMo-V2.5" and listing.page is not None
     assert (listing.total_bytes, listing.page.bytes) == (168_851_907_464, 13_373_440)
     assert any("364 of visual.*" in note for note in listing.notes)

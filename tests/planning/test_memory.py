@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from localmimo.errors import BadRequest, DoesNotFit
-from localmimo.experts.compute import cpu_runner as run
 from localmimo.hardware.host import Machine, _cgroup, format_bytes, parse_bytes
-from localmimo.kv import cache as kv
-from localmimo.model import attention as attend
-from localmimo.planning import memory as plans
+from localmimo.kv.cache import GlobalKV, WindowKV
+from localmimo.kv.sizes import kv_row_bytes
+from localmimo.limits import N_SNAPSHOTS, SLACK
 from localmimo.planning.memory import Plan, make_plan
 from tests.model.test_config import FLASH, parse
 
@@ -43,14 +42,17 @@ def test_kv_bytes_of_flash() -> None:
     grows = flash_plan(96 << 30, 20_000).kv_bytes - flash_plan(96 << 30, 10_000).kv_bytes
     assert grows == 10_000 * 23_040
     windows = flash_plan(96 << 30, 1).kv_bytes - 23_040
-    assert windows == 25_559_040 * (1 + plans.N_SNAPSHOTS) + 39 * 16 * 5_120
+    assert windows == 25_559_040 * (1 + N_SNAPSHOTS) + 39 * 16 * 5_120
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_plan_counts_what_the_cache_takes(dtype: torch.dtype) -> None:
     for spec in parse(FLASH).layers:
-        assert plans.kv_row_bytes(spec, dtype.itemsize) == kv.row_bytes(spec, dtype)
-    assert plans.EXPERT_ROWS == run.ROWS_AT_A_TIME
+        held = GlobalKV(spec, 64, dtype) if spec.window is None else WindowKV(spec, dtype)
+        rows = 64 if spec.window is None else spec.window + SLACK
+        assert sum(part.nbytes for part in (held._keys, held._values)) == rows * kv_row_bytes(
+            spec, dtype.itemsize
+        )
 
 
 def test_too_small_is_refused_with_a_budget_that_works() -> None:
@@ -60,10 +62,6 @@ def test_too_small_is_refused_with_a_budget_that_works() -> None:
     assert flash_plan(needed).n_slots >= 376
     with pytest.raises(DoesNotFit):
         flash_plan(needed - (2 << 20))
-
-
-def test_the_plan_counts_the_workspace_that_attention_takes() -> None:
-    assert plans.ATTENTION_WORKSPACE_BYTES == attend.WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from localmimo.errors import BadRequest
 from localmimo.experts.policy.trace import TraceWriter
 from localmimo.hardware.bandwidth import Speeds
 from localmimo.hardware.host import Machine, format_bytes
+from localmimo.limits import DEFAULT_CONTEXT
 from localmimo.model.config import ModelConfig
 from localmimo.planning.footprint import Footprint, footprint_of
-from localmimo.planning.memory import DEFAULT_CONTEXT
 from localmimo.planning.throughput import decode_range
 from localmimo.system.jsonl import JsonLines
 

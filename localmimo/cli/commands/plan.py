@@ -15,22 +15,19 @@ from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import Trace, read_trace
 from localmimo.hardware.bandwidth import Speeds, file_spots, measured_speeds
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
+from localmimo.kv.sizes import device_kv, kv_bytes
+from localmimo.limits import DEFAULT_CONTEXT, PREFILL_CHUNK, SLACK
 from localmimo.planning.footprint import Footprint, footprint_of
 from localmimo.planning.memory import (
-    DEFAULT_CONTEXT,
-    PREFILL_CHUNK,
     Plan,
     Vram,
-    device_kv,
     device_workspace_bytes,
     host_workspace_bytes,
-    kv_bytes,
     make_plan,
     workspace_bytes,
 )
 from localmimo.planning.throughput import CACHE_BYTES, Estimate, Range, Tiers, estimate
 
-WINDOW_SLACK = 16  # rows of a window ring beyond the window; a test holds it against kv.SLACK
 KV_ITEM_BYTES = {"bf16": 2, "int8": 1, "float32": 4}
 GIB = 1 << 30
 WORDS_PER_TOKEN = 0.7
@@ -234,20 +231,20 @@ class Planner:
             context=context,
             ram_bytes=ram,
             kv_item_bytes=self.kv_item_bytes,
-            slack=WINDOW_SLACK,
+            slack=SLACK,
             n_drafts=n_drafts,
             vram_bytes=self.vram if self._gpu_takes(context) else None,
             lookup_bytes=self.model.lookup_bytes,
         )
 
     def _kv(self, context: int) -> int:
-        return kv_bytes(self.model.config, context, self.kv_item_bytes, WINDOW_SLACK)
+        return kv_bytes(self.model.config, context, self.kv_item_bytes, SLACK)
 
     def _gpu_takes(self, context: int) -> bool:
         """Whether a GPU has room for the dense weights, the KV and the workspace: `load` uses none that has not."""
         model = self.model
         workspace = device_workspace_bytes(model.config, context, PREFILL_CHUNK, model.page_bytes)
-        kv = device_kv(model.config, context, self.kv_item_bytes, WINDOW_SLACK, model.page_bytes)
+        kv = device_kv(model.config, context, self.kv_item_bytes, SLACK, model.page_bytes)
         kv_there = kv.fixed_bytes + kv.n_slots * model.page_bytes
         return self.vram >= model.dense_bytes - model.lookup_bytes + kv_there + workspace
 

@@ -47,11 +47,11 @@ class QuantizeOptions:
 
 def run_quantize(job: QuantizeOptions, ui: Ui) -> int:
     """Carry the command out; the exit code."""
-    from quant import Recipe
+    from quant import Recipe, make_listing
 
     with open_source(job, ui) as source:
         ModelConfig.parse(source.config)  # an hour's conversion must not end in a refusal to run
-        listing = Recipe.of(job.recipe, experts=job.experts, dense=job.dense).resolve(source)
+        listing = make_listing(source, Recipe.of(job.recipe, experts=job.experts, dense=job.dense))
         out = job.out or Path(f"{listing.model}-{listing.recipe.experts}")
         room = DiskSpace.of(out, listing, source, restart=job.restart)
         return _offer(job, ui, source, listing, out, room)

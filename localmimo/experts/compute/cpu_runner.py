@@ -12,16 +12,14 @@ from torch import Tensor
 
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.ram_slots import Arrival
+from localmimo.limits import EXPERT_ROWS, STEP_TOKENS, TAIL_TOKENS
 from localmimo.model.transformer import Guess
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order
 
 # Up to so many tokens are a decode step, its pages as they come; more are a prompt, its pages in file order.
-STEP_TOKENS = 16
 # Rows of a prompt that experts work on at a time: bounds the workspace, which plan.py counts.
-ROWS_AT_A_TIME = 2048
 # Last tokens of a prompt that count in the statistics.
-TAIL = 16
 
 Record = Callable[[int, Tensor], None]  # layer, chosen experts [n, k]
 
@@ -72,7 +70,7 @@ class ExpertRunner:
 
     def _run_prompt(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Pages in file order, their outputs added as they come: ascending experts, no row for every choice."""
-        self._store.note_prompt(layer, chosen[-TAIL:].tolist())
+        self._store.note_prompt(layer, chosen[-TAIL_TOKENS:].tolist())
         places, spans = grouped(chosen)
         tokens, shares = places // chosen.shape[1], weights.reshape(-1, 1)[places]
         total = torch.zeros(len(x), x.shape[1])
@@ -133,12 +131,12 @@ def by_layout(arrivals: Sequence[Arrival]) -> Iterator[Sequence[Arrival]]:
 
 
 def _groups(arrivals: Sequence[Arrival], spans: Mapping[int, tuple[int, int]]) -> Iterator[list[PageRows]]:
-    """Consecutive pages of one layout with at most ROWS_AT_A_TIME rows together, and long pages in pieces."""
+    """Consecutive pages of one layout with at most EXPERT_ROWS rows together, and long pages in pieces."""
     group: list[PageRows] = []
     for arrival in arrivals:
         start, stop = spans[arrival.expert]
-        for at in range(start, stop, ROWS_AT_A_TIME):
-            piece = arrival, at, min(stop, at + ROWS_AT_A_TIME)
+        for at in range(start, stop, EXPERT_ROWS):
+            piece = arrival, at, min(stop, at + EXPERT_ROWS)
             if group and not _fits(group, piece):
                 yield group
                 group = []
@@ -148,4 +146,4 @@ def _groups(arrivals: Sequence[Arrival], spans: Mapping[int, tuple[int, int]]) -
 
 def _fits(group: Sequence[PageRows], piece: PageRows) -> bool:
     rows = sum(stop - start for _, start, stop in (*group, piece))
-    return rows <= ROWS_AT_A_TIME and group[0][0].layout == piece[0].layout
+    return rows <= EXPERT_ROWS and group[0][0].layout == piece[0].layout

@@ -10,21 +10,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from localmimo.experts.compute.cpu_runner import (
-    ROWS_AT_A_TIME,
-    STEP_TOKENS,
-    TAIL,
-    ExpertRunner,
-    Record,
-    by_layout,
-    grouped,
-)
+from localmimo.experts.compute.cpu_runner import ExpertRunner, Record, by_layout, grouped
 from localmimo.experts.compute.host_transfer import HostTransfer
 from localmimo.experts.compute.page_staging import PageStaging
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.ram_slots import Arrival
+from localmimo.limits import EXPERT_ROWS, SHARED_TOKENS, STEP_TOKENS, TAIL_TOKENS
 from localmimo.model.transformer import Guess
-from localmimo.planning.memory import SHARED_TOKENS
 from quant import gpu
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order, run_expert
@@ -120,7 +112,7 @@ class HybridRunner:
         if step:
             arriving = self._store.fetch(layer, list(spans))
         else:
-            self._store.note_prompt(layer, mine[1][-TAIL:].tolist())
+            self._store.note_prompt(layer, mine[1][-TAIL_TOKENS:].tolist())
             arriving = self._store.stream(layer, self._store.without_gpu(layer, list(spans)))
         here = self._bridge.room(-1, torch.Size((chosen.numel(), x.shape[1])), torch.float32).zero_()
         computed = False
@@ -138,7 +130,7 @@ class HybridRunner:
 
     def _pass_through(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Outputs added as their pages come: ascending experts, no row for every choice."""
-        self._store.note_prompt(layer, chosen[-TAIL:].tolist())
+        self._store.note_prompt(layer, chosen[-TAIL_TOKENS:].tolist())
         places, spans = grouped(chosen)
         tokens, shares = places // chosen.shape[1], weights.reshape(-1, 1)[places]
         total = torch.zeros(x.shape, device=x.device)
@@ -167,4 +159,4 @@ def _compute(
 
 
 def _pieces(start: int, stop: int) -> Iterator[slice]:
-    return (slice(at, min(stop, at + ROWS_AT_A_TIME)) for at in range(start, stop, ROWS_AT_A_TIME))
+    return (slice(at, min(stop, at + EXPERT_ROWS)) for at in range(start, stop, EXPERT_ROWS))

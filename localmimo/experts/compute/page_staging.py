@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from localmimo.planning.memory import STAGES
+from localmimo.limits import STAGES
 
 
 class PageStaging:

@@ -8,7 +8,7 @@ longer pauses. The automatic choice is therefore never much slower than leaving 
 import time
 from collections.abc import Callable
 
-from localmimo.decode.ab_timing import ABTiming
+from localmimo.hardware.ab_timing import ABTiming
 
 BLOCK = 2  # steps that are measured together
 RATIOS = 9  # for a verdict

@@ -24,7 +24,8 @@ from localmimo.experts.store.prefetch_gate import PrefetchGate
 from localmimo.experts.tiers.gpu_slots import GpuSlots
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.ram_slots import Arrival, RamSlots, Read
-from localmimo.experts.tiers.tiers import N_READERS, DiskTier, RamTier, stalled
+from localmimo.experts.tiers.tiers import DiskTier, RamTier, stalled
+from localmimo.limits import N_READERS
 from quant import Pack
 from quant.formats.page import PageLayout
 from quant.pack.pack import PageAt, experts_of

@@ -18,11 +18,10 @@ from torch import Tensor
 from localmimo.errors import BadModel
 from localmimo.experts.tiers.io_threads import IoThreads, Job, Task
 from localmimo.experts.tiers.pinning import Pinning
+from localmimo.limits import N_READERS
 from quant.files.hugepages import mapping
 from quant.kernels import crc32
 from quant.pack.pack import PageAt
-
-N_READERS = 4  # reads in flight; a SATA disk is busy with one, an NVMe drive with four reads of megabytes
 
 
 class RamTier:

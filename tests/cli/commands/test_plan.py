@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from localmimo.cli.commands.plan import WINDOW_SLACK, Desk, Question
+from localmimo.cli.commands.plan import Planner, PlanOptions
 from localmimo.errors import DoesNotFit
 from localmimo.experts.policy.trace import Trace
 from localmimo.hardware.bandwidth import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
 from localmimo.hardware.host import Machine
-from localmimo.kv import cache as kv
 from localmimo.model.config import ModelConfig
 from localmimo.model.members import find_member
 from localmimo.planning.footprint import Footprint, footprint_of
@@ -87,9 +86,9 @@ def test_a_checkpoint_folder_and_its_config_alone_agree(tmp_path: Path, pack: Pa
         assert all(found[key] == whole[key] for key in ("plan", "pack_bytes", "source_bytes"))
 
 
-def desk(**question: object) -> Desk:
+def desk(**question: object) -> Planner:
     machine = Machine(ram_bytes=128 << 30, free_ram_bytes=120 << 30, n_cores=16)
-    return Desk(flash(), machine, FAST, Question("flash", **question))  # type: ignore[arg-type]
+    return Planner(flash(), machine, FAST, PlanOptions("flash", **question))  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_says_what_would_help() -> None:
@@ -160,10 +159,6 @@ def test_an_mxfp4_checkpoint_is_not_run_as_it_is(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "hf", layout="fused-mxfp4", mtp=0, num_hidden_layers=2)
     with pytest.raises(BadModel, match="MXFP4 experts keep their values.*localmimo quantize"):
         pack_folder(folder)
-
-
-def test_the_slack_is_the_caches() -> None:
-    assert WINDOW_SLACK == kv.SLACK
 
 
 # ---- arithmetic ----

@@ -58,7 +58,7 @@ def test_without_a_network_the_cache_serves(
 
 
 IMPATIENT = (
-    "import sys; import quant.checkpoint.hub; quant.checkpoint.hub.PAUSE_S = 0; quant.checkpoint.hub.Hub.__init__.__kwdefaults__['pause_s'] = 0; "
+    "import sys; from quant.checkpoint import hub; hub.PAUSE_S = 0; hub.Hub.__init__.__kwdefaults__['pause_s'] = 0; "
     "from localmimo.cli.app import run; sys.exit(run(sys.argv[1:]))"
 )
 

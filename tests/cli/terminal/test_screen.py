@@ -8,8 +8,9 @@ from localmimo.chat.stream_parser import StreamParser
 from localmimo.cli.terminal.screen import Screen, block_end, figures, height
 from localmimo.cli.ui import bar, fit, parse_count, rows, seconds, table
 from localmimo.decode.generation import Stats, Step
-from localmimo.decode.speculative import MOST_DRAFTS, DraftStats
+from localmimo.decode.speculative import DraftStats
 from localmimo.errors import BadRequest
+from localmimo.limits import MAX_DRAFTS
 from tests.scripted import Capture
 
 
@@ -241,7 +242,7 @@ def test_reading_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_line_below_names_the_disks_speed_and_the_drafts() -> None:
-    drafts = DraftStats(drafted=[8, 2] + [0] * (MOST_DRAFTS - 2), accepted=[5, 1] + [0] * (MOST_DRAFTS - 2))
+    drafts = DraftStats(drafted=[8, 2] + [0] * (MAX_DRAFTS - 2), accepted=[5, 1] + [0] * (MAX_DRAFTS - 2))
     stats = Stats(
         3, generated_tokens=2, pages_ram=3, pages_disk=1, bytes_read=6 * 10**9, read_s=2.0, drafts=drafts
     )

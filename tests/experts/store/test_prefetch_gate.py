@@ -1,7 +1,7 @@
 """The gate keeps guesses where they pay, drops them where they don't, and never costs much to find out."""
 
-from localmimo.decode.ab_timing import ABTiming
 from localmimo.experts.store.prefetch_gate import BLOCK, RATIOS, PrefetchGate
+from localmimo.hardware.ab_timing import ABTiming
 
 
 def run(

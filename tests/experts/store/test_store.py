@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo import BadModel, load
-from localmimo.experts.compute.cpu_runner import STEP_TOKENS, ExpertRunner, grouped
+from localmimo.experts.compute.cpu_runner import ExpertRunner, grouped
 from localmimo.experts.policy.baselines import Lru
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.tiers import DiskTier
+from localmimo.limits import STEP_TOKENS
 from quant import Pack, Recipe
 from quant.ops.linear import backend
 from tests.packs import make_pack

@@ -11,6 +11,7 @@ from quant import Source, convert
 from quant.checkpoint.hub import Hub
 from quant.conversion import listing
 from quant.conversion.conversion import schedule_of
+from quant.conversion.listing import make_listing
 from quant.conversion.recipe import Recipe
 from quant.conversion.schedule import make_schedule
 from quant.errors import BadCheckpoint, Unreachable
@@ -166,7 +167,7 @@ def test_a_model_in_many_files_never_lies_whole_on_disk(
     """With dense units small beside the source's files, as in the real models."""
     monkeypatch.setattr(listing, "DENSE_SHARD", 30_000)
     source = Source.on_hub(hub(server, tmp_path))
-    planned = schedule_of(source, Recipe().resolve(source), {})
+    planned = schedule_of(source, make_listing(source, Recipe()), {})
     assert planned.fetch_bytes == sum(source.file_sizes.values()) > 1.5 * planned.peak_bytes
     peak = 0
     for _ in convert(source, tmp_path / "pack"):

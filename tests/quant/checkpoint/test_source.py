@@ -124,7 +124,7 @@ def test_opening_imports_no_torch(tmp_path: Path) -> None:
         "import sys, quant\n"
         f"source = quant.Source.open({str(tmp_path)!r})\n"
         "source.fingerprint, source.tensors\n"
-        "quant.Recipe().resolve(source).table()\n"
+        "quant.make_listing(source, quant.Recipe()).table()\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

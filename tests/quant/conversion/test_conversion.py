@@ -366,7 +366,7 @@ MEMORY = """
 import resource, sys
 import torch
 import quant, quant.conversion.packing
-from quant.formats.qtensor import quantize
+from quant.ops.quantize import quantize
 torch.set_num_threads(2)
 quantize(torch.randn(64, 1024), "nf4").dequantize()
 quant.conversion.packing.BAND = 1 << 20

@@ -16,6 +16,7 @@ import pytest
 
 from quant import Recipe, Source
 from quant.checkpoint.published import published_tensors
+from quant.conversion.listing import make_listing
 from quant.formats.codec import ceil_div
 from tests.tiny import make_config
 
@@ -170,7 +171,7 @@ def test_published_sizes(
     elements = write_headers(tmp_path, model)
     assert model.elements in (None, elements)
     started = time.process_time()
-    listing = Recipe().resolve(Source.open(tmp_path))
+    listing = make_listing(Source.open(tmp_path), Recipe())
     assert time.process_time() - started < 30
     assert sum(prod(entry.shape) for entry in listing.entries) == pytest.approx(parameters, rel=2e-5)
     groups = {total.group: total for total in listing.groups}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quant import Recipe, Source, convert
-from quant.conversion.listing import size_text
+from quant.conversion.listing import make_listing, size_text
 from quant.errors import BadRecipe
 from tests import tiny
 
@@ -23,7 +23,7 @@ def source_of(tmp_path: Path, layout: str = "split-bf16", **shape: object) -> So
 )
 def test_listing_prices_the_pack_to_the_byte(tmp_path: Path, layout: str, experts: str, dense: str) -> None:
     source = source_of(tmp_path, layout)
-    listing = Recipe(experts, dense).resolve(source)
+    listing = make_listing(source, Recipe(experts, dense))
     for _ in convert(tmp_path / "hf", tmp_path / "pack", experts=experts, dense=dense):
         pass
     files = {file.name: file.stat().st_size for file in (tmp_path / "pack").glob("*.safetensors")}
@@ -33,7 +33,7 @@ def test_listing_prices_the_pack_to_the_byte(tmp_path: Path, layout: str, expert
 
 
 def test_defaults(tmp_path: Path) -> None:
-    codecs = {entry.name: entry.codec for entry in Recipe().resolve(source_of(tmp_path)).entries}
+    codecs = {entry.name: entry.codec for entry in make_listing(source_of(tmp_path), Recipe()).entries}
     assert codecs["layers.1.experts.0.gate"] == "nf4"
     assert (
         codecs["layers.1.attn.qkv"]
@@ -47,21 +47,21 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_drafts_never_fall_below_eight_bits(tmp_path: Path) -> None:
-    codecs = {e.name: e.codec for e in Recipe("nf4", "nf4").resolve(source_of(tmp_path)).entries}
+    codecs = {e.name: e.codec for e in make_listing(source_of(tmp_path), Recipe("nf4", "nf4")).entries}
     assert codecs["layers.0.mlp.gate"] == "nf4"
     assert codecs["mtp.0.mlp.gate"] == codecs["mtp.2.attn.qkv"] == "int8"
 
 
 def test_mxfp4_experts_are_not_rounded_again(tmp_path: Path) -> None:
-    listing = Recipe("nf4").resolve(source_of(tmp_path, "fused-mxfp4"))
+    listing = make_listing(source_of(tmp_path, "fused-mxfp4"), Recipe("nf4"))
     assert listing.recipe.experts == "mxfp4"
     assert "keep their values exactly" in listing.notes[0]
-    assert Recipe("int8").resolve(source_of(tmp_path, "fused-mxfp4")).recipe.experts == "int8"
+    assert make_listing(source_of(tmp_path, "fused-mxfp4"), Recipe("int8")).recipe.experts == "int8"
 
 
 def test_keep_changes_as_little_as_possible(tmp_path: Path) -> None:
     source = source_of(tmp_path, "fused-fp8", quantization_config={"weight_block_size": [128, 128]})
-    codecs = {entry.name: entry.codec for entry in Recipe("keep", "keep").resolve(source).entries}
+    codecs = {entry.name: entry.codec for entry in make_listing(source, Recipe("keep", "keep")).entries}
     assert codecs["layers.1.experts.0.gate"] == codecs["layers.0.mlp.down"] == "fp8"
     assert codecs["layers.1.attn.o"] == "bf16"
     assert codecs["layers.0.attn.qkv"] == "bf16"  # its scale grid restarts in every shard: no codec has that
@@ -78,7 +78,7 @@ def test_rules(tmp_path: Path) -> None:
             ("layers.*.mlp.*", "nf4"),
         ),
     )
-    codecs = {entry.name: entry.codec for entry in recipe.resolve(source_of(tmp_path)).entries}
+    codecs = {entry.name: entry.codec for entry in make_listing(source_of(tmp_path), recipe).entries}
     assert codecs["layers.1.attn.o"] == codecs["head"] == "bf16"
     assert codecs["layers.1.attn.qkv"] == codecs["layers.0.mlp.up"] == "nf4"
     assert codecs["layers.1.attn_norm"] == "bf16" and codecs["mtp.0.mlp.up"] == "int8"
@@ -96,7 +96,7 @@ def test_rules(tmp_path: Path) -> None:
 )
 def test_rules_that_make_no_sense(tmp_path: Path, rules: tuple, words: str) -> None:
     with pytest.raises(BadRecipe, match=words.replace("*'", "\\*'")):
-        Recipe(rules=rules).resolve(source_of(tmp_path))
+        make_listing(source_of(tmp_path), Recipe(rules=rules))
 
 
 def test_unknown_names() -> None:
@@ -130,7 +130,7 @@ def test_recipe_hash_follows_the_settings() -> None:
 
 
 def test_table(tmp_path: Path) -> None:
-    listing = Recipe().resolve(source_of(tmp_path, "split-fp8"))
+    listing = make_listing(source_of(tmp_path, "split-fp8"), Recipe())
     lines = listing.table().splitlines()
     assert lines[0].split() == ["group", "tensors", "from", "to", "size", "was"]
     assert lines[1].split() == ["experts", "96", "fp8", "nf4", "104.8", "kB", "199.7", "kB"]
@@ -150,7 +150,7 @@ def test_sizes_are_decimal(n: int, text: str) -> None:
 
 def test_dense_shards_stay_below_a_gibibyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quant.conversion.listing.DENSE_SHARD", 50_000)
-    listing = Recipe().resolve(source_of(tmp_path))
+    listing = make_listing(source_of(tmp_path), Recipe())
     dense = [file for file in listing.files if file.layer is None]
     assert len(dense) > 3
     assert [file.name for file in dense[:2]] == ["dense-00001.safetensors", "dense-00002.safetensors"]
@@ -159,6 +159,6 @@ def test_dense_shards_stay_below_a_gibibyte(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_model_without_experts(tmp_path: Path) -> None:
     source = source_of(tmp_path, moe_layer_freq=[0] * 5, mtp=0)
-    listing = Recipe().resolve(source)
+    listing = make_listing(source, Recipe())
     assert listing.page is None and all(file.layer is None for file in listing.files)
     assert [step.note for step in convert(tmp_path / "hf", tmp_path / "pack")][-1] == ""

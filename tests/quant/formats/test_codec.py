@@ -12,7 +12,8 @@ from quant import QTensor, QuantError, quantize
 from quant.errors import BadRecipe
 from quant.formats.codec import CODECS, codec
 from quant.formats.fourbit import FP4_CODES, NF4_VALUES, book, from_mxfp4
-from quant.formats.qtensor import DTYPES, quantize_measured, row_bands
+from quant.formats.qtensor import DTYPES, row_bands
+from quant.ops.quantize import quantize_measured
 
 PACKED = ("nf4", "nf4-16", "mxfp4", "int8", "fp8")
 # Relative RMS error on Gaussian weights, with the margin of another seed.
@@ -283,7 +284,7 @@ def test_any_shape_and_scale(name: str, rows: int, cols: int, seed: int, exponen
 THREADS = """
 import hashlib, torch
 from quant import quantize
-from quant.formats.qtensor import quantize_measured
+from quant.ops.quantize import quantize_measured
 torch.set_num_threads({n})
 weight = torch.randn(400, 1000, generator=torch.Generator().manual_seed(3))
 digest = hashlib.sha256()

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from quant import kernels
 from quant.formats.page import PageLayout
-from quant.formats.qtensor import quantize
 from quant.kernels import FORMATS
 from quant.ops.experts import in_order_reference
+from quant.ops.quantize import quantize
 from tests.quant.kernels.isa import ISAS, needs_native, relative
 
 pytestmark = needs_native

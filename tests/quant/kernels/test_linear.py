@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from quant import kernels
-from quant.formats.qtensor import QTensor, quantize
+from quant.formats.qtensor import QTensor
 from quant.kernels import FORMATS
+from quant.ops.quantize import quantize
 from tests.quant.kernels.isa import ISAS, needs_native, relative
 
 pytestmark = needs_native

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quant import kernels
-from quant.formats.qtensor import quantize
+from quant.ops.quantize import quantize
 from tests.quant.kernels.isa import needs_native
 
 pytestmark = needs_native
