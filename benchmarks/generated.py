@@ -1,8 +1,8 @@
 """Checkpoints that nobody has: tensors made up when they are read, and a hub on loopback that serves them.
 
-Every stored tensor of a config.json is described by `quant.checkpoint.published`; its bytes are pseudo-random, the same
-each time, FP8 codes as of a Gaussian. `serving` gives such a checkpoint out file by file over the hub's protocol, so that
-`localmimo quantize --discard-source` converts what would not fit on this disk.
+Every stored tensor of a config.json is described by `quant.checkpoint.published`; its bytes are pseudo-random,
+the same each time, FP8 codes as of a Gaussian. `serving` gives such a checkpoint out file by file over the
+hub's protocol, so that `localmimo quantize --discard-source` converts what would not fit on this disk.
 """
 
 import json

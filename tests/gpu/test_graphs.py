@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from localmimo import Engine, load
-from localmimo.decode.cuda_graphs import Graphs, Step
+from localmimo.decode.cuda_graphs import Graphs, GraphStep
 from localmimo.decode.session import Session
 from localmimo.experts.tiers.gpu_slots import GpuSlots
 from localmimo.kv.block_table import BlockTable
@@ -27,7 +27,7 @@ def without_records() -> Iterator[None]:
         yield
 
 
-def recorded(engine: Engine) -> list[Step]:
+def recorded(engine: Engine) -> list[GraphStep]:
     assert engine._graphs is not None
     return [step for steps in engine._graphs._steps.values() for step in steps.values() if step is not None]
 
@@ -93,7 +93,7 @@ def test_a_record_that_is_refused_is_a_line_and_no_end() -> None:
 
     with on_gpu(1.0) as engine, engine.session() as session:
         session.sync([1, 2, 3])
-        with patch.object(Step, "record", refuse):
+        with patch.object(GraphStep, "record", refuse):
             found = [session.step(token) for token in STEPS[:3]]
         assert engine.effective()["graphs"] == "CUDA error: operation not permitted"
     with load(**PLAIN, device="cpu", draft=0) as engine, engine.session() as session:

@@ -28,7 +28,7 @@ from localmimo.experts.store.memory_pressure import MemoryPressure
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.io_threads import IoThreads
 from localmimo.hardware import bandwidth as speeds
-from localmimo.serve.session_store import Saved, SessionStore
+from localmimo.serve.session_store import SessionStore, StoredSession
 from quant.pack.pack import Pack
 from tests.packs import make_pack
 
@@ -341,6 +341,6 @@ def test_the_last_used_file_stays_though_the_clock_went_back(
     shelf = SessionStore(tmp_path, 100, TurnCache())
     for n, clock in enumerate((5e9, 1e9, 3e9)):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
-        shelf._saved.append(Saved(tmp_path / f"{n}.kv", np.zeros(1, np.int32), (), 40, shelf._now()))
+        shelf._saved.append(StoredSession(tmp_path / f"{n}.kv", np.zeros(1, np.int32), (), 40, shelf._now()))
     shelf._make_room(20)
     assert [saved.path.name for saved in shelf._saved] == ["1.kv", "2.kv"]

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from mini_corpus import build, dialogues, stories, topics
-from mini_corpus.conversation import SavedChat, assistant, render, user
+from mini_corpus.conversation import Conversation, assistant, render, user
 
 from localmimo.chat.stream_parser import parse_message
 from localmimo.chat.template import ChatTemplate
@@ -19,7 +19,7 @@ KINDS = build.templates(seed=3, scale=0.004)
 TALKS = [talk for talks in KINDS.values() for talk in talks]
 
 
-def text(talk: SavedChat) -> str:
+def text(talk: Conversation) -> str:
     return "".join(span for span, _ in render(talk))
 
 
@@ -67,9 +67,9 @@ def test_arithmetic_is_right() -> None:
 
 
 def test_full_loss_is_on_what_the_assistant_says() -> None:
-    talk = SavedChat([user("Hi"), assistant("Hello!")])
+    talk = Conversation([user("Hi"), assistant("Hello!")])
     assert [span for span, full in render(talk) if full] == ["Hello!<|im_end|>"]
-    thinking = SavedChat([user("Hi"), assistant("Hello!", "A greeting.")])
+    thinking = Conversation([user("Hi"), assistant("Hello!", "A greeting.")])
     assert [span for span, full in render(thinking) if full] == [
         "<think>A greeting.</think>",
         "Hello!<|im_end|>",

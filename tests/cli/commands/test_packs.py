@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from localmimo.cli.commands.perplexity import Measurement, run_perplexity, windows
-from localmimo.cli.commands.quantize import Conversion, progress_line, run_quantize
+from localmimo.cli.commands.perplexity import PerplexityOptions, run_perplexity, windows
+from localmimo.cli.commands.quantize import QuantizeOptions, progress_line, run_quantize
 from localmimo.cli.commands.verify import run_verify
 from localmimo.errors import BadRequest
 from quant import Progress
@@ -32,13 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_tokenizer(make_checkpoint(folder / "tiny-hf"))
     for experts, dense in (("nf4", "int8"), ("bf16", "bf16")):
         out = folder / f"tiny-hf-{experts}"
-        run_quantize(Conversion(folder / "tiny-hf", out, experts, dense), Capture(quiet=True).ui)
+        run_quantize(QuantizeOptions(folder / "tiny-hf", out, experts, dense), Capture(quiet=True).ui)
     return folder
 
 
 def test_a_dry_run_shows_sizes_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     shown = Capture()
-    assert run_quantize(Conversion(folder / "tiny-hf", tmp_path / "out", dry_run=True), shown.ui) == 0
+    assert run_quantize(QuantizeOptions(folder / "tiny-hf", tmp_path / "out", dry_run=True), shown.ui) == 0
     lines = shown.out.splitlines()
     assert lines[0].split() == ["group", "tensors", "from", "to", "size", "was"]
     assert lines[-3] == f" to    {tmp_path}/out"
@@ -50,7 +50,7 @@ def test_a_dry_run_shows_sizes_and_writes_nothing(folder: Path, tmp_path: Path) 
 
 def test_a_dry_run_as_json(folder: Path, tmp_path: Path) -> None:
     shown = Capture()
-    run_quantize(Conversion(folder / "tiny-hf", tmp_path / "out", dry_run=True, as_json=True), shown.ui)
+    run_quantize(QuantizeOptions(folder / "tiny-hf", tmp_path / "out", dry_run=True, as_json=True), shown.ui)
     facts = json.loads(shown.out)
     files = [file.stat().st_size for file in (folder / "tiny-hf-nf4").glob("*.safetensors")]
     assert facts["status"] == "dry run" and facts["total_bytes"] == facts["needed_bytes"] == sum(files)
@@ -62,25 +62,25 @@ def test_too_little_disk_is_said_with_both_numbers(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     shown = Capture()
     with pytest.raises(NoSpace, match="needs 467 kB and 1 kB are free: free 466 kB, or choose another --out"):
-        run_quantize(Conversion(folder / "tiny-hf", tmp_path / "out", dry_run=True), shown.ui)
+        run_quantize(QuantizeOptions(folder / "tiny-hf", tmp_path / "out", dry_run=True), shown.ui)
     assert "free ✗" in shown.out
 
 
 def test_a_conversion_ends_with_the_next_command(folder: Path, tmp_path: Path) -> None:
     shown = Capture()
-    assert run_quantize(Conversion(folder / "tiny-hf", tmp_path / "my pack"), shown.ui) == 0
+    assert run_quantize(QuantizeOptions(folder / "tiny-hf", tmp_path / "my pack"), shown.ui) == 0
     first, second = shown.out.splitlines()
     assert first.startswith(" ✓ my pack: 467 kB, done in ") and ", checksums ok, error 0.0" in first
     assert second == f"   Next: localmimo chat '{tmp_path}/my pack'"
     again = Capture()
-    assert run_quantize(Conversion(folder / "tiny-hf", tmp_path / "my pack"), again.ui) == 0
+    assert run_quantize(QuantizeOptions(folder / "tiny-hf", tmp_path / "my pack"), again.ui) == 0
     assert " ✓ my pack: 467 kB, already done, checksums ok" in again.out
 
 
 def test_the_default_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shown = Capture()
-    run_quantize(Conversion(folder / "tiny-hf", experts="mxfp4", as_json=True), shown.ui)
+    run_quantize(QuantizeOptions(folder / "tiny-hf", experts="mxfp4", as_json=True), shown.ui)
     assert " No --out was given: the pack goes to ./tiny-hf-mxfp4.\n" in shown.err
     facts = json.loads(shown.out)
     assert facts["status"] == "done" and facts["verified"] and facts["rms_error"] > 0
@@ -117,7 +117,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(folder: Path, tmp_path: Path)
         " Stopped after layer 1. Run the same command to continue; --restart to begin again."
     )
     shown = Capture()
-    assert run_quantize(Conversion(folder / "tiny-hf", tmp_path / "out"), shown.ui) == 0
+    assert run_quantize(QuantizeOptions(folder / "tiny-hf", tmp_path / "out"), shown.ui) == 0
     assert "\n       an earlier run left " in shown.err
     whole = {file.name: file.read_bytes() for file in (folder / "tiny-hf-nf4").iterdir()}
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == whole
@@ -174,7 +174,7 @@ def measured(folder: Path, tmp_path: Path, text: str = TEXT, **settings: Any) ->
     (tmp_path / "text").write_text(text)
     shown = Capture()
     run_perplexity(
-        Measurement(str(folder / "tiny-hf-nf4"), tmp_path / "text", as_json=True, **settings), shown.ui
+        PerplexityOptions(str(folder / "tiny-hf-nf4"), tmp_path / "text", as_json=True, **settings), shown.ui
     )
     return json.loads(shown.out)  # type: ignore[no-any-return]
 
@@ -207,7 +207,7 @@ def test_a_pack_against_itself_does_not_stray(folder: Path, tmp_path: Path) -> N
 def test_a_pack_against_a_finer_one(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT)
     shown = Capture()
-    job = Measurement(
+    job = PerplexityOptions(
         str(folder / "tiny-hf-nf4"), tmp_path / "text", str(folder / "tiny-hf-bf16"), context=32
     )
     assert run_perplexity(job, shown.ui) == 0
