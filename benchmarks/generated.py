@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from localmimo.mini import CHECKPOINT
-from quant.checkpoint.published import Tensor, published_tensors
+from quant.checkpoint.published import PublishedTensor, published_tensors
 from quant.files.safetensors import DTYPE_NAMES, ShardPlan, plan_shard
 from quant.formats.codec import PartSpec
 

@@ -131,7 +131,7 @@ def test_what_was_sampled_comes_back(
     asked = ours.write(messages, [CLOCK], think)
     sampled = in_letters(tokenizer, said.replace("<|im_start|>", "<|im_\N{ZERO WIDTH SPACE}start|>"))
     turn = answer(sampled, tokenizer.decode(sampled), [CLOCK])
-    ours.keep(asked, turn, whole=whole)
+    ours.keep(asked, turn.message().as_dict(), turn.tokens, whole=whole)
     messages = [*messages, turn.message().as_dict()]
     results = [{"role": "tool", "content": "12:00"} for _ in turn.tool_calls]
     again = ours.write([*messages, *results, {"role": "user", "content": "and"}], [CLOCK], think)

@@ -115,14 +115,14 @@ def test_a_profile_only_where_one_is_named(tmp_path: Path) -> None:
 
 
 def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    took = bench.Sheet.took
+    took = bench.BenchReport.took
 
-    def squeeze(sheet: bench.Sheet, run: BenchRun, taken: StepCost) -> None:
+    def squeeze(report: bench.BenchReport, run: BenchRun, taken: StepCost) -> None:
         took(sheet, run, taken)
         sheet._engine._store.resize(12)
         sheet._engine._store._disk.direct = False
 
-    monkeypatch.setattr(bench.Sheet, "took", squeeze)
+    monkeypatch.setattr(bench.BenchReport, "took", squeeze)
     shown = run(small(model=str(pack), as_json=True))[1]
     facts = json.loads(shown.out)
     assert facts["effective"]["slots_now"] == facts["results"][0]["n_slots"] == 12
@@ -174,15 +174,15 @@ def test_no_words_for_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    took, calls = bench.Sheet.took, []
+    took, calls = bench.BenchReport.took, []
 
-    def press(sheet: bench.Sheet, run: BenchRun, taken: StepCost) -> None:
+    def press(report: bench.BenchReport, run: BenchRun, taken: StepCost) -> None:
         took(sheet, run, taken)
         calls.append(run)
         if len(calls) == 13:  # in the first answer at the second depth
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(bench.Sheet, "took", press)
+    monkeypatch.setattr(bench.BenchReport, "took", press)
     code, shown = run(small(model=str(pack), as_json=True))
     facts = json.loads(shown.out)
     assert code == 130 and not facts["finished"] and " Interrupted after 2 whole runs of 4.\n" in shown.err
