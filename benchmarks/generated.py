@@ -1,8 +1,8 @@
 """Checkpoints that nobody has: tensors made up when they are read, and a hub on loopback that serves them.
 
-Every stored tensor of a config.json is described by `quant.checkpoint.published`; its bytes are pseudo-random,
-the same each time, FP8 codes as of a Gaussian. `serving` gives such a checkpoint out file by file over the
-hub's protocol, so that `localmimo quantize --discard-source` converts what would not fit on this disk.
+Every stored tensor of a config.json is described by `quant.checkpoint.published`; its bytes are pseudo-random, the same
+each time, FP8 codes as of a Gaussian. `serving` gives such a checkpoint out file by file over a hub on loopback, so that
+`localmimo quantize --discard-source` converts what would not fit on this disk.
 """
 
 import json
@@ -71,7 +71,7 @@ class Served:
     """A safetensors file that exists when it is asked for."""
 
     plan: ShardPlan
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, PublishedTensor]
     pools: Pools
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class Plain:
 
 def checkpoint_files(config: Mapping[str, Any]) -> dict[str, Served | Plain]:
     """The files of a checkpoint with this config.json; the tokenizer is the embedded model's."""
-    by_file: dict[str, dict[str, Tensor]] = {}
+    by_file: dict[str, dict[str, PublishedTensor]] = {}
     for tensor in published_tensors(config):
         by_file.setdefault(_file_of(tensor.name), {})[tensor.name] = tensor
     pools, specs = Pools(), {dtype: name for name, dtype in DTYPE_NAMES.items()}

@@ -118,9 +118,9 @@ def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPa
     took = bench.BenchReport.took
 
     def squeeze(report: bench.BenchReport, run: BenchRun, taken: StepCost) -> None:
-        took(sheet, run, taken)
-        sheet._engine._store.resize(12)
-        sheet._engine._store._disk.direct = False
+        took(report, run, taken)
+        report._engine._store.resize(12)
+        report._engine._store._disk.direct = False
 
     monkeypatch.setattr(bench.BenchReport, "took", squeeze)
     shown = run(small(model=str(pack), as_json=True))[1]
@@ -177,7 +177,7 @@ def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch)
     took, calls = bench.BenchReport.took, []
 
     def press(report: bench.BenchReport, run: BenchRun, taken: StepCost) -> None:
-        took(sheet, run, taken)
+        took(report, run, taken)
         calls.append(run)
         if len(calls) == 13:  # in the first answer at the second depth
             signal.raise_signal(signal.SIGINT)
