@@ -1,7 +1,7 @@
 """Checkpoints that nobody has: tensors made up when they are read, and a hub on loopback that serves them.
 
 Every stored tensor of a config.json is described by `quant.checkpoint.published`; its bytes are pseudo-random, the same
-each time, FP8 codes as of a Gaussian. `serving` gives such a checkpoint out file by file over a hub on loopback, so that
+each time, FP8 codes as of a Gaussian. `serving` gives such a checkpoint out file by file over loopback, so that
 `localmimo quantize --discard-source` converts what would not fit on this disk.
 """
 
