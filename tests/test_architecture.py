@@ -115,6 +115,17 @@ def test_few_files_lie_directly_in_localmimo() -> None:
     assert len(files) <= MOST_FILES, files
 
 
+def test_no_test_module_is_imported() -> None:
+    """Helpers are in modules of their own: a test's name may change, and importing it runs all of its file."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in imports(path)
+        if any(part.startswith("test_") for part in name.split("."))
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize(
     "module",
     [

@@ -36,6 +36,13 @@ WRITTEN = [
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
 ]
+# The published prompt of a greeting, and its published token ids.
+PROMPT = (
+    "<|im_start|>system\nYou are MiMo, a helpful AI assistant engineered by Xiaomi.<|im_end|>"
+    "<|im_start|>user\nHello<|im_end|><|im_start|>assistant\n<think></think>"
+)
+PROMPT_IDS = """151644 8948 198 2610 525 20740 25612 11 264 10950 15235 17847 44936 553 71449 13 151645 151644
+    872 198 9707 151645 151644 77091 198 151667 151668"""
 
 
 def _with_pipeline(tokenizer: Tokenizer) -> Tokenizer:

@@ -15,7 +15,6 @@ from localmimo.chat.tokenizer import Tokenizer
 from localmimo.decode.answer import Answer
 from localmimo.errors import BadRequest
 from tests.chat import bpe
-from tests.chat.test_tokenizer import PROMPT_IDS
 
 SPELLINGS = [*bpe.CONTROL[:3], *bpe.WRITTEN[:2], *bpe.WRITTEN[-4:], "<think", "im_end|>", "a", " ", "\n", "ü"]
 SPELLED = st.lists(st.sampled_from(SPELLINGS), max_size=8).map("".join)
@@ -148,5 +147,5 @@ def test_what_was_sampled_comes_back(
 def test_the_published_prompt_gives_the_published_ids() -> None:
     real = prompts(Tokenizer(bpe.real(bpe.ranks_of_the_prompt())))
     assert real.write([{"role": "user", "content": "Hello"}], think=False).tokens == [
-        int(token) for token in PROMPT_IDS.split()
+        int(token) for token in bpe.PROMPT_IDS.split()
     ]

@@ -11,12 +11,6 @@ from localmimo.errors import BadModel, BadRequest
 from tests.chat import bpe
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-PROMPT = (
-    "<|im_start|>system\nYou are MiMo, a helpful AI assistant engineered by Xiaomi.<|im_end|>"
-    "<|im_start|>user\nHello<|im_end|><|im_start|>assistant\n<think></think>"
-)
-PROMPT_IDS = """151644 8948 198 2610 525 20740 25612 11 264 10950 15235 17847 44936 553 71449 13 151645 151644
-    872 198 9707 151645 151644 77091 198 151667 151668"""
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -108,9 +102,9 @@ def test_a_word_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_the_published_prompt_has_the_published_ids() -> None:
     tokenizer = Tokenizer(bpe.real(bpe.ranks_of_the_prompt()))
-    ids = [int(token) for token in PROMPT_IDS.split()]
-    assert len(ids) == 27 and tokenizer.encode(PROMPT) == ids
-    assert tokenizer.decode(ids) == PROMPT
+    ids = [int(token) for token in bpe.PROMPT_IDS.split()]
+    assert len(ids) == 27 and tokenizer.encode(bpe.PROMPT) == ids
+    assert tokenizer.decode(ids) == bpe.PROMPT
 
 
 @pytest.mark.skipif(
@@ -120,7 +114,7 @@ def test_the_whole_vocabulary_gives_the_published_ids() -> None:
     ranks = bpe.all_ranks()
     assert ranks is not None and len(ranks) == bpe.N_RANKS
     assert {
-        token: rank for token, rank in ranks.items() if token in PROMPT.encode()
+        token: rank for token, rank in ranks.items() if token in bpe.PROMPT.encode()
     } == bpe.ranks_of_the_prompt()
     tokenizer = Tokenizer(bpe.real(ranks))
-    assert tokenizer.encode(PROMPT) == [int(token) for token in PROMPT_IDS.split()]
+    assert tokenizer.encode(bpe.PROMPT) == [int(token) for token in bpe.PROMPT_IDS.split()]

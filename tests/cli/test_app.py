@@ -11,26 +11,10 @@ import pytest
 from localmimo.cli import app
 from localmimo.errors import BadModel, BadRequest, Cancelled, ContextFull, DoesNotFit, LocalMimoError
 from quant.errors import BadCheckpoint, BadPack, BadRecipe, NoSpace, NotWritable, QuantError
+from tests.cli.program import localmimo
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("quantize", "plan", "doctor", "verify", "perplexity", "bench", "replay", "stats", "chat", "serve")
-WITHOUT_TORCH = (
-    "import sys; from localmimo.cli.app import run; code = run(sys.argv[1:]); "
-    "heavy = sorted({'torch', 'transformers', 'bitsandbytes', 'accelerate'} & set(sys.modules)); "
-    "print('heavy:', heavy, file=sys.stderr); sys.exit(code)"
-)
-
-
-def localmimo(*arguments: str, script: str = WITHOUT_TORCH, stdin: str = "") -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

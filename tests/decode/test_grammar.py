@@ -10,7 +10,7 @@ import pytest
 from localmimo import BadRequest, Sampling, load
 from localmimo.decode.grammar import Grammar, Grammars
 from localmimo.engine import Engine
-from tests.decode.test_speculative import drafting, prophecy
+from tests.decode.drafts import drafting, prophecy
 from tests.packs import make_pack
 
 pytest.importorskip("llguidance")

@@ -18,7 +18,7 @@ from localmimo.cli.terminal.screen import Screen
 from localmimo.decode.generation import Generation
 from localmimo.engine import Engine
 from localmimo.tools.tool import tools_of
-from tests.decode.test_retention import Script
+from tests.decode.script import Script
 from tests.scripted import Capture, ScriptedReader
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")

@@ -2,8 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ import torch
 from localmimo import BadRequest, DoesNotFit, Sampling, load
 from localmimo.decode.generation import Generation
 from localmimo.decode.sampler import candidates, pick
-from localmimo.decode.session import Session
 from localmimo.decode.speculative import DepthPolicy, Draft, FixedDepth, MeasuredDepth, SpeculativeSteps
 from localmimo.engine import Engine
+from tests.decode.drafts import drafting, prophecy
 from tests.packs import make_pack
 
 GREEDY = Sampling(temperature=0)
@@ -24,32 +23,6 @@ N = 24
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     pack = make_pack(tmp_path_factory.mktemp("draft"), seed=12, experts="nf4", dense="int8")
     return load(pack, context=120, draft=3)
-
-
-@contextmanager
-def drafting(engine: Engine, depth: int) -> Iterator[None]:
-    before, engine._pace = engine._pace, FixedDepth(depth)
-    try:
-        yield
-    finally:
-        engine._pace = before
-
-
-@contextmanager
-def prophecy(truth: list[int], n_prompt: int, right: float, seed: int) -> Iterator[None]:
-    """Heads that foresee the text, each token with a chance: every course of accepting and taking back comes up."""
-    rng, real = random.Random(seed), Session.draft
-
-    def foresee(self: Session, token: int, n: int, choose: Callable) -> list[int]:
-        at = self.position + 1 - n_prompt
-        told = [t if rng.random() < right else rng.randrange(3, 97) for t in truth[at : at + n]]
-        return [*told, *[5] * n][:n]
-
-    Session.draft = foresee  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Session.draft = real  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

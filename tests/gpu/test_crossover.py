@@ -11,8 +11,8 @@ from localmimo.hardware import unpack_threshold as crossover
 from localmimo.hardware.unpack_threshold import crossing
 from quant import gpu
 from tests.gpu import pretended
+from tests.gpu.engines import PLAIN
 from tests.gpu.pages import random_matrix
-from tests.gpu.test_engine import PLAIN
 
 
 @pytest.mark.parametrize(

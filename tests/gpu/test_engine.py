@@ -1,8 +1,6 @@
 """The whole engine on a pretended GPU says what it says on the CPU, wherever its experts lie."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,9 +11,9 @@ from localmimo import Engine, Sampling, load
 from localmimo.errors import DoesNotFit, NoDevice
 from localmimo.experts.compute.hybrid_runner import HybridRunner
 from localmimo.experts.tiers.tiers import GpuTier
-from localmimo.planning.memory import Plan
 from quant import Recipe
 from tests.gpu import pretended
+from tests.gpu.engines import PLAIN, on_gpu
 from tests.gpu.pages import relative
 from tests.packs import make_pack
 
@@ -23,7 +21,6 @@ GREEDY = Sampling(temperature=0)
 SHORT = "Once upon a time, there was a little"
 LONG = "The history of the world is a long one. " * 28  # longer than what is shared between GPU and CPU
 N = 8  # tokens of an answer
-PLAIN = {"profile": None, "context": 1024, "dtype": "float32"}
 SHARES = {"all": 1.0, "some": 0.4, "none": 0.0}  # of the experts that lie on the GPU when the context is full
 
 
@@ -31,34 +28,6 @@ SHARES = {"all": 1.0, "some": 0.4, "none": 0.0}  # of the experts that lie on th
 def said() -> dict[str, list[int]]:
     with load(**PLAIN, device="cpu", draft=0) as engine:
         return {text: engine.generate(text, max_tokens=N, sampling=GREEDY).tokens for text in (SHORT, LONG)}
-
-
-@lru_cache
-def plan_of(asked: tuple[tuple[str, object], ...]) -> Plan:
-    """The plan where nothing is short."""
-    with load(**dict(asked)) as engine:  # type: ignore[arg-type]
-        return engine.plan
-
-
-@contextmanager
-def on_gpu(share: float = 0.4, **options: object) -> Iterator[Engine]:
-    """The engine with room for a share of the experts on the GPU beside a full context, taken from the first token on.
-
-    With none, none ever come there, not even for as long as the context leaves them room.
-    """
-    asked = PLAIN | {"device": "cuda", "draft": 0} | options
-    with pretended.device():
-        plan = plan_of(tuple(asked.items()))
-        n_pages, vram = plan.n_pages, plan.vram
-        assert vram is not None and vram.n_slots == n_pages + vram.kv_slots
-        budget = vram.used_bytes - round((1 - share) * n_pages) * plan.page_bytes
-        stay = nullcontext() if share else patch("localmimo.experts.tiers.gpu_slots.choose", return_value=[])
-        with stay, load(**asked, vram=budget) as engine:  # type: ignore[arg-type]
-            pages = [(layer, e) for layer in engine.config.moe_layers for e in range(engine.config.n_experts)]
-            for at in range(0, engine.plan.gpu_slots if share else 0, 16):
-                engine._store.lift(pages[at : at + 16])
-            assert engine.plan.gpu_slots_at(engine.context) == round(share * n_pages)
-            yield engine
 
 
 def taken(engine: Engine) -> int:

@@ -13,7 +13,7 @@ from localmimo.decode.session import Session
 from localmimo.experts.tiers.gpu_slots import GpuSlots
 from localmimo.kv.block_table import BlockTable
 from tests.gpu import pretended, recording
-from tests.gpu.test_engine import PLAIN, on_gpu
+from tests.gpu.engines import PLAIN, on_gpu
 
 STEPS = [17, 300, 5, 9, 1023, 44, 45, 8]
 

@@ -11,7 +11,7 @@ from localmimo.kv.cache import GlobalKV, WindowKV
 from localmimo.kv.sizes import kv_row_bytes
 from localmimo.limits import N_SNAPSHOTS, SLACK
 from localmimo.planning.memory import Plan, make_plan
-from tests.model.test_config import FLASH, parse
+from tests.model.published import FLASH, parse
 
 PAGE = 13_369_344
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve.running import Running, Scripted
-from tests.serve.test_chat import CALL
+from tests.serve.samples import CALL
 
 THOUGHT = "<think>Hm, rivers.</think>"
 

@@ -13,7 +13,7 @@ from localmimo.engine import Engine
 from localmimo.serve.http.auth import AccessCheck
 from localmimo.serve.http.connection import Limits
 from tests.serve.running import Running, Scripted, wait_for
-from tests.serve.test_chat import HELLO, PATH
+from tests.serve.samples import HELLO, PATH
 
 CHAT, TEXT, ITEMS, BLOCKS = PATH, "/v1/completions", "/v1/responses", "/v1/messages"
 SAID = {"role": "user", "content": "Hello."}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve.running import Running, Scripted
-from tests.serve.test_chat import CALL, CUT_OFF, HELLO, WEATHER
+from tests.serve.samples import CALL, CUT_OFF, HELLO, WEATHER
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
 anthropic = pytest.importorskip("anthropic", reason="the package anthropic is not installed")

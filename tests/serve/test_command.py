@@ -17,7 +17,7 @@ from localmimo import load
 from localmimo.cli.app import run
 from tests.packs import make_pack
 from tests.serve.running import wait_for
-from tests.serve.test_chat import HELLO, PATH
+from tests.serve.samples import HELLO, PATH
 
 ROOT = Path(__file__).parents[2]
 

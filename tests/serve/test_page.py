@@ -11,7 +11,7 @@ import pytest
 
 from localmimo.engine import Engine
 from tests.serve.running import Running, Scripted, wait_for
-from tests.serve.test_chat import CALL, CUT_OFF, WEATHER
+from tests.serve.samples import CALL, CUT_OFF, WEATHER
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 in_a_browser = pytest.mark.skipif(

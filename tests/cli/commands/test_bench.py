@@ -21,7 +21,7 @@ from localmimo.experts.policy.trace import read_trace
 from localmimo.experts.store.counters import PageCounters
 from localmimo.mini import CHECKPOINT
 from quant import convert
-from tests.cli.test_app import localmimo
+from tests.cli.program import localmimo
 from tests.packs import make_pack
 from tests.scripted import Capture
 from tests.tiny import make_checkpoint

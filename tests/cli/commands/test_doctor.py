@@ -9,7 +9,7 @@ import torch
 
 from localmimo.cli.commands import doctor
 from localmimo.cli.ui import Ui
-from tests.cli.test_app import localmimo
+from tests.cli.program import localmimo
 from tests.packs import make_pack
 
 

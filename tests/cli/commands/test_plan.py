@@ -18,7 +18,7 @@ from localmimo.planning.footprint import Footprint, footprint_of
 from localmimo.planning.hit_rates import assumed_hits, profile_hits, replayed_hits
 from localmimo.planning.memory import Plan, make_plan
 from localmimo.planning.throughput import Tiers, decode_range, disk_rates, estimate
-from tests.cli.test_app import localmimo
+from tests.cli.program import localmimo
 from tests.packs import make_pack
 from tests.tiny import make_checkpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_app import localmimo
+from tests.cli.program import localmimo
 from tests.hubserver import COMMIT, HubServer, serving
 from tests.packs import add_tokenizer
 from tests.tiny import make_checkpoint
