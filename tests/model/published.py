@@ -3,7 +3,7 @@
 from localmimo.model.config import ModelConfig
 from tests.tiny import make_config
 
-# The published values (see the docstring of localmimo/config.py); counts of layers by kind, and sizes.
+# The published values (see the docstring of localmimo/model/config.py); counts of layers by kind, and sizes.
 FLASH = {
     "model_type": "mimo_v2_flash",
     "hidden_size": 4096,
