@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from localmimo import Sampling, load
-from localmimo.decode.speculative import Draft, DraftStats
+from localmimo.decode.draft_depth import Draft
+from localmimo.decode.steps import DraftStats
 from localmimo.engine import Engine
 
 PROMPTS = (

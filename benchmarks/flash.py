@@ -30,8 +30,9 @@ from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.limits import SLACK
 from localmimo.model.config import ModelConfig
-from localmimo.model.transformer import OnDevice, Transformer, load_weights
+from localmimo.model.transformer import Transformer
 from localmimo.model.weight_shapes import _expected as expected_shapes
+from localmimo.model.weights import OnDevice, load_weights
 from localmimo.planning.memory import Plan, make_plan
 from quant.formats.codec import codec
 from quant.formats.page import PageLayout

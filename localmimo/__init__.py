@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from localmimo.agent import Run
     from localmimo.chat.tool_call import ToolCall
     from localmimo.decode.answer import Message
-    from localmimo.decode.generation import Stats, Step
     from localmimo.decode.sampler import Sampling
     from localmimo.decode.session import Session
+    from localmimo.decode.steps import Stats, Step
     from localmimo.engine import Completion, Engine, load
     from localmimo.errors import (
         BadModel,
@@ -39,8 +39,8 @@ _MODULES = {
     "ToolCall": "chat.tool_call",
     "Sampling": "decode.sampler",
     "Session": "decode.session",
-    "Step": "decode.generation",
-    "Stats": "decode.generation",
+    "Step": "decode.steps",
+    "Stats": "decode.steps",
     "LocalMimoError": "errors",
     "BadModel": "errors",
     "BadRequest": "errors",

@@ -25,13 +25,15 @@ from localmimo.decode.answer import Answer, Message
 from localmimo.decode.batch import Batch
 from localmimo.decode.constraint import Constraints
 from localmimo.decode.cuda_graphs import Graphs
-from localmimo.decode.generation import FinishReason, Generation, PlainTextParser, Stats, Step
+from localmimo.decode.draft_depth import Draft, depth_policy_of
+from localmimo.decode.generation import Generation, PlainTextParser
 from localmimo.decode.grammar import Grammar
 from localmimo.decode.mtp import load_heads
 from localmimo.decode.options import GenerationOptions
 from localmimo.decode.sampler import Sampling
 from localmimo.decode.session import Progress, Session
-from localmimo.decode.speculative import Draft, DraftStats, SpeculativeSteps, depth_policy_of
+from localmimo.decode.speculative import SpeculativeSteps
+from localmimo.decode.steps import DraftStats, FinishReason, Stats, Step
 from localmimo.errors import BadModel, BadRequest, ContextFull
 from localmimo.experts.compute.cpu_runner import Record
 from localmimo.experts.compute.hybrid_runner import HybridRunner, runner_of
@@ -45,9 +47,9 @@ from localmimo.loading.expert_cache import ExpertCache
 from localmimo.loading.options import Dtype, Kv, LoadOptions
 from localmimo.mini import NAME
 from localmimo.model.config import ModelConfig
-from localmimo.model.load_progress import OnProgress, ReportedWeights
-from localmimo.model.transformer import OnDevice, Transformer, load_weights
+from localmimo.model.transformer import Transformer
 from localmimo.model.weight_shapes import check_shapes
+from localmimo.model.weights import OnDevice, OnProgress, ReportedWeights, load_weights
 from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool, tools_of
 from quant import Pack
 from quant.ops.linear import backend

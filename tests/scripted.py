@@ -11,7 +11,7 @@ from rich.console import Console
 
 from localmimo.chat.stream_parser import Delta, StreamParser
 from localmimo.cli.ui import Ui
-from localmimo.decode.generation import Stats, Step
+from localmimo.decode.steps import Stats, Step
 from localmimo.errors import ContextFull
 
 INTERRUPT = object()  # in an answer: Ctrl-C is pressed here; as an entry: at the prompt

@@ -18,7 +18,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from localmimo.bench.corpus import Corpus
-from localmimo.decode.speculative import DraftStats, SpeculativeSteps
+from localmimo.decode.speculative import SpeculativeSteps
+from localmimo.decode.steps import DraftStats
 from localmimo.experts.store.counters import PageCounters
 
 if TYPE_CHECKING:

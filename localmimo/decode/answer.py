@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localmimo.chat.tool_call import ToolCall
-from localmimo.decode.generation import FinishReason, Stats, Step
+from localmimo.decode.steps import FinishReason, Stats, Step
 from localmimo.errors import BadRequest
 from localmimo.tools.tool import DECLINED, LIMIT_S, MAX_CHARS, Tool
 

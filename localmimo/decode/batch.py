@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from localmimo.decode.generation import Generation, Step
+from localmimo.decode.generation import Generation
 from localmimo.decode.session import Session, step_together
+from localmimo.decode.steps import Step
 from localmimo.errors import Cancelled
 
 Start = Callable[[int, Session], Generation]  # prompt number and its session

@@ -16,14 +16,8 @@ from torch import Tensor
 
 from localmimo.kv.cache import KVCache
 from localmimo.model.attention import Rows
-from localmimo.model.transformer import (
-    Experts,
-    PromptChunk,
-    Transformer,
-    nothing_to_check,
-    nothing_to_report,
-    rope_rows,
-)
+from localmimo.model.protocols import Experts, nothing_to_check, nothing_to_report
+from localmimo.model.transformer import PromptChunk, Transformer, rope_rows
 
 MOST_TOKENS = 8  # of a step: longer ones are prompts, which are few
 MOST_GRAPHS = 256  # of one shape: where placement changes often, old stretches are forgotten

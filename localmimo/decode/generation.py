@@ -5,107 +5,24 @@ Knows sessions, tokens and text; nothing of messages, templates, files or termin
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from threading import Event
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from localmimo.chat.partial_call import PartialCall
 from localmimo.chat.stream_parser import Delta, Kind
 from localmimo.chat.tokenizer import Decoder, Tokenizer
-from localmimo.chat.tool_call import ToolCall
+from localmimo.decode.draft_depth import DepthPolicy, FixedDepth
 from localmimo.decode.sampler import Sampling, logprobs, pick
 from localmimo.decode.session import Progress, Session
-from localmimo.decode.speculative import DepthPolicy, DraftStats, FixedDepth, SpeculativeSteps
-from localmimo.errors import BadRequest, Cancelled
+from localmimo.decode.speculative import SpeculativeSteps
+from localmimo.decode.steps import FinishReason, Stats, Step
+from localmimo.decode.stopping import StopRules, StopStrings
+from localmimo.errors import Cancelled
 from localmimo.experts.store.counters import PageCounters
 from localmimo.limits import MAX_DRAFTS
 from quant import kernels
-
-FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "context"]
-
-
-@dataclass(slots=True)
-class Stats:
-    """What one generation took so far; seconds are wall time, tokens are counts."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0  # of the prompt, already in the KV cache
-    generated_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    first_token_s: float = 0.0
-    pages_gpu: int = 0  # expert pages found on the GPU
-    pages_ram: int = 0  # expert pages found in RAM
-    pages_disk: int = 0  # expert pages read from disk
-    bytes_read: int = 0
-    read_s: float = 0.0  # time in which the disk was being read
-    prefetch_useful: int = 0  # pages read on a guess that were then asked for
-    prefetch_wasted: int = 0  # pages read on a guess for nothing
-    drafts: DraftStats = field(default_factory=DraftStats)
-
-    @property
-    def prefill_tps(self) -> float:
-        """Prompt tokens read per second; 0 where nothing had to be read."""
-        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s else 0.0
-
-    @property
-    def decode_tps(self) -> float:
-        """Tokens per second after the first; 0 before there are two."""
-        return (
-            (self.generated_tokens - 1) / self.decode_s
-            if self.generated_tokens > 1 and self.decode_s
-            else 0.0
-        )
-
-    @property
-    def hits(self) -> dict[str, float]:
-        """Share of expert pages by the tier they were found in."""
-        gpu = {"gpu": self.pages_gpu} if self.pages_gpu else {}
-        found = gpu | {"ram": self.pages_ram, "disk": self.pages_disk}
-        pages = sum(found.values())
-        return {tier: n / pages for tier, n in found.items()} if pages else {}
-
-    def as_dict(self) -> dict[str, Any]:
-        derived = {"prefill_tps": self.prefill_tps, "decode_tps": self.decode_tps, "hits": self.hits}
-        derived["drafts"] = self.drafts.as_dict()
-        return asdict(self) | derived
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A piece of the answer. `finish_reason` is set on the last step alone, whose text is empty.
-
-    `token` is the token that gave the text; where one token gives several steps, the first of them has it.
-    """
-
-    text: str
-    token: int | None
-    kind: Kind
-    stats: Stats
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    tool_call: ToolCall | None = None  # complete
-    call_part: PartialCall | None = None  # of a call that is being written, or was completed with this step
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StopRules:
-    """When to stop, and what to report."""
-
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    think_budget: int | None = None  # tokens of thinking before it is closed
-    n_logprobs: int | None = None  # None: no log-probabilities; 0: of the drawn token alone
-    one_call: bool = False  # the first tool call ends the answer
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise BadRequest(f"max tokens is {self.max_tokens}; it must be at least 1.")
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise BadRequest("A stop string is empty; give at least one character.")
 
 
 class Parser(Protocol):
@@ -124,43 +41,6 @@ class PlainTextParser:
 
     def finish(self) -> list[Delta]:
         return []
-
-
-@dataclass(slots=True)
-class StopStrings:
-    """Finds stop strings in a stream of text, also where they straddle tokens; holds back what may be one.
-
-    The one that is complete first counts, the longer one of two that end together, however the text is cut.
-    """
-
-    strings: Sequence[str]
-    found: bool = False  # from then on every text is dropped
-    _held: str = ""
-
-    def push(self, text: str) -> str:
-        """The text that is certain now."""
-        self._held += "" if self.found else text
-        ends = [(at + len(s), at) for s in self.strings if (at := self._held.find(s)) >= 0]
-        if ends:
-            self.found = True
-            certain, self._held = self._held[: min(ends)[1]], ""
-            return certain
-        return self._take(
-            len(self._held) - max((self._overlap(string) for string in self.strings), default=0)
-        )
-
-    def flush(self) -> str:
-        """What was held back, the stream being at its end."""
-        return self._take(len(self._held))
-
-    def _overlap(self, string: str) -> int:
-        """How much of the end of the held text may be the beginning of `string`."""
-        longest = min(len(string) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)
-
-    def _take(self, n: int) -> str:
-        text, self._held = self._held[:n], self._held[n:]
-        return text
 
 
 class Constraint(Protocol):

@@ -15,7 +15,9 @@ from torch import Tensor
 from localmimo.kv.cache import KVCache
 from localmimo.kv.hidden_states import HiddenStates
 from localmimo.limits import SLACK
-from localmimo.model.transformer import DenseSource, Guess, Transformer, Weights, load_block, rms_norm
+from localmimo.model.protocols import Guess
+from localmimo.model.transformer import Transformer, rms_norm
+from localmimo.model.weights import DenseSource, Weights, load_block
 from quant import QTensor, linear
 
 # Rows that a head begins with where it was not asked for a while. A whole window of them takes as long as some tokens,

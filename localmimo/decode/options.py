@@ -9,10 +9,10 @@ from threading import Event
 from typing import Any
 
 from localmimo.chat.tool_choice import ToolChoice
-from localmimo.decode.generation import StopRules
 from localmimo.decode.grammar import Grammar
 from localmimo.decode.sampler import Sampling
 from localmimo.decode.session import Progress
+from localmimo.decode.stopping import StopRules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,8 @@ from localmimo.kv.cache import KVCache, Snapshot, WindowKV
 from localmimo.kv.hidden_states import HiddenStates
 from localmimo.kv.session_file import SavedSession, SessionIdentity, write
 from localmimo.limits import N_SNAPSHOTS, PREFILL_CHUNK, SLACK
-from localmimo.model.transformer import Experts, Transformer, nothing_to_check, nothing_to_report
+from localmimo.model.protocols import Experts, nothing_to_check, nothing_to_report
+from localmimo.model.transformer import Transformer
 from quant import kernels
 
 SHARED = (

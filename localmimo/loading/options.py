@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from localmimo.decode.speculative import Draft, check_draft
+from localmimo.decode.draft_depth import Draft, check_draft
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 from localmimo.hardware.device import CPU, Device, check_device, find_device
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes

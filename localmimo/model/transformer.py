@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from localmimo.limits import PREFILL_CHUNK
-from localmimo.model.attention import Rope, Rows, extend, rope_table
+from localmimo.model.attention import Rope, extend, rope_table
 from localmimo.model.config import LayerSpec, ModelConfig
-from quant import QTensor, linear
+from localmimo.model.protocols import Cache, Experts, Guess, nothing_to_check, nothing_to_report
+from localmimo.model.weights import BlockWeights, MlpWeights, RouterWeights, Weights
+from quant import linear
 from quant.kernels import attention as native
 from quant.kernels.block import Choice, FusedBlock, HeadShape, Router, Span
 from quant.kernels.block import serves as fusible
@@ -59,157 +60,7 @@ def route_reference(
     return chosen, (picked / (picked.sum(-1, keepdim=True) + 1e-20) if normalise else picked) * scale
 
 
-# ---- weights ----
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionWeights:
-    qkv: QTensor  # rows: all Q heads, all K heads, all V heads
-    o: QTensor
-    sink: Tensor | None  # [heads]
-
-
-@dataclass(frozen=True, slots=True)
-class MlpWeights:
-    gate: QTensor
-    up: QTensor
-    down: QTensor
-
-
-@dataclass(frozen=True, slots=True)
-class RouterWeights:
-    weight: Tensor  # [experts, hidden]
-    bias: Tensor  # [experts], for the choice alone
-
-
-@dataclass(frozen=True, slots=True)
-class BlockWeights:
-    attn_norm: Tensor
-    mlp_norm: Tensor
-    attention: AttentionWeights
-    mlp: MlpWeights | RouterWeights
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    embed: Tensor  # [vocab, hidden]
-    norm: Tensor
-    head: QTensor
-    blocks: tuple[BlockWeights, ...]
-
-
-class DenseSource(Protocol):
-    """Where dense tensors come from: a pack."""
-
-    def tensor(self, name: str) -> QTensor | Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class OnDevice:
-    """A source whose tensors are brought to a device as they are read; a token reads one row of the embeddings, which
-    stay in main memory."""
-
-    source: DenseSource
-    device: torch.device
-
-    def tensor(self, name: str) -> QTensor | Tensor:
-        tensor = self.source.tensor(name)
-        return tensor if name == "embed" else tensor.to(self.device)
-
-
-def load_weights(source: DenseSource, config: ModelConfig) -> Weights:
-    """Read every dense tensor of the main model (not the MTP blocks)."""
-    return Weights(
-        embed=_plain(source, "embed"),
-        norm=_wide(source, "norm"),
-        head=_packed(source, "head"),
-        blocks=tuple(load_block(source, f"layers.{i}", spec) for i, spec in enumerate(config.layers)),
-    )
-
-
-def _plain(source: DenseSource, name: str) -> Tensor:
-    tensor = source.tensor(name)
-    return tensor if isinstance(tensor, Tensor) else tensor.parts["weight"]
-
-
-def _wide(source: DenseSource, name: str) -> Tensor:
-    """Norms, sinks and routers, which are computed in float32."""
-    return _plain(source, name).float().contiguous()
-
-
-def _packed(source: DenseSource, name: str) -> QTensor:
-    tensor = source.tensor(name)
-    assert isinstance(tensor, QTensor), name
-    return tensor
-
-
-def load_block(source: DenseSource, prefix: str, spec: LayerSpec) -> BlockWeights:
-    """One block of the main model, or of a draft head: "layers.3", "mtp.0"."""
-    sink = _wide(source, f"{prefix}.attn.sink") if spec.sink else None
-    attention = AttentionWeights(
-        _packed(source, f"{prefix}.attn.qkv"), _packed(source, f"{prefix}.attn.o"), sink
-    )
-    mlp = _mlp(source, f"{prefix}.mlp") if spec.mlp == "dense" else _router(source, f"{prefix}.router")
-    return BlockWeights(
-        _wide(source, f"{prefix}.attn_norm"), _wide(source, f"{prefix}.mlp_norm"), attention, mlp
-    )
-
-
-def _mlp(source: DenseSource, prefix: str) -> MlpWeights:
-    return MlpWeights(*(_packed(source, f"{prefix}.{part}") for part in ("gate", "up", "down")))
-
-
-def _router(source: DenseSource, prefix: str) -> RouterWeights:
-    return RouterWeights(_wide(source, f"{prefix}.weight"), _wide(source, f"{prefix}.bias"))
-
-
 # ---- the model ----
-
-
-class LayerKV(Protocol):
-    """One layer's keys and values of one sequence."""
-
-    def place(self, n: int) -> Rows:
-        """Where the next n tokens' rows go; all that they see is there already."""
-
-    def commit(self, rows: Rows, n: int) -> None:
-        """The n tokens that `rows` was for are written."""
-
-
-class Cache(Protocol):
-    """The KV of one sequence: its length, and one LayerKV per layer."""
-
-    length: int
-
-    @property
-    def layers(self) -> Sequence[LayerKV]: ...
-
-    def reach(self, n: int) -> None: ...
-
-    def advance(self, n: int) -> None: ...
-
-
-Guess = Callable[[], tuple[int, Tensor]]  # (layer, chosen [n, k]) that the next MoE layer will probably want
-
-
-class Experts(Protocol):
-    """Runs the routed experts of a layer for x [n, hidden] -> float32 [n, hidden].
-
-    `guess`, where there is one, runs the next MoE layer's router early, on what goes into this layer; calling it is
-    left to whoever gains by it. A row's result depends on its own token, experts and weights alone.
-    """
-
-    def run(
-        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
-    ) -> Tensor: ...
-
-
-def nothing_to_check() -> None:
-    """The default between-layers check: go on."""
-
-
-def nothing_to_report(done: float) -> None:
-    """The default report of progress."""
 
 
 HEAD_ROWS = 64  # whose logits a GPU holds at a time: a prompt's would take gigabytes

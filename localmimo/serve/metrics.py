@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from localmimo.decode.generation import Stats
+from localmimo.decode.steps import Stats
 from localmimo.serve.worker import Job
 
 Labels = tuple[tuple[str, str], ...]

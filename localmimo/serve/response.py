@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
-from localmimo.decode.generation import Step
+from localmimo.decode.steps import Step
 from localmimo.serve.api.parameters import Request
 from localmimo.serve.errors import ApiError, failure_of
 from localmimo.serve.queue import Ticket

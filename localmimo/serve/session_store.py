@@ -34,8 +34,8 @@ from quant.files.bounded import read_small
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from localmimo.decode.generation import Stats
     from localmimo.decode.session import Session
+    from localmimo.decode.steps import Stats
 
 LEAST_TOKENS = 32  # a shorter read says little about the rate
 FIRST_RATE = 300e6  # bytes per second of files, assumed until one was written or read

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from localmimo.chat.prompt import Prompt
 from localmimo.decode.answer import Answer
-from localmimo.decode.generation import Stats, Step
+from localmimo.decode.steps import Stats, Step
 from localmimo.errors import BadRequest, ContextFull
 from localmimo.serve.api.parameters import Request
 from localmimo.serve.queue import Ticket

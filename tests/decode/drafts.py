@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from localmimo.decode.draft_depth import FixedDepth
 from localmimo.decode.session import Session
-from localmimo.decode.speculative import FixedDepth
 from localmimo.engine import Engine
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmimo import BadModel, BadRequest, ContextFull, DoesNotFit, Sampling, load
-from localmimo.decode.generation import StopStrings
+from localmimo.decode.stopping import StopStrings
 from localmimo.engine import Engine
 from quant import convert
 from tests.packs import make_pack

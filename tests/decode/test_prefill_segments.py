@@ -8,7 +8,8 @@ from localmimo import Cancelled, load
 from localmimo.decode.session import Session
 from localmimo.engine import Engine
 from localmimo.kv.cache import KVCache
-from localmimo.model.transformer import GUESS_TOKENS, Guess, pieces_of
+from localmimo.model.protocols import Guess
+from localmimo.model.transformer import GUESS_TOKENS, pieces_of
 from quant import kernels
 from tests.packs import make_pack
 

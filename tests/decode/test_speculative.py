@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from localmimo import BadRequest, DoesNotFit, Sampling, load
+from localmimo.decode.draft_depth import DepthPolicy, Draft, FixedDepth, MeasuredDepth
 from localmimo.decode.generation import Generation
 from localmimo.decode.sampler import candidates, pick
-from localmimo.decode.speculative import DepthPolicy, Draft, FixedDepth, MeasuredDepth, SpeculativeSteps
+from localmimo.decode.speculative import SpeculativeSteps
 from localmimo.engine import Engine
 from tests.decode.drafts import drafting, prophecy
 from tests.packs import make_pack
@@ -88,7 +89,7 @@ def test_draws_follow_the_distribution_with_drafts(engine: Engine) -> None:
 
 
 def engine_stats():  # type: ignore[no-untyped-def]
-    from localmimo.decode.speculative import DraftStats
+    from localmimo.decode.steps import DraftStats
 
     return DraftStats()
 

@@ -130,7 +130,8 @@ def logits_with(
 ) -> torch.Tensor:
     """Logits of the engine's weights under another configuration."""
     from localmimo.decode.session import Session
-    from localmimo.model.transformer import Transformer, load_weights
+    from localmimo.model.transformer import Transformer
+    from localmimo.model.weights import load_weights
 
     model = Transformer(config, load_weights(engine.pack, config), torch.float32)
     return torch.cat(list(Session(model, engine._experts, 256, torch.float32).logits(tokens)))

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from localmimo.decode import generation as generate
-from localmimo.decode.speculative import FixedDepth
+from localmimo.decode.draft_depth import FixedDepth
 from localmimo.engine import Engine
 from localmimo.serve.app import make_app
 from localmimo.serve.http.auth import AccessCheck

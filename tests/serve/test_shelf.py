@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from localmimo.chat.turn_cache import TurnCache
-from localmimo.decode.generation import Stats
+from localmimo.decode.steps import Stats
 from localmimo.engine import Engine
 from localmimo.serve.session_store import SessionStore, reach
 from tests.serve import conversations as talks

@@ -16,7 +16,7 @@ from rich.console import Console
 from localmimo.cli.ui import Ui, bar, printable, seconds
 
 if TYPE_CHECKING:
-    from localmimo.decode.generation import Stats, Step
+    from localmimo.decode.steps import Stats, Step
 
 STDIN = 0
 STYLES = re.compile(r"\x1b\[[0-9;]*m")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from localmimo.system.jsonl import JsonLines
 
 if TYPE_CHECKING:
-    from localmimo.decode.generation import Step
+    from localmimo.decode.steps import Step
 
 
 class StepLog:

@@ -13,7 +13,7 @@ from torch import Tensor
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.ram_slots import Arrival
 from localmimo.limits import EXPERT_ROWS, STEP_TOKENS, TAIL_TOKENS
-from localmimo.model.transformer import Guess
+from localmimo.model.protocols import Guess
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order
 

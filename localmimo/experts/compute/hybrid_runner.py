@@ -16,7 +16,7 @@ from localmimo.experts.compute.page_staging import PageStaging
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.ram_slots import Arrival
 from localmimo.limits import EXPERT_ROWS, SHARED_TOKENS, STEP_TOKENS, TAIL_TOKENS
-from localmimo.model.transformer import Guess
+from localmimo.model.protocols import Guess
 from quant import gpu
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order, run_expert

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from localmimo.chat.stream_parser import Kind
-from localmimo.decode.generation import Step
+from localmimo.decode.steps import Step
 from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.parameters import Request, forced, read_sampling, read_thinking

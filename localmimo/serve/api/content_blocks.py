@@ -11,7 +11,7 @@ from typing import Literal
 
 from localmimo.chat.partial_call import PartialCall
 from localmimo.chat.stream_parser import Kind
-from localmimo.decode.generation import Step
+from localmimo.decode.steps import Step
 
 Act = Literal["open", "more", "close"]
 

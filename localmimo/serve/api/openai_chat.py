@@ -12,7 +12,7 @@ from typing import Any
 
 from localmimo.chat.partial_call import PartialCall
 from localmimo.chat.tokenizer import Tokenizer
-from localmimo.decode.generation import FinishReason, Stats, Step
+from localmimo.decode.steps import FinishReason, Stats, Step
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.parameters import (
     MOST_LOGPROBS,

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from localmimo.decode.generation import Step
+from localmimo.decode.steps import Step
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import finish_reason, openai_failure, usage
 from localmimo.serve.api.parameters import MOST_LOGPROBS, Request, read_sampling, refuse_several

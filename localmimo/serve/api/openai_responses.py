@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from localmimo.decode.generation import Step
+from localmimo.decode.steps import Step
 from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import openai_failure

@@ -15,7 +15,7 @@ from localmimo.cli import app
 from localmimo.cli.commands import bench
 from localmimo.cli.commands.bench import BenchOptions, parse_depths, run_bench
 from localmimo.cli.open_engine import LoadFlags
-from localmimo.decode.speculative import DraftStats
+from localmimo.decode.steps import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import read_trace
 from localmimo.experts.store.counters import PageCounters

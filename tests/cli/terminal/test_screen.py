@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from localmimo.chat.stream_parser import StreamParser
 from localmimo.cli.terminal.screen import Screen, block_end, figures, height
 from localmimo.cli.ui import bar, fit, parse_count, rows, seconds, table
-from localmimo.decode.generation import Stats, Step
-from localmimo.decode.speculative import DraftStats
+from localmimo.decode.steps import DraftStats, Stats, Step
 from localmimo.errors import BadRequest
 from localmimo.limits import MAX_DRAFTS
 from tests.scripted import Capture

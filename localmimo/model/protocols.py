@@ -1,0 +1,57 @@
+"""Protocols: what the model needs of a KV cache, of the routed experts, and of whoever may stop it.
+
+Knows shapes only. Must not know how a cache is laid out or where an expert's bytes are.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from localmimo.model.attention import Rows
+
+
+class LayerKV(Protocol):
+    """One layer's keys and values of one sequence."""
+
+    def place(self, n: int) -> Rows:
+        """Where the next n tokens' rows go; all that they see is there already."""
+
+    def commit(self, rows: Rows, n: int) -> None:
+        """The n tokens that `rows` was for are written."""
+
+
+class Cache(Protocol):
+    """The KV of one sequence: its length, and one LayerKV per layer."""
+
+    length: int
+
+    @property
+    def layers(self) -> Sequence[LayerKV]: ...
+
+    def reach(self, n: int) -> None: ...
+
+    def advance(self, n: int) -> None: ...
+
+
+Guess = Callable[[], tuple[int, Tensor]]  # (layer, chosen [n, k]) that the next MoE layer will probably want
+
+
+class Experts(Protocol):
+    """Runs the routed experts of a layer for x [n, hidden] -> float32 [n, hidden].
+
+    `guess`, where there is one, runs the next MoE layer's router early, on what goes into this layer; calling it is
+    left to whoever gains by it. A row's result depends on its own token, experts and weights alone.
+    """
+
+    def run(
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
+    ) -> Tensor: ...
+
+
+def nothing_to_check() -> None:
+    """The default between-layers check: go on."""
+
+
+def nothing_to_report(done: float) -> None:
+    """The default report of progress."""
