@@ -299,7 +299,7 @@ class Engine:
             finally:
                 if chat and tokens is None:
                     whole = answer.finish_reason in ("stop", "tool_calls") and not stop
-                    self.prompts.keep(asked, answer.message().as_dict(), answer.tokens, whole=whole)
+                    self.prompts.remember(asked, answer.message().as_dict(), answer.tokens, whole=whole)
 
     @overload
     def generate(self, prompt: str, **options: Any) -> Completion: ...
@@ -389,7 +389,7 @@ class Engine:
         self, prompt: str | Messages, tools: Sequence[Mapping[str, Any]] | None, think: bool | None
     ) -> Prompt:
         if not isinstance(prompt, str):
-            asked = self.prompts.write(prompt, tools, think)
+            asked = self.prompts.build(prompt, tools, think)
         elif prompt.strip():
             asked = Prompt(prompt, self.encode(prompt))
         else:

@@ -1,6 +1,6 @@
-"""Prompts: messages become tokens, and what the model said becomes the same tokens again in the next prompt.
+"""Prompts of one model: messages to tokens, with each earlier answer as the tokens that were sampled.
 
-Knows templates and tokenizers, and the turns that were answered; no model and no session.
+Knows the template, the tokenizer and the cache of answered turns; no model and no session.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from localmimo.errors import LocalMimoError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a conversation becomes; `text` may contain marks (see marks)."""
+    """A conversation as text and as tokens. The text may contain escapes (see special_tokens)."""
 
     text: str
     tokens: list[int]
@@ -31,13 +31,13 @@ def _digest(text: str) -> str:
 
 
 class Prompts:
-    """One model's way from messages to tokens."""
+    """Makes the prompts of one model."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self._template = template
         self._tokenizer = tokenizer
-        self.marker = SpecialTokenEscaper(tokenizer.added, tokenizer.control)
-        self.turns = TurnCache()
+        self._escaper = SpecialTokenEscaper(tokenizer.added, tokenizer.control)
+        self.turn_cache = TurnCache()
 
     def render(
         self,
@@ -45,48 +45,50 @@ class Prompts:
         tools: Sequence[Mapping[str, Any]] | None = None,
         think: bool | None = None,
     ) -> str:
-        """The prompt as text, for people to read: what merely spells a special token looks like one."""
+        """The prompt as text, for people to read. Text that merely spells a special token looks like one."""
         return self._template.render(messages, tools=tools, think=think)
 
-    def write(
+    def build(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         think: bool | None = None,
     ) -> Prompt:
-        """The prompt as tokens; answers that were kept come back as they were sampled. Raises BadRequest."""
-        mark, text = self._marked(messages, tools, think=think)
-        known, tokens = self.turns.longest(text)
-        return Prompt(text, tokens + self._tokenizer.encode(text[known:], mark), messages, tools)
+        """The prompt as tokens, remembered answers as they were sampled. Raises BadRequest."""
+        escape, text = self._render_escaped(messages, tools, think=think)
+        n_known, tokens = self.turn_cache.longest_prefix(text)
+        return Prompt(text, tokens + self._tokenizer.encode(text[n_known:], escape), messages, tools)
 
-    def keep(
+    def remember(
         self, prompt: Prompt, message: Mapping[str, Any], sampled: Sequence[int], *, whole: bool
     ) -> None:
-        """Remember the tokens that an answer was sampled as; whole: it ended with an end-of-text token."""
+        """Keep the tokens that an answer was sampled as. whole: it ended with an end-of-text token."""
         if not sampled:
             return
         try:
-            mark, text = self._marked([*prompt.messages, message], prompt.tools, add_generation_prompt=False)
+            conversation = [*prompt.messages, message]
+            escape, text = self._render_escaped(conversation, prompt.tools, add_generation_prompt=False)
         except LocalMimoError:
-            return  # a template that can't write it will say so when it is asked to
+            return  # the next prompt with this message will raise the same error to its caller
         end = len(text.rstrip())
-        tail = self._tail(prompt, text[:end], mark, sampled, whole)
-        if tail is None:
-            self.turns.keep(prompt.messages, message)
+        ending = self._ending(prompt, text[:end], escape, sampled, whole)
+        if ending is None:
+            self.turn_cache.add(prompt.messages, message)
         else:
-            self.turns.keep(prompt.messages, message, text[:end], [*prompt.tokens, *sampled, *tail])
+            tokens = [*prompt.tokens, *sampled, *ending]
+            self.turn_cache.add(prompt.messages, message, text[:end], tokens)
 
-    def held(
+    def snapshot(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> tuple[str, list[int], list[int]]:
-        """(digest of the conversation's text, its tokens, how many there are at the end of each answer, 0: unknown)."""
-        mark, text = self._marked(messages, tools, add_generation_prompt=False)
-        known, tokens = self.turns.longest(text)
-        tokens += self._tokenizer.encode(text[known:], mark)
+        """(digest of the conversation's text, its tokens, how many there are at each answer's end or 0 if unknown)."""
+        escape, text = self._render_escaped(messages, tools, add_generation_prompt=False)
+        n_known, tokens = self.turn_cache.longest_prefix(text)
+        tokens += self._tokenizer.encode(text[n_known:], escape)
         ends = []
-        for _, part in self._beginnings(messages, tools):
-            n_chars, kept = self.turns.longest(part)
-            ends.append(len(kept) if n_chars == len(part) and tokens[: len(kept)] == kept else 0)
+        for _, prefix in self._prefixes(messages, tools):
+            n_chars, known = self.turn_cache.longest_prefix(prefix)
+            ends.append(len(known) if n_chars == len(prefix) and tokens[: len(known)] == known else 0)
         return _digest(text), tokens, ends
 
     def restore(
@@ -97,27 +99,30 @@ class Prompts:
         tokens: Sequence[int],
         ends: Sequence[int],
     ) -> bool:
-        """Take up again what `held` gave; False where the conversation's text is another one now."""
-        _, text = self._marked(messages, tools, add_generation_prompt=False)
-        beginnings = self._beginnings(messages, tools)
-        if _digest(text) != digest or len(ends) != len(beginnings):
+        """Fill the cache from a `snapshot`. False where the conversation has another text now."""
+        _, text = self._render_escaped(messages, tools, add_generation_prompt=False)
+        prefixes = self._prefixes(messages, tools)
+        if _digest(text) != digest or len(ends) != len(prefixes):
             return False
-        for (number, part), end in zip(beginnings, ends, strict=True):
+        for (number, prefix), end in zip(prefixes, ends, strict=True):
             if end:
-                self.turns.keep(messages[:number], messages[number], part, tokens[:end])
+                self.turn_cache.add(messages[:number], messages[number], prefix, tokens[:end])
         return True
 
-    def _beginnings(
+    def _prefixes(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> list[tuple[int, str]]:
-        """Each answer's place, and the conversation's text up to its end."""
+        """The index of each answer, and the conversation's text up to its end."""
         return [
-            (number, self._marked(messages[: number + 1], tools, add_generation_prompt=False)[1].rstrip())
+            (
+                number,
+                self._render_escaped(messages[: number + 1], tools, add_generation_prompt=False)[1].rstrip(),
+            )
             for number, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
 
-    def _marked(
+    def _render_escaped(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
@@ -125,29 +130,31 @@ class Prompts:
         think: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> tuple[str, str]:
-        marked = self.marker.mark(check_messages(messages), check_tools(tools))
+        """(the escape, the conversation's text with it)."""
+        escaped = self._escaper.escape(check_messages(messages), check_tools(tools))
         text = self._template.render(
-            marked.messages, tools=marked.tools, think=think, add_generation_prompt=add_generation_prompt
+            escaped.messages, tools=escaped.tools, think=think, add_generation_prompt=add_generation_prompt
         )
-        return marked.mark, text
+        return escaped.escape, text
 
-    def _tail(
-        self, prompt: Prompt, text: str, mark: str, tokens: Sequence[int], whole: bool
+    def _ending(
+        self, prompt: Prompt, text: str, escape: str, sampled: Sequence[int], whole: bool
     ) -> list[int] | None:
-        """What the template puts behind the sampled tokens, up to the end of the turn; None where they don't fit.
+        """The tokens that the template puts behind the sampled ones, up to the end of the turn.
 
-        A call, say, that the template writes in another way than the model did, has only its end in common.
+        None where the sampled tokens are no part of the text. Where the template writes the answer in another way
+        than the model did (a call, say), they have only the end-of-text token in common.
         """
         endings = [self._tokenizer.decode([token]) for token in self._tokenizer.eos_ids]
         ending = next((ending for ending in endings if text.endswith(ending)), None)
         if ending is None:
             return None
         if text.startswith(prompt.text):
-            turn, said = text[len(prompt.text) :], self._tokenizer.decode(tokens)
-            rest = turn.replace(mark, "").removeprefix(said)
-            if turn.replace(mark, "") == said + rest and turn.endswith(rest):
+            turn, answer = text[len(prompt.text) :], self._tokenizer.decode(sampled)
+            rest = turn.replace(escape, "").removeprefix(answer)
+            if turn.replace(escape, "") == answer + rest and turn.endswith(rest):
                 return self._tokenizer.encode(rest)
-        fits = whole and text.startswith(
-            self._marked(prompt.messages, prompt.tools, add_generation_prompt=False)[1]
-        )
-        return self._tokenizer.encode(ending) if fits else None
+        if not whole:
+            return None
+        _, before = self._render_escaped(prompt.messages, prompt.tools, add_generation_prompt=False)
+        return self._tokenizer.encode(ending) if text.startswith(before) else None

@@ -1,7 +1,8 @@
-"""Marks: keeps text that merely spells a special token from becoming one.
+"""Escaping of special tokens: text that merely spells one stays text.
 
-A mark is a Unicode noncharacter, put behind the first letter of the spelling before a template is filled in; the
-tokenizer takes it out and encodes what surrounds it as plain text. Knows spellings; nothing of ids or templates.
+An escape is a Unicode noncharacter. It is put behind the first character of each spelling before the template is
+rendered; the tokenizer removes it and encodes the text around it as plain text. Knows spellings; nothing of ids or
+templates.
 """
 
 from __future__ import annotations
@@ -14,48 +15,50 @@ from typing import Any
 
 from localmimo.errors import BadRequest
 
-MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # for internal use, says Unicode; the first unused one
+ESCAPES = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode leaves these to a program's internal use
 
 
 @dataclass(frozen=True, slots=True)
 class EscapedMessages:
-    """Messages and tools in which every spelling is broken by `mark`."""
+    """Messages and tools in which the character `escape` breaks every spelling. It occurs nowhere else."""
 
-    mark: str
+    escape: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
 
 
 class SpecialTokenEscaper:
-    """Marks what people, tools and clients wrote.
+    """Escapes what users, tools and clients wrote.
 
-    added: the spellings of all the tokens that are no ordinary text; control: of those that only the template
-    may write. An assistant's turn is text of the model, which writes <think> and <tool_call> itself.
+    added: the spellings of all tokens that are not ordinary text. control: the spellings of those that only the
+    template may write. In an assistant's message only the control tokens are escaped: the model writes <think> and
+    <tool_call> itself.
     """
 
     def __init__(self, added: Iterable[str], control: Iterable[str]) -> None:
         self._added = _any_of(added)
         self._control = _any_of(control)
 
-    def mark(
+    def escape(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> EscapedMessages:
-        """Checked messages and tools, marked; raises BadRequest."""
-        mark = _unused(messages, tools)
-        marked = [
+        """Checked messages and tools, escaped; raises BadRequest."""
+        escape = _unused_escape(messages, tools)
+        escaped = [
             {
-                key: value if key == "role" else _walk(value, self._breaker(message["role"], mark))
+                key: value if key == "role" else _map_strings(value, self._escaping(message["role"], escape))
                 for key, value in message.items()
             }
             for message in messages
         ]
-        return EscapedMessages(mark, marked, _walk(tools, self._breaker("tool", mark)))
+        return EscapedMessages(escape, escaped, _map_strings(tools, self._escaping("tool", escape)))
 
-    def _breaker(self, role: str, mark: str) -> Callable[[str], str]:
-        spelled = self._control if role == "assistant" else self._added
-        if spelled is None:
+    def _escaping(self, role: str, escape: str) -> Callable[[str], str]:
+        """The function that escapes a text of this role."""
+        spellings = self._control if role == "assistant" else self._added
+        if spellings is None:
             return lambda text: text
-        return lambda text: spelled.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+        return lambda text: spellings.sub(lambda match: match[0][0] + escape + match[0][1:], text)
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str] | None:
@@ -63,23 +66,25 @@ def _any_of(spellings: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def _unused(*values: Any) -> str:
+def _unused_escape(*values: Any) -> str:
+    """The first escape that occurs in none of the values; raises BadRequest."""
     try:
         text = json.dumps(values, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRequest(f"The messages and tools must be JSON values ({error}).") from None
-    for mark in MARKS:
-        if mark not in text:
-            return mark
+    for escape in ESCAPES:
+        if escape not in text:
+            return escape
     raise BadRequest("The messages use all of Unicode's 32 noncharacters U+FDD0 to U+FDEF; leave one out.")
 
 
-def _walk(value: Any, change: Callable[[str], str]) -> Any:
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string and key changed."""
     match value:
         case str():
             return change(value)
         case Mapping():
-            return {change(str(key)): _walk(entry, change) for key, entry in value.items()}
+            return {change(str(key)): _map_strings(entry, change) for key, entry in value.items()}
         case list() | tuple():
-            return [_walk(entry, change) for entry in value]
+            return [_map_strings(entry, change) for entry in value]
     return value

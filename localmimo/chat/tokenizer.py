@@ -1,4 +1,4 @@
-"""Tokenizer: text to token ids and back; Decoder: the same, one token at a time, never half a character.
+"""Tokenizer: text to token ids, and token ids to text, at once or one token at a time.
 
 Knows nothing of messages, templates or models.
 """
@@ -18,10 +18,8 @@ from localmimo.errors import BadModel, BadRequest
 from localmimo.system.json_files import read_json
 from quant.files.bounded import LIST_BYTES, read_small
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # rows of a padded vocabulary that no token stands for
-
-
-_LINE = re.compile(r"(?<=\n)(?=\S)")  # no token of a byte-level BPE reaches over such a place
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # for ids of a padded vocabulary that have no token
+_LINE_START = re.compile(r"(?<=\n)(?=\S)")  # no token of a byte-level BPE spans this position
 
 
 class Tokenizer:
@@ -34,10 +32,12 @@ class Tokenizer:
         self.eos_ids = frozenset(eos_ids)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         decoder = tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(decoder)  # tags, which are no ordinary text
+        self.special_ids = frozenset(decoder)  # of tags, which are not ordinary text
         added = decoder.values()
-        self.added = frozenset(token.content for token in added)  # spellings of all that is no ordinary text
-        self.control = frozenset(token.content for token in added if token.special)
+        self.added = frozenset(token.content for token in added)  # the spellings of these ids
+        self.control = frozenset(
+            token.content for token in added if token.special
+        )  # only the template writes them
         self._split = re.compile(f"({'|'.join(map(re.escape, sorted(self.added, key=len, reverse=True)))})")
 
     @classmethod
@@ -55,43 +55,44 @@ class Tokenizer:
             raise BadModel(f"{path} is no byte-level BPE, the only kind that MiMo models use.")
         return cls(tokenizer, _eos_ids(folder, tokenizer))
 
-    def encode(self, text: str, mark: str = "") -> list[int]:
-        """Token ids; special tokens written in the text are recognised, none are added.
+    def encode(self, text: str, escape: str = "") -> list[int]:
+        """Token ids. Special tokens in the text are recognised; none are added. Raises BadRequest.
 
-        mark: a character that breaks spellings which are to stay plain text (see marks); it is taken out.
+        escape: a character within spellings that are to stay plain text (see special_tokens); it is removed.
         """
         try:
-            if mark and mark in text:
-                return [token for part in self._parts(text, mark) for token in self._encode_part(part, mark)]
+            if escape and escape in text:
+                parts = self._parts(text, escape)
+                return [token for part in parts for token in self._encode_part(part, escape)]
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise BadRequest(f"The text cannot be encoded: {error}.") from None
 
-    def _parts(self, text: str, mark: str) -> Iterator[str]:
-        """The text in parts that can be encoded by themselves, cut at special tokens and before lines with marks."""
+    def _parts(self, text: str, escape: str) -> Iterator[str]:
+        """Parts that can be encoded separately: the text is cut at special tokens and around lines with escapes."""
         plain = ""
         for number, part in enumerate(self._split.split(text) if self.added else [text]):
-            if number % 2 or mark not in part:
+            if number % 2 or escape not in part:
                 plain += part
                 continue
-            for line in _LINE.split(part):
-                if mark in line:
+            for line in _LINE_START.split(part):
+                if escape in line:
                     yield from (plain, line)
                     plain = ""
                 else:
                     plain += line
         yield plain
 
-    def _encode_part(self, text: str, mark: str) -> list[int]:
-        if mark not in text:
+    def _encode_part(self, text: str, escape: str) -> list[int]:
+        if escape not in text:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        text = text.replace(mark, "")
+        text = text.replace(escape, "")
         text = self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer else text
         pieces = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
         return [token.id for piece, _ in pieces for token in self._tokenizer.model.tokenize(piece)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        """The text of the ids, special tokens included. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_id(self, token: str) -> int | None:
@@ -99,24 +100,24 @@ class Tokenizer:
         return self._tokenizer.token_to_id(token)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for, which may be part of a character."""
+        """The bytes of a token, which may be a part of a character."""
         text = self._tokenizer.id_to_token(token) if 0 <= token < self.vocab_size else None
         return UNKNOWN if text is None else _bytes_of(text)
 
 
 class Decoder:
-    """Turns a stream of tokens into text: a character is given out once all its bytes are there."""
+    """Turns a stream of tokens into text. A character is returned once all its bytes have come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that this token completes, often all of its own."""
+        """The text that this token completes."""
         return self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD where a character was cut off. The decoder starts afresh."""
+        """The rest at the end of a text: U+FFFD where a character was cut off. The next token begins a new text."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
@@ -124,7 +125,7 @@ class Decoder:
 
 @lru_cache(maxsize=1)
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: bytes that print stand for themselves, the others for U+0100 and up."""
+    """GPT-2's alphabet of bytes: each printable byte is its own character, the others are U+0100 and up."""
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printing]
     return {chr(byte): byte for byte in printing} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -135,7 +136,7 @@ def _bytes_of(token: str) -> bytes:
     try:
         return bytes(alphabet[character] for character in token)
     except KeyError:
-        return token.encode()  # an added token, written as it is
+        return token.encode()  # an added token is stored as plain text
 
 
 def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:

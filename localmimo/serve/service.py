@@ -56,7 +56,7 @@ class Service:
         folder, limit_bytes = self._sessions
         shelf = None
         if folder is not None:
-            shelf = SessionStore(folder / engine.pack.id[:16], limit_bytes, engine.prompts.turns)
+            shelf = SessionStore(folder / engine.pack.id[:16], limit_bytes, engine.prompts.turn_cache)
         self._worker = Worker(engine, self._finished, shelf)
         self._desk = ServerContext(str(engine.pack.name), engine.tokenizer)
 
@@ -123,7 +123,7 @@ class Service:
             gauges["localmimo_context_tokens"] = ("Positions of the context.", float(worker.engine.context))
             gauges["localmimo_turns_kept"] = (
                 "TurnCache whose exact tokens are remembered.",
-                float(len(worker.engine.prompts.turns)),
+                float(len(worker.engine.prompts.turn_cache)),
             )
             if (shelf := worker.shelf) is not None:
                 gauges["localmimo_sessions"] = ("Conversations on disk.", float(len(shelf)))

@@ -142,7 +142,7 @@ class SessionStore:
 
     def _write_notes(self, path: Path, held: NDArray[np.int32]) -> None:
         """The turns that a session holds, and the rates that make loading it worth while."""
-        turns = [turn.as_dict(len(held)) for turn in self._turns.of_session(held.tolist())]
+        turns = [turn.as_dict(len(held)) for turn in self._turns.held_by(held.tolist())]
         notes = {"prefill_tps": self.prefill_tps, "bytes_per_s": self.bytes_per_s, "turns": turns}
         with written_aside(_notes(path), 0o600) as file:
             file.write(json.dumps(notes).encode())
@@ -160,7 +160,7 @@ class SessionStore:
             return
         self.prefill_tps, self.bytes_per_s = rates
         for turn in turns:
-            self._turns.take(turn)
+            self._turns.put(turn)
 
     def _load(self, session: Session, saved: StoredSession) -> None:
         began = time.perf_counter()

@@ -73,12 +73,12 @@ class Worker:
         """The prompt to answer. Raises BadRequest, ContextFull."""
         prompts = self.engine.prompts
         if ask.messages is not None:
-            prompt = prompts.write(prompts.turns.recognise(ask.messages), ask.tools, ask.think)
+            prompt = prompts.build(prompts.turn_cache.restore(ask.messages), ask.tools, ask.think)
         elif ask.tokens is not None:
             prompt = Prompt("", ask.tokens)
         else:
             text = ask.text or ""
-            known, tokens = prompts.turns.longest(text)
+            known, tokens = prompts.turn_cache.longest_prefix(text)
             prompt = Prompt(text, tokens + self.engine.encode(text[known:]))
         self._check(ask, prompt.tokens)
         return prompt
@@ -170,10 +170,10 @@ class Worker:
             return
         if ask.text is not None and text == answer.content:
             tokens = [*job.prompt.tokens, *answer.tokens]
-            self.engine.prompts.turns.keep_text(ask.text + text, tokens)
+            self.engine.prompts.turn_cache.add_text(ask.text + text, tokens)
         if ask.messages is not None:
             whole = answer.finish_reason in ("stop", "tool_calls") and not ask.stop
-            self.engine.prompts.keep(job.prompt, answer.message().as_dict(), answer.tokens, whole=whole)
+            self.engine.prompts.remember(job.prompt, answer.message().as_dict(), answer.tokens, whole=whole)
 
     async def close(self) -> None:
         """Stop what is being answered and what waits, and wait for the thread; the shelf keeps what is held."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo.chat.prompt import Prompts
-from localmimo.chat.special_tokens import MARKS
+from localmimo.chat.special_tokens import ESCAPES
 from localmimo.chat.stream_parser import parse_message
 from localmimo.chat.template import ChatTemplate
 from localmimo.chat.tokenizer import Tokenizer
@@ -37,8 +37,8 @@ def special(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
 def test_a_users_spelling_is_text(tokenizer: Tokenizer, text: str, system: str) -> None:
     said = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     plain = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
-    tokens = prompts(tokenizer).write(said, think=False).tokens
-    expected = prompts(tokenizer).write(plain, think=False).tokens
+    tokens = prompts(tokenizer).build(said, think=False).tokens
+    expected = prompts(tokenizer).build(plain, think=False).tokens
     assert special(tokenizer, tokens) == special(tokenizer, expected)
     assert tokenizer.decode(tokens) == prompts(tokenizer).render(said, think=False)
 
@@ -50,7 +50,7 @@ def test_so_is_a_tools_result_and_a_tools_description(tokenizer: Tokenizer, text
         call = {"function": {"name": "clock", "arguments": {"k": text}}}
         said = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": text}]
         tools = [CLOCK | {"description": text, "k": [text, {"k" + text: 1}, None]}]
-        return prompts(tokenizer).write(said, tools).tokens
+        return prompts(tokenizer).build(said, tools).tokens
 
     # An argument is the model's own text: only the tokens that end and begin turns are kept out of it.
     allowed = [
@@ -61,7 +61,7 @@ def test_so_is_a_tools_result_and_a_tools_description(tokenizer: Tokenizer, text
 
 def test_an_assistants_own_tags_are_tokens(tokenizer: Tokenizer) -> None:
     said = [{"role": "assistant", "content": "<think>a</think>b<tool_call><|im_end|>"}]
-    tokens = prompts(tokenizer).write(said, think=True).tokens
+    tokens = prompts(tokenizer).build(said, think=True).tokens
     assert special(tokenizer, tokens)[2:] == [
         "<|im_start|>", "<think>", "</think>", "<tool_call>", "<|im_end|>", "<|im_start|>"
     ]  # fmt: skip
@@ -73,20 +73,20 @@ def test_an_assistants_own_tags_are_tokens(tokenizer: Tokenizer) -> None:
     )
 )
 def test_text_beside_a_mark_is_encoded_as_ever(tokenizer: Tokenizer, texts: list[str]) -> None:
-    mark = next(mark for mark in MARKS if mark not in "".join(texts))
+    mark = next(mark for mark in ESCAPES if mark not in "".join(texts))
     assert tokenizer.encode(mark.join(["", *texts]), mark) == tokenizer.encode("".join(texts))
 
 
 def test_a_mark_in_the_text_stays(tokenizer: Tokenizer) -> None:
-    said = [{"role": "user", "content": f"{MARKS[0]}<think>{MARKS[1]}"}]
-    assert f"user\n{MARKS[0]}<think>{MARKS[1]}" in tokenizer.decode(prompts(tokenizer).write(said).tokens)
+    said = [{"role": "user", "content": f"{ESCAPES[0]}<think>{ESCAPES[1]}"}]
+    assert f"user\n{ESCAPES[0]}<think>{ESCAPES[1]}" in tokenizer.decode(prompts(tokenizer).build(said).tokens)
     with pytest.raises(BadRequest, match="all of Unicode's 32 noncharacters"):
-        prompts(tokenizer).write([{"role": "user", "content": "".join(MARKS)}])
+        prompts(tokenizer).build([{"role": "user", "content": "".join(ESCAPES)}])
 
 
 def test_values_that_are_no_json_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadRequest, match="must be JSON values"):
-        prompts(tokenizer).write([{"role": "user", "content": "x"}], [CLOCK | {"default": object()}])
+        prompts(tokenizer).build([{"role": "user", "content": "x"}], [CLOCK | {"default": object()}])
 
 
 # ---- what was sampled ----
@@ -127,13 +127,13 @@ def test_what_was_sampled_comes_back(
 ) -> None:
     ours = prompts(tokenizer, name)
     messages = [{"role": "user", "content": "<think> is a tag"}]
-    asked = ours.write(messages, [CLOCK], think)
+    asked = ours.build(messages, [CLOCK], think)
     sampled = in_letters(tokenizer, said.replace("<|im_start|>", "<|im_\N{ZERO WIDTH SPACE}start|>"))
     turn = answer(sampled, tokenizer.decode(sampled), [CLOCK])
-    ours.keep(asked, turn.message().as_dict(), turn.tokens, whole=whole)
+    ours.remember(asked, turn.message().as_dict(), turn.tokens, whole=whole)
     messages = [*messages, turn.message().as_dict()]
     results = [{"role": "tool", "content": "12:00"} for _ in turn.tool_calls]
-    again = ours.write([*messages, *results, {"role": "user", "content": "and"}], [CLOCK], think)
+    again = ours.build([*messages, *results, {"role": "user", "content": "and"}], [CLOCK], think)
     held = [*asked.tokens, *sampled]
     if not think and said.startswith("<think>") and not whole:
         return  # it thinks although it was told not to, and is cut: nothing can be matched
@@ -146,6 +146,6 @@ def test_what_was_sampled_comes_back(
 
 def test_the_published_prompt_gives_the_published_ids() -> None:
     real = prompts(Tokenizer(bpe.real(bpe.ranks_of_the_prompt())))
-    assert real.write([{"role": "user", "content": "Hello"}], think=False).tokens == [
+    assert real.build([{"role": "user", "content": "Hello"}], think=False).tokens == [
         int(token) for token in bpe.PROMPT_IDS.split()
     ]

@@ -18,7 +18,7 @@ PLAIN = Message("\n\nPlain answer.\n", "Secret thought.").as_dict()
 def turns(*said: dict[str, Any]) -> TurnCache:
     made = TurnCache()
     for message in said:
-        made.keep([USER], message)
+        made.add([USER], message)
     return made
 
 
@@ -29,7 +29,7 @@ def sent(message: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def second(made: TurnCache, message: dict[str, Any], first: dict[str, Any] = USER) -> dict[str, Any]:
-    return made.recognise([first, message])[1]
+    return made.restore([first, message])[1]
 
 
 @pytest.mark.parametrize("said", [CALLING, PLAIN])
@@ -74,33 +74,33 @@ def test_a_turn_of_another_conversation_is_not_used() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    made = TurnCache(limit_bytes=20_000)
+    made = TurnCache(max_bytes=20_000)
     for number in range(100):
-        made.keep([{"role": "user", "content": str(number)}], Message("word " * 100).as_dict())
+        made.add([{"role": "user", "content": str(number)}], Message("word " * 100).as_dict())
     assert 5 <= len(made) <= 20
 
 
 def test_tokens_are_found_by_the_text_they_belong_to() -> None:
-    made = TurnCache(limit_bytes=8500)
+    made = TurnCache(max_bytes=8500)
     for text in ("ab", "abcd", "abcdef"):
-        made.keep([{"role": "user", "content": text}], PLAIN, text, [len(text)] * 400)
-    assert made.longest("abcdefgh") == (6, [6] * 400)
-    assert made.longest("abcdx") == (4, [4] * 400)
-    assert made.longest("xab") == (0, [])
-    made.keep([USER], PLAIN, "x", [1] * 400)  # no room for four: the first was not used since
-    assert made.longest("abx") == (0, []) and made.longest("xab") == (1, [1] * 400)
+        made.add([{"role": "user", "content": text}], PLAIN, text, [len(text)] * 400)
+    assert made.longest_prefix("abcdefgh") == (6, [6] * 400)
+    assert made.longest_prefix("abcdx") == (4, [4] * 400)
+    assert made.longest_prefix("xab") == (0, [])
+    made.add([USER], PLAIN, "x", [1] * 400)  # no room for four: the first was not used since
+    assert made.longest_prefix("abx") == (0, []) and made.longest_prefix("xab") == (1, [1] * 400)
 
 
 def test_the_same_conversation_takes_no_more_room() -> None:
     made = TurnCache()
     for number in range(3):
-        made.keep([USER], PLAIN, "text", [number])
-    assert len(made) == 1 and made.longest("text") == (4, [2])
-    made.keep([USER], PLAIN | {"reasoning_content": "Another thought."}, "another text", [7])
-    assert made.longest("text") == (4, [2]) and made.longest("another text") == (12, [7])
+        made.add([USER], PLAIN, "text", [number])
+    assert len(made) == 1 and made.longest_prefix("text") == (4, [2])
+    made.add([USER], PLAIN | {"reasoning_content": "Another thought."}, "another text", [7])
+    assert made.longest_prefix("text") == (4, [2]) and made.longest_prefix("another text") == (12, [7])
     assert second(made, sent(PLAIN))["reasoning_content"] == "Another thought."  # the latest
 
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(BadRequest):
-        TurnCache().recognise([{"role": "tool", "content": "x"}])
+        TurnCache().restore([{"role": "tool", "content": "x"}])

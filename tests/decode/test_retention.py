@@ -88,7 +88,7 @@ def test_a_dropped_thinking_is_another_conversation(engine: Engine, script: Scri
     again = [*messages, {"role": "assistant", "content": "the sea"}, *messages]
     second = engine.chat(again)
     assert second.stats.reused_tokens <= first.stats.prompt_tokens + 1  # <think> opens both
-    assert "hm" not in engine.decode(engine.prompts.write(again).tokens)
+    assert "hm" not in engine.decode(engine.prompts.build(again).tokens)
 
 
 # ---- the same at the terminal ----
@@ -161,7 +161,7 @@ def test_a_saved_conversation_is_not_read_again(talk: Talk, engine: Engine, tmp_
     assert "  saved, " in talk.shown.err and (folder / "messages.json").stat().st_mode & 0o077 == 0
     with engine.session() as session:
         held = list(session.tokens)
-    engine.prompts.turns = TurnCache()  # another process knows nothing
+    engine.prompts.turn_cache = TurnCache()  # another process knows nothing
     talk.script.says("no")
     engine.chat([{"role": "user", "content": "something else"}])
     other = Talk(engine, talk.script, tmp_path)

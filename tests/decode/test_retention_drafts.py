@@ -85,7 +85,7 @@ def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> TurnCache:
     monkeypatch.setattr(Generation, "begin", begun)
     monkeypatch.setattr(Generation, "_guess", guessed)
     monkeypatch.setattr(Generation, "end", ended)
-    engine.prompts.turns = Kept()
+    engine.prompts.turn_cache = Kept()
     return turns
 
 

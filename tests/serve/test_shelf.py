@@ -90,7 +90,7 @@ def test_a_later_server_goes_on_where_it_was(
     talkers = [talks.ChatClient(keep_thinking=keeps), *clients(1)]
     texts, held = [talks.turns(), talks.turns()], [0, 0]
     for _ in range(3):
-        engine.prompts.turns = TurnCache()  # another process
+        engine.prompts.turn_cache = TurnCache()  # another process
         with engine.session() as session:
             session.rewind(session.position)
         with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:

@@ -68,7 +68,7 @@ def save(
     if not messages:
         raise BadRequest("The conversation is empty: there is nothing to save.")
     plain = SavedChat(messages, system, str(engine.pack.name))
-    digest, tokens, turns = engine.prompts.held(plain.with_system(), tools)
+    digest, tokens, turns = engine.prompts.snapshot(plain.with_system(), tools)
     whole = SavedChat(messages, system, plain.model, digest, tuple(tokens), tuple(turns))
     with engine.session() as session:
         n_tokens = session.position
