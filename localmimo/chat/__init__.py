@@ -1,1 +1,1 @@
-"""Messages become tokens, and tokens become messages. Knows no model."""
+"""Chat: messages become tokens, and generated text becomes messages. Knows no model."""

@@ -1,6 +1,6 @@
-"""ChatTemplate: how one model wants its conversations written; messages become a prompt.
+"""Chat template of one model: messages become the text of a prompt.
 
-Pure text: knows nothing of token ids, of the model or of the terminal.
+Knows text only; nothing of token ids, the model or the terminal.
 """
 
 from __future__ import annotations
@@ -21,27 +21,30 @@ from localmimo.system.json_files import read_json
 from quant.files.bounded import CONFIG_BYTES, read_small
 
 TEMPLATES = Path(__file__).with_name("templates")
-LIMIT_S = 10.0  # for a prompt; the longest conversations take a tenth of a second
+ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TZ")  # all that the helper process gets to see
+LIMIT_S = 10.0  # for one prompt; the longest conversations take a tenth of a second
 
 
 class ChatTemplate:
-    """One template. Our own run here; any other runs in a process of its own, with limits (see sandbox)."""
+    """One template.
+
+    A built-in template is rendered in this process. Any other is somebody else's code: it is rendered in a helper
+    process with limits (see template_sandbox).
+    """
 
     def __init__(self, source: str, *, name: str, tokens: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.source = source
         self._tokens = dict(tokens or {})
-        self._known: jinja2.Template | None = None
-        self._child: HelperProcess | None = None
-        if _is_ours(source):
-            self._known = sandbox.compile_template(source)
+        self._builtin: jinja2.Template | None = None
+        self._helper: HelperProcess | None = None
+        if _is_builtin(source):
+            self._builtin = sandbox.compile_template(source)
         else:
-            needed = {
-                name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TZ") if name in os.environ
-            }
-            self._child = HelperProcess([sys.executable, "-I", sandbox.__file__], needed)
+            environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+            self._helper = HelperProcess([sys.executable, "-I", sandbox.__file__], environment)
             self._check_syntax()
-        self.think_default = self._thinks_by_itself()
+        self.think_default = self._thinks_by_default()
 
     @classmethod
     def open(cls, folder: str | Path, config: Mapping[str, Any] | None = None) -> ChatTemplate:
@@ -50,7 +53,7 @@ class ChatTemplate:
         settings = read_json(folder / "tokenizer_config.json")
         own = folder / "chat_template.jinja"
         if own.is_file():
-            return cls(_text(own), name=own.name, tokens=_special_tokens(settings))
+            return cls(_read(own), name=own.name, tokens=_special_tokens(settings))
         if source := _embedded(settings.get("chat_template")):
             return cls(source, name="tokenizer_config.json", tokens=_special_tokens(settings))
         return cls.builtin(family(config or {}))
@@ -73,7 +76,7 @@ class ChatTemplate:
         keep_reasoning: bool = True,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt; think None leaves the choice to the template. Raises BadRequest."""
+        """The prompt. think: None leaves the choice to the template. Raises BadRequest."""
         switches: dict[str, Any] = {} if think is None else {"enable_thinking": think}
         values = switches | {
             "messages": check_messages(messages),
@@ -81,28 +84,28 @@ class ChatTemplate:
             "keep_all_reasoning": keep_reasoning,
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._write(values)
+        return self._render(values)
 
     def close(self) -> None:
-        """End the template's process, if it has one; the next use starts another."""
-        if self._child is not None:
-            self._child.close()
+        """End the template's helper process, if it has one. The next use starts another."""
+        if self._helper is not None:
+            self._helper.close()
 
-    def _write(self, values: dict[str, Any]) -> str:
+    def _render(self, values: dict[str, Any]) -> str:
         try:
-            if self._known is not None:
-                return sandbox.write(self._known, self._tokens | values)
-            return str(self._ask({"source": self.source, "values": self._tokens | values})["text"])
+            if self._builtin is not None:
+                return sandbox.render(self._builtin, self._tokens | values)
+            return str(self._request({"source": self.source, "values": self._tokens | values})["text"])
         except sandbox.Refused as error:
             raise BadRequest(f"The chat template {self.name} refused the conversation: {error}.") from error
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._child is not None
+    def _request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._helper is not None
         try:
-            answer: dict[str, Any] = self._child.ask(request, LIMIT_S)
+            answer: dict[str, Any] = self._helper.request(message, LIMIT_S)
         except HelperLost as lost:
             raise sandbox.Refused(
-                "its process ended" if lost.in_time else f"it took longer than {LIMIT_S:g} s"
+                f"it took longer than {LIMIT_S:g} s" if lost.timed_out else "its process ended"
             ) from None
         except (TypeError, ValueError, RecursionError) as error:
             raise sandbox.Refused(f"its arguments are no JSON ({error})") from None
@@ -112,7 +115,7 @@ class ChatTemplate:
 
     def _check_syntax(self) -> None:
         try:
-            answer = self._ask({"source": self.source})
+            answer = self._request({"source": self.source})
         except sandbox.Refused as error:
             raise BadModel(f"The chat template {self.name} cannot be used: {error}.") from None
         if "broken" in answer:
@@ -120,21 +123,21 @@ class ChatTemplate:
                 f"The chat template {self.name} is broken at line {answer['line']}: {answer['broken']}."
             )
 
-    def _thinks_by_itself(self) -> bool:
-        # Asked of the template, not of the model's name: does it do unasked what it does when told to think?
+    def _thinks_by_default(self) -> bool:
+        # Found out from the template itself, not from the model's name.
         values: dict[str, Any] = {
             "messages": [{"role": "user", "content": "?"}],
             "tools": None,
             "add_generation_prompt": True,
         }
         try:
-            told = [self._write(values | {"enable_thinking": think}) for think in (True, False)]
-            return told[0] != told[1] and self._write(values) == told[0]
+            thinking, plain = (self._render(values | {"enable_thinking": think}) for think in (True, False))
+            return thinking != plain and self._render(values) == thinking
         except BadRequest:
             return False
 
 
-def _text(path: Path) -> str:
+def _read(path: Path) -> str:
     try:
         return read_small(path, CONFIG_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
@@ -144,14 +147,14 @@ def _text(path: Path) -> str:
 
 
 def family(config: Mapping[str, Any]) -> str:
-    """Which built-in template a config.json calls for."""
+    """The built-in template for a config.json."""
     if config.get("model_type") != "mimo_v2":
         return "mimo-v2-flash"
     stored = config.get("quantization_config") or {}
     return "mimo-v2.6" if stored.get("store_dtype") == "mxfp4" else "mimo-v2.5"
 
 
-def _is_ours(source: str) -> bool:
+def _is_builtin(source: str) -> bool:
     return any(path.read_text("utf-8") == source for path in TEMPLATES.glob("*.jinja"))
 
 

@@ -1,7 +1,7 @@
-"""Writes prompts with Jinja templates, as a function and as a program of its own with limits.
+"""Sandbox for Jinja templates: renders prompts as a function, or as a separate program with limits.
 
-A checkpoint's template is somebody else's code: as a program (python sandbox.py, lines of JSON in and out) it can
-take neither this process's memory nor its time, and it writes no files. Imports nothing of localmimo, so that it
+A checkpoint's template is somebody else's code. In a separate program (lines of JSON in and out) it cannot use up the
+memory or the time of the caller's process, and it cannot write files. Imports nothing of localmimo, so that the program
 starts fast.
 """
 
@@ -21,13 +21,13 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_PROMPT_CHARS = 64 << 20  # far beyond any context; a template that runs away stops here
+MAX_PROMPT_CHARS = 64 << 20  # far beyond any context
 MAX_MEMORY_BYTES = 512 << 20
-MAX_CPU_S = 60  # for a program whose owner is gone; its owner's own limit is stricter
+MAX_CPU_S = 60  # a request, for a program whose caller is gone; the caller's own limit is shorter
 
 
 class Refused(Exception):
-    """The template does not write these messages; the text says why."""
+    """The template does not render these messages; the text says why."""
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -41,7 +41,7 @@ def compile_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def write(template: jinja2.Template, values: Mapping[str, Any]) -> str:
+def render(template: jinja2.Template, values: Mapping[str, Any]) -> str:
     """The prompt; raises Refused."""
     pieces: list[str] = []
     written = 0
@@ -61,11 +61,12 @@ def write(template: jinja2.Template, values: Mapping[str, Any]) -> str:
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     # Chat templates expect plain JSON: jinja2's own filter escapes <, > and & for HTML.
     text = json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    # U+FDD0 to U+FDEF stay: they are the escapes of localmimo.chat.special_tokens, and no part of the text.
     return re.sub(r"[^\x00-\x7f\ufdd0-\ufdef]", _escaped, text) if ensure_ascii else text
 
 
 def _escaped(match: re.Match[str]) -> str:
-    return json.dumps(match[0])[1:-1]  # all but the marks of localmimo.chat.special_tokens, which are no text
+    return json.dumps(match[0])[1:-1]
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -87,7 +88,7 @@ def main() -> None:
                 template = compile_template(request["source"])
                 source = request["source"]
             if "values" in request:
-                answer = {"text": write(template, request["values"])}
+                answer = {"text": render(template, request["values"])}
         except jinja2.TemplateSyntaxError as error:
             answer = {"line": error.lineno, "broken": error.message}
         except MemoryError:

@@ -1,1 +1,1 @@
-"""The operating system's small things: where files go, JSON files, helper processes."""
+"""Small services of the operating system: paths, JSON files, helper processes. Knows nothing of models."""

@@ -1,6 +1,6 @@
-"""Child: a helper program that answers lines of JSON within a time limit, and is ended where it does not.
+"""Helper process: a program that answers lines of JSON within a time limit, and is killed where it does not.
 
-Knows nothing of what it is asked. The program reads a line, writes a line, and ends at the end of its input.
+The program reads a line, writes a line, and ends at the end of its input. Knows nothing of what it is asked.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from typing import IO, Any
 
 
 class HelperLost(Exception):
-    """No answer came: `in_time` says whether the program ended by itself (True) or was too slow (False)."""
+    """No answer came. timed_out: the program was too slow (True) or ended by itself (False)."""
 
-    def __init__(self, in_time: bool) -> None:
-        super().__init__("it ended without an answer" if in_time else "it took too long")
-        self.in_time = in_time
+    def __init__(self, timed_out: bool) -> None:
+        super().__init__("it took too long" if timed_out else "it ended without an answer")
+        self.timed_out = timed_out
 
 
 class HelperProcess:
-    """One helper process, started at the first question and again after a loss. Thread-safe."""
+    """One program, started at the first request, and again at the first request after a loss. Thread-safe."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """environment: all that the program gets; None: a copy of this process's own."""
         self._command = list(command)
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
-        self._end: weakref.finalize[Any, Any] | None = None
+        self._kill: weakref.finalize[Any, Any] | None = None
         self._lock = threading.Lock()
 
-    def ask(self, request: Mapping[str, Any], limit_s: float) -> Any:
-        """The answer to one request; raises HelperLost, after which the next request starts afresh."""
-        line = json.dumps(request).encode() + b"\n"
+    def request(self, message: Mapping[str, Any], limit_s: float) -> Any:
+        """The answer to one message. Raises HelperLost, TypeError or ValueError where the message is no JSON."""
+        line = json.dumps(message).encode() + b"\n"
         with self._lock:
             process = self._process or self._start()
             assert process.stdin is not None and process.stdout is not None
@@ -48,8 +49,8 @@ class HelperProcess:
                 return json.loads(_read_line(process.stdout, time.monotonic() + limit_s))
             except (OSError, ValueError):
                 self._stop()
-                raise HelperLost(in_time=True) from None
-            except BaseException:  # too slow, or Ctrl-C: its answer would be taken for the next one's
+                raise HelperLost(timed_out=False) from None
+            except BaseException:  # a late answer would be taken for that of the next request
                 self._stop()
                 raise
 
@@ -65,35 +66,36 @@ class HelperProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=None if self._environment is None else dict(self._environment),
-            start_new_session=True,  # Ctrl-C is ours; and what it starts ends with it
+            start_new_session=True,  # Ctrl-C does not reach it, and its own child processes end with it
         )
-        self._process, self._end = process, weakref.finalize(self, _end, process)
+        self._process, self._kill = process, weakref.finalize(self, _kill_group, process)
         return process
 
     def _stop(self) -> None:
-        if self._end is not None:
-            self._end()
-        self._process = self._end = None
+        if self._kill is not None:
+            self._kill()
+        self._process = self._kill = None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for end in (process.stdin, process.stdout):
-        if end is not None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
             with contextlib.suppress(OSError):
-                end.close()
+                pipe.close()
 
 
 def _read_line(stream: IO[bytes], deadline: float) -> bytes:
+    """One line, by this time of the monotonic clock; raises HelperLost."""
     pieces: list[bytes] = []
     while not pieces or not pieces[-1].endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([stream], [], [], left)[0]:
-            raise HelperLost(in_time=False)
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or not select.select([stream], [], [], left_s)[0]:
+            raise HelperLost(timed_out=True)
         piece = os.read(stream.fileno(), 1 << 20)
         if not piece:
-            raise HelperLost(in_time=True)
+            raise HelperLost(timed_out=False)
         pieces.append(piece)
     return b"".join(pieces)

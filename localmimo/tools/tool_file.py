@@ -1,6 +1,6 @@
-"""ToolFile: the functions of a Python file as tools, in a process of their own that can be ended.
+"""Tool file: the functions of a Python file as tools, in a helper process that can be killed.
 
-Knows files and processes; nothing of models. The process has the user's rights: who calls asks the user first.
+Knows files and processes; nothing of models. The process has the user's rights, so the caller asks the user first.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from localmimo.errors import BadRequest
 from localmimo.system.helper_process import HelperLost, HelperProcess
 from localmimo.tools.tool import Tool, ToolFailed
 
-OPENING_S = 60.0  # for the file's own imports
-GRACE_S = 5.0  # a process that starts again imports them again
+OPEN_LIMIT_S = 60.0  # for the file's own imports
+GRACE_S = 5.0  # beyond a call's limit: a process that starts again has to import the file first
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from localmimo.tools.tool_file import serve; serve({file!r})"
 
 
 class ToolFile:
-    """One file. Its public functions are the tools; what they keep in memory stays until one has to be ended."""
+    """One file. Its public functions are the tools. Their state stays in memory until the process is killed."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser().resolve()
         if not self.path.is_file():
             raise BadRequest(f"There is no file {self.path}.")
         program = _PROGRAM.format(path=[entry or str(Path.cwd()) for entry in sys.path], file=str(self.path))
-        self._child = HelperProcess([sys.executable, "-c", program])
+        self._helper = HelperProcess([sys.executable, "-c", program])
         self.tools = [self._tool(**entry) for entry in self._listed()]
 
     def close(self) -> None:
         """End the process."""
-        self._child.close()
+        self._helper.close()
 
     def _listed(self) -> list[dict[str, Any]]:
         try:
-            answer = self._child.ask({}, OPENING_S)
+            answer = self._helper.request({}, OPEN_LIMIT_S)
         except HelperLost as lost:
             raise BadRequest(f"{self.path} cannot be opened as tools: {lost}.") from None
         if "error" in answer:
@@ -52,14 +52,14 @@ class ToolFile:
     def _tool(self, name: str, description: str, parameters: dict[str, Any]) -> Tool:
         def run(arguments: dict[str, Any], limit_s: float) -> Any:
             try:
-                answer = self._child.ask(
+                answer = self._helper.request(
                     {"name": name, "arguments": arguments, "limit_s": limit_s}, limit_s + GRACE_S
                 )
             except HelperLost as lost:
                 raise ToolFailed(
-                    f"{name} ended its process."
-                    if lost.in_time
-                    else f"{name} took longer than {limit_s:g} s."
+                    f"{name} took longer than {limit_s:g} s."
+                    if lost.timed_out
+                    else f"{name} ended its process."
                 ) from None
             if "error" in answer:
                 raise ToolFailed(answer["error"])
@@ -68,19 +68,20 @@ class ToolFile:
         return Tool(name, description, parameters, run)
 
 
-# ---- in the process ----
+# ---- in the helper process ----
 
 
 def serve(file: str) -> None:
-    """Open the file; then a line in, a line out: {} lists the tools, {name, arguments} calls one."""
+    """Open the file, then answer lines of JSON: {} lists the tools, {name, arguments, limit_s} calls one."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the functions print is no answer
-    opened: dict[str, Tool] | str = _open(file)
+    os.dup2(2, 1)  # what the functions print must not be taken for an answer
+    tools: dict[str, Tool] | str = _open(file)
     for line in sys.stdin:
-        print(json.dumps(_answer(opened, json.loads(line))), file=out, flush=True)
+        print(json.dumps(_answer(tools, json.loads(line))), file=out, flush=True)
 
 
 def _open(file: str) -> dict[str, Tool] | str:
+    """The tools of the file by name, or a sentence that says why there are none."""
     try:
         spec = importlib.util.spec_from_file_location("tools_of_the_user", file)
         assert spec is not None and spec.loader is not None
@@ -97,10 +98,10 @@ def _open(file: str) -> dict[str, Tool] | str:
 
 
 def _functions(module: ModuleType) -> list[Any]:
-    """Public functions that the file itself defines, or those that __all__ names."""
-    named = getattr(module, "__all__", None)
-    if named is not None:
-        return [getattr(module, name) for name in named]
+    """The functions that __all__ names; without it, the public functions that the file itself defines."""
+    names = getattr(module, "__all__", None)
+    if names is not None:
+        return [getattr(module, name) for name in names]
     return [
         value
         for name, value in vars(module).items()
@@ -108,19 +109,19 @@ def _functions(module: ModuleType) -> list[Any]:
     ]
 
 
-def _answer(opened: dict[str, Tool] | str, request: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(opened, str):
-        return {"error": opened}
+def _answer(tools: dict[str, Tool] | str, request: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(tools, str):
+        return {"error": tools}
     if "name" not in request:
         return {
             "tools": [
                 {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-                for tool in opened.values()
+                for tool in tools.values()
             ]
         }
     try:
-        # The owner's limit comes first, and ends this process.
-        result = opened[request["name"]].runner(request["arguments"], 2 * request["limit_s"] + 60)
+        # The caller's limit is shorter: it kills this process.
+        result = tools[request["name"]].runner(request["arguments"], 2 * request["limit_s"] + 60)
         return {"result": json.loads(json.dumps(result, default=str))}
     except ToolFailed as error:
         return {"error": str(error)}

@@ -204,8 +204,8 @@ def test_the_templates_program_needs_nothing_of_ours() -> None:
     code = "import sys, localmimo.chat.template_sandbox; sys.exit('localmimo.errors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     child = HelperProcess([sys.executable, "-I", localmimo.chat.template_sandbox.__file__], {})
-    assert child.ask({"source": "{{ 1 + 1 }}", "values": {}}, 60) == {"text": "2"}
-    assert child.ask({"source": "{% if %}"}, 60)["line"] == 1
+    assert child.request({"source": "{{ 1 + 1 }}", "values": {}}, 60) == {"text": "2"}
+    assert child.request({"source": "{% if %}"}, 60)["line"] == 1
     child.close()
 
 

@@ -20,7 +20,7 @@ from localmimo.errors import BadRequest, BadSession
 from localmimo.experts.policy.profile import Profile, write_profile
 from localmimo.experts.policy.trace import TraceWriter, read_trace
 from localmimo.serve.session_store import _found, _write_index
-from localmimo.system.jsonl import JsonLines
+from localmimo.system.json_files import JsonLines
 from tests.packs import make_pack
 
 

@@ -219,7 +219,7 @@ def test_a_function_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "mine.py").write_text(FILE)
     file = ToolFile(tmp_path / "mine.py")
     assert file.tools[1].call({}, limit_s=0.2) == "error: hang took longer than 0.2 s."
-    assert file._child._process is None
+    assert file._helper._process is None
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from localmimo.limits import DEFAULT_CONTEXT
 from localmimo.model.config import ModelConfig
 from localmimo.planning.footprint import Footprint, footprint_of
 from localmimo.planning.throughput import decode_range
-from localmimo.system.jsonl import JsonLines
+from localmimo.system.json_files import JsonLines
 
 if TYPE_CHECKING:
     from localmimo.bench.corpus import Corpus

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localmimo.system.jsonl import JsonLines
+from localmimo.system.json_files import JsonLines
 
 if TYPE_CHECKING:
     from localmimo.decode.steps import Step

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmimo.errors import BadRequest
-from localmimo.system.jsonl import JsonLines
+from localmimo.system.json_files import JsonLines
 
 MAX_LINE_BYTES = 1 << 16
 MAX_REQUESTS = 1 << 24  # 44,000 tokens of MiMo-V2-Flash
