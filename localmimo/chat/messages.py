@@ -1,6 +1,6 @@
-"""Chat messages and tools as users and clients give them, checked and brought into one shape.
+"""Messages and tools as users and clients give them: checked, and converted to one form.
 
-Knows nothing of templates or models: it only says, in one sentence, what makes no sense.
+An error is one sentence. Knows nothing of templates or models.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as a template wants them; raises BadRequest with one sentence where they make no sense."""
+    """The messages in the form that templates take; raises BadRequest."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise BadRequest("The messages must be a list of {role, content} objects.")
     if not messages:
         raise BadRequest("The conversation is empty: give at least one message.")
     checked: list[dict[str, Any]] = []
-    waiting: list[str] = []  # ids of calls whose results may follow now
+    open_calls: list[str] = []  # ids of the calls whose results may follow now
     for number, message in enumerate(messages, 1):
         clean = _check_message(number, message)
         if clean["role"] == "tool":
-            _take_result(number, clean, waiting)
+            _match_result(number, clean, open_calls)
         else:
-            waiting = [call["id"] for call in clean.get("tool_calls", ())]
+            open_calls = [call["id"] for call in clean.get("tool_calls", ())]
         checked.append(clean)
     return checked
 
@@ -37,7 +37,7 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def _check_message(number: int, message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise BadRequest(
-            f"Message {number} is {_article(message)}; it must be an object with role and content."
+            f"Message {number} is {_type_name(message)}; it must be an object with role and content."
         )
     role = message.get("role")
     role = "system" if role == "developer" else role
@@ -56,7 +56,7 @@ def _check_message(number: int, message: Message) -> dict[str, Any]:
     if reasoning is not None:
         if not isinstance(reasoning, str):
             raise BadRequest(
-                f"Message {number}: reasoning_content is {_article(reasoning)}; it must be text."
+                f"Message {number}: reasoning_content is {_type_name(reasoning)}; it must be text."
             )
         clean["reasoning_content"] = reasoning
     if role == "tool" and message.get("tool_call_id") is not None:
@@ -72,7 +72,7 @@ def _check_content(number: int, content: object, *, may_be_empty: bool) -> str:
     if isinstance(content, Sequence) and not isinstance(content, bytes):
         return "".join(_text_part(number, part) for part in content)
     raise BadRequest(
-        f"Message {number}: the content is {_article(content)}; it must be text or a list of text parts."
+        f"Message {number}: the content is {_type_name(content)}; it must be text or a list of text parts."
     )
 
 
@@ -82,7 +82,7 @@ def _text_part(number: int, part: object) -> str:
     text = part.get("text") if isinstance(part, Mapping) else None
     if isinstance(text, str):
         return text
-    kind = part.get("type") if isinstance(part, Mapping) else _article(part)
+    kind = part.get("type") if isinstance(part, Mapping) else _type_name(part)
     raise BadRequest(
         f"Message {number} has a content part of type {kind!r}; this runtime reads text parts only."
     )
@@ -108,23 +108,24 @@ def _check_call(number: int, call: object) -> dict[str, Any]:
     return {"id": str(call.get("id") or ""), "type": "function", "function": named}
 
 
-def _take_result(number: int, message: dict[str, Any], waiting: list[str]) -> None:
-    if not waiting:
+def _match_result(number: int, message: dict[str, Any], open_calls: list[str]) -> None:
+    """Remove the call that a tool's result answers."""
+    if not open_calls:
         raise BadRequest(
             f"Message {number} is a tool result, but no tool call is waiting for one; "
             "it must follow the assistant message that made the call."
         )
     wanted = message.get("tool_call_id")
     if wanted is None:
-        waiting.pop(0)
-    elif wanted in waiting:
-        waiting.remove(wanted)
-    elif "" in waiting:
-        waiting.remove("")  # the call was given without an id
+        open_calls.pop(0)
+    elif wanted in open_calls:
+        open_calls.remove(wanted)
+    elif "" in open_calls:
+        open_calls.remove("")  # the call was given without an id
     else:
         raise BadRequest(
             f"Message {number} answers the tool call {wanted!r}, but the calls waiting for a result "
-            f"are {', '.join(map(repr, waiting))}."
+            f"are {', '.join(map(repr, open_calls))}."
         )
 
 
@@ -145,7 +146,8 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
     return checked
 
 
-def _article(value: object) -> str:
+def _type_name(value: object) -> str:
+    """A value's type in words, with its article."""
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
     names |= {list: "a list", dict: "an object"}
     return names.get(type(value), f"of type {type(value).__name__}")

@@ -1,6 +1,6 @@
-"""ToolCall: one function call in MiMo's own notation, and the reading of its text by the tools' schemas.
+"""Tool call: one function call in MiMo's notation, and the parser of its text by the tools' schemas.
 
-Knows nothing of streams, of templates or of who runs the function.
+Knows nothing of streams, templates or who runs the function.
 
     <tool_call>
     <function=NAME>
@@ -8,7 +8,7 @@ Knows nothing of streams, of templates or of who runs the function.
     </function>
     </tool_call>
 
-White space between the tags is optional (V2.6 writes none); a value is everything between its tags, as it is.
+White space between the tags is optional (V2.6 writes none). A value is everything between its tags, unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PARAMETER_END = "</parameter>"
 
 HEAD = re.compile(r"<tool_call>\s*<function=([^>]+)>")
 # A value ends at the first closing tag that another parameter or the function's end follows, so that a value
-# may itself speak of </parameter>.
+# may itself contain </parameter>.
 VALUE = re.compile(r"\s*<parameter=([^>]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
 
 CHOICES = ("anyOf", "oneOf", "allOf")
@@ -46,7 +46,7 @@ def new_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the model asked for; `text` is what it wrote, letter by letter."""
+    """A call that the model asks for; `text` is what it wrote, unchanged."""
 
     name: str
     arguments: dict[str, Any]
@@ -64,7 +64,7 @@ class ToolCall:
 
 
 def as_json(value: object) -> str:
-    """JSON as a call's arguments are written."""
+    """A value in the JSON notation of a call's arguments."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -81,7 +81,7 @@ def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Schema]
 
 
 def _resolved(schema: Any, root: Schema, depth: int = 4) -> Any:
-    """The schema of a parameter without its references, as far as its type goes."""
+    """The schema of a parameter with its references resolved, as far as its type depends on them."""
     if not isinstance(schema, Mapping) or not depth:
         return schema
     reference = schema.get("$ref")
@@ -99,9 +99,9 @@ def _resolved(schema: Any, root: Schema, depth: int = 4) -> Any:
 
 
 def parse_call(block: str, functions: Functions) -> ToolCall | None:
-    """The call that a block `<tool_call>...` holds, or None where it is none or names no known function.
+    """The call in a text `<tool_call>...`, or None where it is no call or names no known function.
 
-    The closing tags may be missing: what counts is that every parameter is closed.
+    The last closing tags may be missing, but every parameter must be closed.
     """
     head = HEAD.match(block)
     if head is None or (name := head[1].strip()) not in functions:
@@ -116,12 +116,13 @@ def parse_call(block: str, functions: Functions) -> ToolCall | None:
 
 
 def _parameters(body: str) -> dict[str, str] | None:
+    """Each parameter's text by name, or None where there is anything else."""
     found: dict[str, str] = {}
     position = 0
     while match := VALUE.match(body, position):
         key = match[1].strip()
         if key in found:
-            return None  # given twice: neither is to be trusted
+            return None  # given twice: which one is meant is unknown
         found[key] = match[2]
         position = match.end()
     return None if body[position:].strip() else found
@@ -136,14 +137,14 @@ def takes_text(schema: object) -> bool:
     return not kinds or "string" in kinds
 
 
-def is_text(schema: object, begun: str) -> bool:
-    """Whether a value that begins like this is the text itself, however it goes on."""
-    may_be_null = "null" in _kinds(schema) and any(null.startswith(begun.strip()) for null in NULLS)
+def is_text(schema: object, prefix: str) -> bool:
+    """Whether a value that begins with `prefix` is text, whatever follows."""
+    may_be_null = "null" in _kinds(schema) and any(null.startswith(prefix.strip()) for null in NULLS)
     return takes_text(schema) and not may_be_null
 
 
 def typed(text: str, schema: object) -> Any:
-    """A parameter's text as the JSON type that its schema names; the text itself where it does not fit."""
+    """A parameter's text as a value of its schema's type; the text itself where it does not fit."""
     kinds = _kinds(schema)
     if "null" in kinds and text.strip() in NULLS:
         return None
@@ -156,6 +157,7 @@ def typed(text: str, schema: object) -> Any:
 
 
 def _kinds(schema: object) -> frozenset[str]:
+    """The JSON types that a schema allows; empty where it names none."""
     if not isinstance(schema, Mapping):
         return frozenset()
     declared = schema.get("type")

@@ -1,6 +1,6 @@
-"""ToolChoice: whether an answer must be a call, and of which function; and the rules that make it so.
+"""Tool choice: whether an answer must be a call and of which function, and the grammar that forces it.
 
-Knows the tools' schemas, MiMo's notation and the notation of rules (Lark, as llguidance reads it); nothing of models
+Knows the tools' schemas, MiMo's notation and the notation of grammars (Lark, as llguidance reads it); nothing of models
 or sampling.
 """
 
@@ -16,9 +16,9 @@ from localmimo.errors import BadRequest
 
 Tools = Sequence[Mapping[str, Any]]
 Mode = Literal["auto", "none", "required"]
-Spell = Callable[[str], str]  # a tag as the rules write it
+Spell = Callable[[str], str]  # a tag -> the tag in the grammar's notation
 
-# Values that are text end with their closing tag; line breaks between tags are as the model likes.
+# A value that is text ends with its closing tag. Line breaks between tags are optional.
 COMMON = r"""
 LINE: /\n?/
 LINES: /\n{0,2}/
@@ -29,24 +29,24 @@ TEXT: (/(?s:.*)/ & ~/(?s:.*)<\/(parameter|tool_call)>(?s:.*)/) END
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """What OpenAI calls tool_choice. `name`: the one function that is to be called, mode being "required"."""
+    """OpenAI's tool_choice. name: the only function that may be called; the mode is then "required"."""
 
     mode: Mode = "auto"
     name: str | None = None
 
     @classmethod
-    def of(cls, asked: str | Mapping[str, Any], tools: Tools | None) -> ToolChoice:
+    def of(cls, value: str | Mapping[str, Any], tools: Tools | None) -> ToolChoice:
         """ "auto", "none", "required" or {"type": "function", "function": {"name": ...}}; raises BadRequest."""
-        match asked:
+        match value:
             case "auto" | "none":
-                return cls(asked)
+                return cls(value)
             case "required":
                 choice = cls("required")
             case {"type": "function", "function": {"name": str(name)}}:
                 choice = cls("required", name)
             case _:
                 raise BadRequest(
-                    f"tool_choice is {str(asked)[:80]}; it must be auto, none, required or "
+                    f"tool_choice is {str(value)[:80]}; it must be auto, none, required or "
                     '{"type": "function", "function": {"name": ...}}.'
                 )
         names = [*functions_of(tools)]
@@ -57,9 +57,9 @@ class ToolChoice:
 
 
 def rules_of_calls(tools: Tools, choice: ToolChoice, spell: Spell, answer: str | None = None) -> str:
-    """Rules of an answer that is one call after the other, and nothing else.
+    """The grammar of an answer that is a sequence of calls and nothing else.
 
-    answer: a JSON schema; the answer may then be a value of it as well.
+    answer: a JSON schema; the answer may then also be a value of this schema.
     """
     schemas = functions_of(tools)
     functions = [tool.get("function", tool) for tool in tools]
@@ -78,7 +78,7 @@ def rules_of_calls(tools: Tools, choice: ToolChoice, spell: Spell, answer: str |
 def _function(
     rule: str, function: Mapping[str, Any], schemas: Mapping[str, Mapping[str, Any]]
 ) -> Iterable[str]:
-    """The rules of one function: its parameters in their order, those that are not required may be missing."""
+    """The rules of one function: its parameters in their order; those that are not required may be missing."""
     name = str(function["name"])
     schema = function.get("parameters") or {}
     required = schema.get("required")
@@ -93,7 +93,7 @@ def _function(
 
 
 def _value(schema: Any, root: Mapping[str, Any]) -> str:
-    """A parameter's value with its closing tag."""
+    """The rule of a parameter's value, with its closing tag."""
     if not takes_text(schema):
         named = {key: root[key] for key in ("$defs", "definitions") if key in root}
         return f"%json {json.dumps({**named, **schema, 'x-guidance': {'lenient': True}})} END"

@@ -1,1 +1,1 @@
-"""Functions that a model may call: their schemas, checked arguments, a file of them in a process of its own."""
+"""Tools: functions that a model may call, their schemas, the check of a call's arguments, files of functions."""

@@ -1,4 +1,4 @@
-"""Tools: Python functions that a model may call: their schemas, calls held against them, results as text.
+"""Tool: a Python function that a model may call. Makes its schema, checks and runs calls, gives results as text.
 
 Knows functions and JSON; nothing of models, of who allows a call or of what happens with its result.
 """
@@ -17,23 +17,23 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union
 
 from localmimo.errors import BadRequest
-from localmimo.tools.arguments import Mismatch, fitted
+from localmimo.tools.arguments import Mismatch, fit_arguments
 
 LIMIT_S = 60.0
-MAX_CHARS = 20_000  # of a result; the middle of a longer one is left out
+MAX_CHARS = 20_000  # of a result; a longer one loses its middle
 DECLINED = "error: the user declined this call."
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
-Runner = Callable[[dict[str, Any], float], Any]  # arguments, seconds that it may take -> result
+Runner = Callable[[dict[str, Any], float], Any]  # (arguments, limit in seconds) -> result
 
 
 class ToolFailed(Exception):
-    """A call that gave no result; the text says why, for the model to read."""
+    """A call without a result; the text says why, for the model to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One function: what the model reads of it, and the way to run it."""
+    """One function: what the model reads of it, and how to run it."""
 
     name: str
     description: str
@@ -46,17 +46,19 @@ class Tool:
         name = getattr(function, "__name__", "")
         if not NAME.fullmatch(name):
             raise BadRequest(f"The tool {function!r} has no name to call it by; give a named function.")
-        summary, about = _docstring(inspect.getdoc(function) or "")
+        summary, descriptions = _docstring(inspect.getdoc(function) or "")
         properties, required = {}, []
         for parameter in _signature(function, name).values():
             schema = _parameter_schema(name, parameter)
-            if parameter.name in about:
-                schema = {"description": about[parameter.name]} | schema
+            if parameter.name in descriptions:
+                schema = {"description": descriptions[parameter.name]} | schema
             properties[parameter.name] = schema
             if parameter.default is parameter.empty:
                 required.append(parameter.name)
         schema = {"type": "object", "properties": properties, "required": required}
-        return cls(name, summary, schema, lambda arguments, limit_s: _in_time(function, arguments, limit_s))
+        return cls(
+            name, summary, schema, lambda arguments, limit_s: _run_in_thread(function, arguments, limit_s)
+        )
 
     def schema(self) -> dict[str, Any]:
         """The tool as chat templates and clients write it."""
@@ -68,16 +70,16 @@ class Tool:
     def call(
         self, arguments: Mapping[str, Any], *, limit_s: float = LIMIT_S, max_chars: int = MAX_CHARS
     ) -> str:
-        """Run it; the result as text, or a sentence that starts with "error:". Never raises what it raises."""
+        """Run the function: its result as text, or a sentence that begins with "error:". Raises none of its errors."""
         try:
-            result = self.runner(fitted(dict(arguments), self.parameters, self.name), limit_s)
+            result = self.runner(fit_arguments(dict(arguments), self.parameters, self.name), limit_s)
             return cut(as_text(result), max_chars)
         except (Mismatch, ToolFailed) as error:
             return cut(f"error: {error}", max_chars)
 
 
 def tools_of(given: Iterable[Any] | None) -> tuple[list[dict[str, Any]] | None, dict[str, Tool]]:
-    """(schemas for the model, tools that can be run) of functions, Tools and schemas; raises BadRequest."""
+    """(schemas for the model, tools that can be run by name) of functions, Tools and schemas. Raises BadRequest."""
     if isinstance(given, (str, bytes, Mapping)) or (given is not None and not isinstance(given, Iterable)):
         raise BadRequest("The tools must be a list of function objects.")
     schemas: list[Any] = []
@@ -95,8 +97,8 @@ def tools_of(given: Iterable[Any] | None) -> tuple[list[dict[str, Any]] | None, 
 # ---- running ----
 
 
-def _in_time(function: Callable[..., Any], arguments: dict[str, Any], limit_s: float) -> Any:
-    """Call a function in a thread; one that takes too long is left behind, for nothing can end a thread."""
+def _run_in_thread(function: Callable[..., Any], arguments: dict[str, Any], limit_s: float) -> Any:
+    """Call a function in a thread. One that takes too long is left running: a thread cannot be ended."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -118,7 +120,7 @@ def _in_time(function: Callable[..., Any], arguments: dict[str, Any], limit_s: f
 
 
 def as_text(result: Any) -> str:
-    """A result as the model reads it: text as it is, anything else as JSON."""
+    """A result as the model reads it: text unchanged, anything else as JSON."""
     if isinstance(result, str):
         return result
     try:
@@ -128,7 +130,7 @@ def as_text(result: Any) -> str:
 
 
 def cut(text: str, max_chars: int) -> str:
-    """The text, or its beginning and end where it is too long."""
+    """The text. One that is too long loses its middle."""
     if len(text) <= max_chars:
         return text
     head, tail = max_chars - max_chars // 4, max_chars // 4
@@ -184,7 +186,7 @@ _SIMPLE: dict[Any, dict[str, Any]] = {
 
 
 def schema_of(annotation: Any) -> dict[str, Any]:
-    """The JSON schema of a type annotation; raises TypeError for one that JSON has no word for."""
+    """The JSON schema of a type annotation. Raises TypeError for a type that JSON does not have."""
     try:
         if annotation in _SIMPLE:
             return dict(_SIMPLE[annotation])
@@ -220,22 +222,22 @@ def _union(schemas: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 _SECTION = re.compile(r"^(Args|Arguments|Parameters):?\s*$", re.MULTILINE)
-_NEXT = re.compile(r"^(?:Returns|Raises|Yields|Examples?|Notes?):?\s*$", re.MULTILINE)
+_NEXT_SECTION = re.compile(r"^(?:Returns|Raises|Yields|Examples?|Notes?):?\s*$", re.MULTILINE)
 _ENTRY = re.compile(r"(\w+)(?: ?\([^)]*\))?: (.*)")
 _FIELD = re.compile(r"^:param (?:\w+ )?(\w+): (.*(?:\n +.*)*)", re.MULTILINE)
 
 
 def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """(what it does, what its parameters are): an "Args:" section or ":param name:" lines."""
+    """(summary, description of each parameter), from an "Args:" section or ":param name:" lines."""
     section = _SECTION.search(text)
-    about = dict(_FIELD.findall(text)) | (_entries(text[section.end() :]) if section else {})
-    summary = _NEXT.split(text[: section.start()] if section else text)[0]
+    descriptions = dict(_FIELD.findall(text)) | (_entries(text[section.end() :]) if section else {})
+    summary = _NEXT_SECTION.split(text[: section.start()] if section else text)[0]
     summary = re.split(r"^:\w+", summary, maxsplit=1, flags=re.MULTILINE)[0]
-    return " ".join(summary.split()), {name: " ".join(said.split()) for name, said in about.items()}
+    return " ".join(summary.split()), {name: " ".join(text.split()) for name, text in descriptions.items()}
 
 
 def _entries(text: str) -> dict[str, str]:
-    """The parameters of a section: a line each, deeper lines go on with it, the first that is not deeper ends it."""
+    """The parameters of a section, one a line. Deeper lines continue it; a line that is not indented ends it."""
     found: dict[str, str] = {}
     name, depth = "", None
     for line in filter(str.strip, text.splitlines()):

@@ -12,7 +12,7 @@ from localmimo.agent import run_agent
 from localmimo.chat.tool_call import ToolCall
 from localmimo.decode.answer import Message
 from localmimo.errors import BadRequest
-from localmimo.tools.arguments import Mismatch, fit
+from localmimo.tools.arguments import Mismatch, fit_value
 from localmimo.tools.tool import Tool, cut, schema_of, tools_of
 from localmimo.tools.tool_file import ToolFile
 
@@ -134,7 +134,7 @@ def test_calls_are_held_against_the_schema(arguments: dict[str, Any], result: st
 
 def test_nested_values_say_where() -> None:
     with pytest.raises(Mismatch, match=r"a\[1\]\.k is 's'; it must be of type integer"):
-        fit([{"k": 1}, {"k": "s"}], schema_of(list[dict[str, int]]), "a")
+        fit_value([{"k": 1}, {"k": "s"}], schema_of(list[dict[str, int]]), "a")
 
 
 def fails() -> None:
