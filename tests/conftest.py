@@ -1,5 +1,11 @@
-"""Shared things of the face tests."""
+"""What all tests share: how many processes run them, where they keep things, what is random, and a tokenizer."""
 
+import os
+import random
+import shutil
+import sys
+import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -8,8 +14,60 @@ from hypothesis import HealthCheck, settings
 from localmimo.chat.tokenizer import Tokenizer
 from tests.chat import bpe
 
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+MAX_WORKERS = 8  # each takes up to 1 GB
+HOME = pytest.StashKey[str]()
+
+# The same examples in every run; `pytest --hypothesis-profile=fresh` draws others, and prints how to repeat a failure.
+settings.register_profile(
+    "fixed", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.register_profile("fresh", settings.get_profile("fixed"), derandomize=False, print_blob=True)
+settings.load_profile("fixed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed", type=int, default=0, help="other draws of random, numpy and torch (default: 0)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A LOCALMIMO_HOME of the tests' own, one for all workers: the user's is neither read nor written."""
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        # They share the cores, and a thread that waits for another one spins. torch reads this when it is imported.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, n_cores() // int(workers))))
+    else:
+        config.stash[HOME] = tempfile.mkdtemp(prefix="localmimo-tests-")
+        os.environ["LOCALMIMO_HOME"] = config.stash[HOME]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if HOME in config.stash:
+        shutil.rmtree(config.stash[HOME], ignore_errors=True)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker per core. None for files and tests that are named, which start sooner without, and none for the slow
+    ones and those on a GPU, which measure memory and time."""
+    named = all(".py" in argument for argument in config.args)
+    if named or n_cores() == 1 or "not slow and not gpu" not in config.option.markexpr:
+        return 0
+    return min(n_cores(), MAX_WORKERS)
+
+
+def n_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@pytest.fixture(autouse=True)
+def seeds(request: pytest.FixtureRequest) -> None:
+    """Draws without a seed of their own depend on the test's name and on --seed alone, in whatever order tests run."""
+    seed = zlib.crc32(f"{request.node.nodeid} {request.config.getoption('--seed')}".encode())
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session")
