@@ -182,9 +182,9 @@ def opened(
                 runner,
                 context,
                 torch.bfloat16,
-                stretch=plan.stretch_tokens,
-                give_way=graphs.give_way,
-                lender=store.gpu,
+                segment_tokens=plan.stretch_tokens,
+                shrink=graphs.shrink,
+                pool=store.gpu,
                 graphs=graphs,
             )
             yield Flash(config, plan, store, session, graphs, layout)

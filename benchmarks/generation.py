@@ -184,9 +184,9 @@ def _pack(folder: Path, shape: Shape) -> Path:
 def _jump(engine: Engine, session: Session, depth: int) -> None:
     """Let the session hold `depth` tokens whose keys and values are random: reading them would take days here."""
     session.rewind(session.position)
-    for layer in session._cache.layers:
+    for layer in session._state.cache.layers:
         if isinstance(layer, GlobalKV):
-            for tensor in layer.make_room(depth):
+            for tensor in layer.reserve(depth):
                 some = torch.randn(tensor.shape[0], 4096, tensor.shape[2], dtype=torch.bfloat16) * 0.5
                 for start in range(0, depth, 4096):
                     here = tensor[:, start : start + 4096]
@@ -194,9 +194,9 @@ def _jump(engine: Engine, session: Session, depth: int) -> None:
         else:
             assert isinstance(layer, WindowKV)
             layer.restore(depth, *(part.normal_() for part in layer.empty(min(depth, layer.window))))
-    session._cache.length = depth
+    session._state.cache.length = depth
     session.tokens[:] = [9] * depth
-    session._trail.restart(depth)
+    session._state.hidden_states.restart(depth)
 
 
 def _rss() -> int:

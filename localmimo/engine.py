@@ -472,11 +472,11 @@ class Engine:
             self._experts,
             self.context,
             self._opening.kv_dtype,
-            stretch=self.plan.stretch_tokens,
+            segment_tokens=self.plan.stretch_tokens,
             identity=self.identity,
             heads=self._heads,
-            give_way=(self._graphs or self._experts).give_way,
-            lender=self._store.gpu,
+            shrink=(self._graphs or self._experts).shrink,
+            pool=self._store.gpu,
             graphs=self._graphs,
         )
 

@@ -40,7 +40,7 @@ class Batch:
                     yield from self._retire(going, free)
         finally:
             for generation in going.values():
-                generation.session.mark()
+                generation.session.checkpoint()
 
     def _begin(
         self, number: int, free: list[Session], going: dict[int, Generation]
@@ -87,7 +87,7 @@ class Batch:
         """End those that are over; their sessions are free."""
         for number in [number for number, generation in going.items() if generation.reason is not None]:
             generation = going.pop(number)
-            generation.session.mark()
+            generation.session.checkpoint()
             free.append(generation.session)
             for step in generation.end():
                 yield number, step

@@ -36,7 +36,7 @@ class DeviceExperts(Experts, Protocol):
     def generation(self) -> int:
         """Another number as soon as what is on the device lies at other addresses."""
 
-    def give_way(self) -> bool:
+    def shrink(self) -> bool:
         """Give some of the device's memory back; False where there is none to give."""
 
     @property
@@ -79,17 +79,17 @@ class Graphs:
         with self._experts.lock:
             step = self._step(len(tokens), cache)
             if step is not None:
-                cache.reach(len(tokens))
+                cache.reserve(len(tokens))
                 self._experts.begin_step()
                 stretches = list(self._stretches())
                 if self._record(step, stretches):
                     return self._replay(step, stretches, tokens, cache, check, report)
         return self._model.forward(tokens, cache, experts, check, report)
 
-    def give_way(self) -> bool:
+    def shrink(self) -> bool:
         """Have the experts give memory of the device back: records would keep it."""
         self._steps.clear()
-        return self._experts.give_way()
+        return self._experts.shrink()
 
     def _step(self, n: int, cache: KVCache) -> "GraphStep | None":
         """The records of a shape; none at its first step, which gets kernels compiled and libraries started."""
@@ -117,7 +117,7 @@ class Graphs:
     def _record(self, step: "GraphStep", stretches: list[Stretch]) -> bool:
         """Record what is not yet; False, from now on, where the device or a kernel refuses."""
         try:
-            step.make_room(len(stretches))
+            step.drop_old_graphs(len(stretches))
             for stretch in stretches:
                 step.record(stretch)
         except torch.OutOfMemoryError:
@@ -143,7 +143,7 @@ class Graphs:
             step.replay(stretch)
             report((stretch[1] + 1) / len(cache.layers))
         for layer in cache.layers:
-            layer.commit(layer.place(len(tokens)), len(tokens))
+            layer.commit(layer.next_rows(len(tokens)), len(tokens))
         cache.advance(len(tokens))
         return step.x.clone()
 
@@ -166,12 +166,12 @@ class GraphStep:
         self._normed = torch.empty(n, config.hidden, dtype=model.dtype, device=device)
         self._chosen = torch.empty(len(config.layers), n, config.top_k, dtype=torch.int64, device=device)
         self._weights = torch.empty(n, config.top_k, device=device)
-        still = StaticCache(cache.length, [StaticKV(layer.place(n)) for layer in cache.layers])
+        still = StaticCache(cache.length, [StaticKV(layer.next_rows(n)) for layer in cache.layers])
         self._piece = PromptChunk(still, 0, n, None, self._positions, self._ropes)
         self._pool = pool
         self._graphs: dict[Stretch, torch.cuda.CUDAGraph] = {}
 
-    def make_room(self, n: int) -> None:
+    def drop_old_graphs(self, n: int) -> None:
         """Forget what was recorded where n more could be too much."""
         if len(self._graphs) + n > MOST_GRAPHS:
             self._graphs.clear()
@@ -226,7 +226,7 @@ class StaticKV:
 
     rows: Rows
 
-    def place(self, n: int) -> Rows:
+    def next_rows(self, n: int) -> Rows:
         return self.rows
 
     def commit(self, rows: Rows, n: int) -> None:
@@ -240,7 +240,7 @@ class StaticCache:
     length: int
     layers: list[StaticKV]
 
-    def reach(self, n: int) -> None:
+    def reserve(self, n: int) -> None:
         raise AssertionError("room is made before a record")
 
     def advance(self, n: int) -> None:

@@ -112,7 +112,7 @@ class Generation:
             self.reason = "cancelled"
         finally:
             ahead.settle()
-            self.session.mark()
+            self.session.checkpoint()
         yield from self.end()
 
     def begin(self, prompt: Sequence[int]) -> Tensor:

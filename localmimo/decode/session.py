@@ -1,48 +1,33 @@
-"""Session: one timeline of tokens with its KV cache. Syncs to a prompt, steps, rewinds, is saved and loaded.
+"""Session: one sequence of tokens with its KV cache. Syncs to a prompt, steps, rewinds, is saved and loaded.
 
-Knows tokens, not text; holds no weights. The cache is only ever touched here.
+Knows tokens. Holds no weights, and must not know text. Nothing else changes the cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
 from pathlib import Path
-from traceback import clear_frames
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from localmimo.decode.cuda_graphs import Graphs
 from localmimo.decode.mtp import Choose, Drafter, DraftHead
+from localmimo.decode.retries import nothing_to_shrink, run_with_retries
+from localmimo.decode.session_state import Checkpoint, SessionState
 from localmimo.errors import BadRequest, BadSession, ContextFull
-from localmimo.hardware.device import broke_down, out_of_memory
-from localmimo.kv.block_table import RowPieces, SlotPool
-from localmimo.kv.cache import KVCache, Snapshot, WindowKV
+from localmimo.kv.block_table import SlotPool
+from localmimo.kv.cache import KVCache
 from localmimo.kv.hidden_states import HiddenStates
 from localmimo.kv.session_file import SavedSession, SessionIdentity, write
-from localmimo.limits import N_SNAPSHOTS, PREFILL_CHUNK, SLACK
+from localmimo.limits import PREFILL_CHUNK, SLACK
 from localmimo.model.protocols import Experts, nothing_to_check, nothing_to_report
 from localmimo.model.transformer import Transformer
 from quant import kernels
 
-SHARED = (
-    256  # tokens that must be read again before a mark is left behind them: a mark costs a stretch of its own
-)
+# Tokens that must be read again before a checkpoint is left behind them: it costs a prefill segment of its own.
+SHARED_TOKENS = 256
 
 Progress = Callable[[int, int], None]  # tokens read, tokens to read
-
-
-def nothing_to_give() -> bool:
-    """The default where memory runs out: nobody has any to spare."""
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A place to come back to: the windows there, and the hidden states [n, hidden] of the tokens before it."""
-
-    snapshot: Snapshot
-    hidden: Tensor
 
 
 class Session:
@@ -54,46 +39,82 @@ class Session:
         experts: Experts,
         context: int,
         kv_dtype: torch.dtype,
-        stretch: int = PREFILL_CHUNK,
+        segment_tokens: int = PREFILL_CHUNK,
         identity: SessionIdentity | None = None,
         heads: Sequence[DraftHead] = (),
-        give_way: Callable[[], bool] = nothing_to_give,
-        lender: SlotPool | None = None,
+        shrink: Callable[[], bool] = nothing_to_shrink,
+        pool: SlotPool | None = None,
         graphs: Graphs | None = None,
     ) -> None:
-        """give_way: gives memory of the device back where a step ran out of it; False where there is none to give.
+        """segment_tokens: of a prompt, that go through the model layer by layer; this decides memory alone.
 
-        lender: of slots for keys and values, on a GPU. graphs: runs steps there from records.
+        identity: what a file must agree with; None: the session cannot be saved. shrink: frees some of the device's
+        memory where a pass ran out of it; False where there is none to free. pool: of slots for keys and values, on a
+        GPU. graphs: runs steps there from recorded graphs.
         """
         self.context = context
-        self.tokens: list[int] = []
-        self.n_reused = 0  # tokens that the last sync did not have to read
         self._model = model
         self._passes = graphs or model
         self._experts = experts
-        self._give_way = give_way
-        self._identity = identity  # None: cannot be saved
-        self._cache = KVCache(model.config.layers, context, kv_dtype, device=model.device, lender=lender)
-        self._marks: list[Checkpoint] = []
-        self._stretch = stretch  # tokens of a prompt that are read layer by layer: a matter of memory alone
-        # Draft heads look back over a window of hidden states; without them one gives the logits again.
-        self._looks_back = (model.config.mtp_layer.window or 1) if heads else 1
-        self._trail = HiddenStates(self._looks_back + SLACK, model.config.hidden, model.device)
+        self._shrink = shrink
+        self._identity = identity
+        self._segment_tokens = segment_tokens
+        # Draft heads look back over a window of hidden states; without them one row gives the logits again.
+        self._window = model.config.mtp_layer.window or 1
+        self._n_look_back = self._window if heads else 1
+        self._state = SessionState(
+            KVCache(model.config.layers, context, kv_dtype, device=model.device, pool=pool),
+            HiddenStates(self._n_look_back + SLACK, model.config.hidden, model.device),
+        )
         self._drafter = Drafter(heads, kv_dtype)
+        self._ended = ""  # why it may not be used any more
+
+    # ---- what it holds ----
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens held; not to be changed."""
+        return self._state.tokens
 
     @property
     def position(self) -> int:
-        """Tokens held."""
-        return len(self.tokens)
+        """Number of tokens held."""
+        return len(self._state.tokens)
+
+    @property
+    def n_reused(self) -> int:
+        """Tokens that the last sync did not have to read."""
+        return self._state.n_reused
+
+    @property
+    def n_heads(self) -> int:
+        """Draft heads: as many tokens can be drafted at a time."""
+        return len(self._drafter.heads)
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Positions that the session can return to without reading, besides the last few."""
+        return [checkpoint.length for checkpoint in self._state.checkpoints]
 
     def common(self, tokens: Sequence[int]) -> int:
         """How many of the first tokens are held."""
         return _common_prefix(self.tokens, tokens)
 
-    @property
-    def places(self) -> list[int]:
-        """Positions that can be come back to without reading, besides the last few."""
-        return [mark.snapshot.length for mark in self._marks]
+    # ---- who may use it ----
+
+    def handle(self) -> "Session":
+        """Another handle to the same sequence, which stays usable until its own `end`."""
+        return copy(self)
+
+    def end(self, why: str) -> None:
+        """Refuse every change through this handle from now on, with `why` as the sentence; a pass ends too."""
+        self._ended = why
+
+    def _demand_open(self) -> None:
+        if self._ended:
+            raise BadRequest(self._ended)
+
+    # ---- reading and stepping ----
 
     @kernels.alone()
     def sync(
@@ -106,20 +127,20 @@ class Session:
 
         Raises ContextFull where they are too many, and whatever `check` raises, at a whole chunk.
         """
+        self._demand_open()
         if not tokens:
             raise BadRequest("The prompt is empty: give at least one token.")
-        if len(tokens) > self.context:
-            raise ContextFull(_too_long(len(tokens), self.context))
+        self._demand_room(len(tokens))
         common = self.common(tokens)
-        self._come_back(tokens)
-        self.n_reused = self.position
+        self._return_to_prefix(tokens)
+        self._state.n_reused = self.position
         if self.position < len(tokens):
-            self.mark()  # where a question that is taken back began
-            again = common - self.position  # was held, and no mark was near
-            shared = again if again >= SHARED and 2 * again >= len(tokens) - self.position else 0
-            self._read(tokens[self.position :], progress, check, shared)
-        self.mark()
-        hidden = self._trail.last(self.position)
+            self.checkpoint()  # a client that takes its question back returns to it
+            n_again = common - self.position  # were held, and no checkpoint was near
+            worth_it = n_again >= SHARED_TOKENS and 2 * n_again >= len(tokens) - self.position
+            self._read(tokens[self.position :], progress, check, n_again if worth_it else 0)
+        self.checkpoint()
+        hidden = self._state.hidden_states.last(self.position)
         assert hidden is not None
         return self._model.logits(hidden[None])[0]
 
@@ -130,60 +151,52 @@ class Session:
     @kernels.alone()
     def extend(self, tokens: Sequence[int], check: Callable[[], None] = nothing_to_check) -> Tensor:
         """Append a few tokens (as many as `rewind` can take back cheaply); logits [n, vocab] after each."""
-        self._demand_room(len(tokens))
+        self._demand_open()
+        self._demand_room(self.position + len(tokens))
         return self._model.logits(self._forward(tokens, check))
-
-    @property
-    def n_heads(self) -> int:
-        """Draft heads: as many tokens can be drafted at a time."""
-        return len(self._drafter.heads)
 
     @kernels.alone()
     def draft(self, token: int, n: int, choose: Choose) -> list[int]:
         """n tokens that may come after what is held and `token`; nothing is appended."""
-        return self._drafter.propose(
-            [*self.tokens[-self._looks_back - SLACK :], token], self._trail, n, choose
-        )
+        self._demand_open()
+        known = [*self.tokens[-self._n_look_back - SLACK :], token]
+        return self._drafter.propose(known, self._state.hidden_states, n, choose)
 
     def logits(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[Tensor]:
         """Start over with `tokens`; logits float32 [m, vocab] after each, `chunk` tokens at a time."""
+        self._demand_open()
         self._restore(None)
         for start in range(0, len(tokens), chunk):
             yield self._model.logits(self._forward(tokens[start : start + chunk], nothing_to_check))
 
     def rewind(self, n: int) -> None:
-        """Take back the last n tokens: at once within the rings' slack or to a mark, else by reading again."""
+        """Take back the last n tokens: at once within the rings' slack or to a checkpoint, else by reading again."""
+        self._demand_open()
         length = max(0, self.position - n)
         kept = self.tokens[:length]
-        if self._cache.rewind(length):
+        if self._state.cache.rewind(length):
             self._truncate(length)
         else:
-            self._restore(self._mark_before(length))
+            self._restore(self._state.checkpoint_before(length))
             self._read(kept[self.position :], None, nothing_to_check)
 
-    def mark(self) -> None:
-        """Remember this place: coming back to it reads nothing.
-
-        Of a few such places the first stays, which many texts may share, and of the others the last ones.
-        """
-        known = self._trail.last(self.position) is not None
-        if known and all(mark.snapshot.length != self.position for mark in self._marks):
-            self._marks.append(Checkpoint(self._cache.snapshot(), self._trail.tail(self._looks_back)))
-            del self._marks[1 : 1 + len(self._marks) - N_SNAPSHOTS]
+    def checkpoint(self) -> None:
+        """Remember this position: a return to it reads nothing. A session keeps a few (see SessionState)."""
+        self._state.add_checkpoint(self._n_look_back)
 
     # ---- files ----
 
     def save(self, path: str | Path) -> int:
         """Write the session to a file that `load` takes; its bytes. Raises BadSession where that fails."""
+        self._demand_open()
         if self._identity is None or not self.tokens:
             raise BadSession("There is nothing to save: the session holds no tokens.")
-        facts = {"tokens": str(self.position), "marks": str(len(self._marks))}
-        return write(Path(path).expanduser(), self._identity, facts, self._contents())
+        return write(Path(path).expanduser(), self._identity, self._state.facts(), self._state.contents())
 
     @property
     def saved_bytes(self) -> int:
         """Bytes that a file of the session would have, but for some thousands of its header."""
-        return sum(tensor.nbytes for tensor in self._contents().values())
+        return sum(tensor.nbytes for tensor in self._state.contents().values())
 
     def load(self, path: str | Path) -> None:
         """Become the session that was saved at `path`, without reading its tokens through the model.
@@ -191,6 +204,7 @@ class Session:
         Raises BadSession where the file is damaged or of another pack, context or KV type; the session is then
         empty if the damage was found late, else as it was.
         """
+        self._demand_open()
         if self._identity is None:
             raise BadSession("This session belongs to no pack, so that no file can be of the same.")
         with SavedSession(Path(path).expanduser(), self._identity) as saved:
@@ -201,143 +215,66 @@ class Session:
                 )
             self._restore(None)
             try:
-                self._fill(saved, n)
+                self._state.fill(saved, n, self._model.config.vocab_size, self._window)
             except BaseException:
                 self._restore(None)
                 raise
-
-    def _contents(self) -> dict[str, Tensor | RowPieces]:
-        """What a file holds, by name; the keys and values in position order."""
-        out: dict[str, Tensor | RowPieces] = {
-            "tokens": torch.tensor(self.tokens, dtype=torch.int32),
-            "hidden": self._trail.tail(self._trail.rows),
-            "marks": torch.tensor([mark.snapshot.length for mark in self._marks], dtype=torch.int32),
-        }
-        for i, layer in enumerate(self._cache.layers):
-            out[f"layers.{i}.keys"], out[f"layers.{i}.values"] = layer.held()
-        for m, mark in enumerate(self._marks):
-            out[f"marks.{m}.hidden"] = mark.hidden
-            for (i, _), (keys, values) in zip(self._windows(), mark.snapshot.windows, strict=True):
-                out[f"marks.{m}.layers.{i}.keys"], out[f"marks.{m}.layers.{i}.values"] = keys, values
-        return out
-
-    def _fill(self, saved: SavedSession, n: int) -> None:
-        """Take in the contents of a file of n tokens: check every shape first, then read."""
-        targets = self._targets(saved, n)
-        saved.expect({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in targets.items()})
-        saved.read(targets)
-        tokens, lengths = targets["tokens"].tolist(), targets["marks"].tolist()
-        if not all(0 <= token < self._model.config.vocab_size for token in tokens):
-            raise BadSession(f"{saved.path} holds tokens that the model does not have.")
-        if lengths != sorted(set(lengths)) or not all(0 < length <= n for length in lengths):
-            raise BadSession(
-                f"{saved.path} holds marks at {lengths}, which are no places of its {n:,} tokens."
-            )
-        for i, window in self._windows():
-            window.restore(n, targets[f"layers.{i}.keys"], targets[f"layers.{i}.values"])
-        self._cache.length = n
-        self._trail.restart(n, targets["hidden"])
-        self._drafter.restart()
-        self.tokens = tokens
-        self._marks = [self._loaded_mark(m, length, targets) for m, length in enumerate(lengths)]
-
-    def _targets(self, saved: SavedSession, n: int) -> dict[str, Any]:
-        """A place for each tensor of the file: in the cache itself where it can be, else fresh and small."""
-        n_marks = saved.count("marks")
-        most = (self._model.config.mtp_layer.window or 1) + SLACK  # whether or not drafts are on here
-        if n_marks > N_SNAPSHOTS:
-            raise BadSession(f"{saved.path} holds {n_marks} marks; a session has at most {N_SNAPSHOTS}.")
-        out: dict[str, Any] = {
-            "tokens": torch.empty(n, dtype=torch.int32),
-            "marks": torch.empty(n_marks, dtype=torch.int32),
-            "hidden": self._hidden(_rows(saved, "hidden", 0, min(n, most), least=0)),
-        }
-        for i, layer in enumerate(self._cache.layers):
-            if not isinstance(layer, WindowKV):
-                out[f"layers.{i}.keys"], out[f"layers.{i}.values"] = layer.make_room(n)
-        for i, window in self._windows():
-            self._add_window(out, saved, f"layers.{i}", window, window.rows)
-        for m in range(n_marks):
-            name = f"marks.{m}.hidden"
-            out[name] = self._hidden(_rows(saved, name, 0, most))
-            for i, window in self._windows():
-                self._add_window(out, saved, f"marks.{m}.layers.{i}", window, window.window)
-        return out
-
-    def _hidden(self, rows: int) -> Tensor:
-        return torch.empty(rows, self._model.config.hidden, device=self._model.device)
-
-    def _add_window(
-        self, out: dict[str, Any], saved: SavedSession, name: str, window: WindowKV, most: int
-    ) -> None:
-        rows = _rows(saved, f"{name}.keys", 1, most)
-        out[f"{name}.keys"], out[f"{name}.values"] = window.empty(rows)
-
-    def _loaded_mark(self, m: int, length: int, found: dict[str, Any]) -> Checkpoint:
-        windows = tuple(
-            (found[f"marks.{m}.layers.{i}.keys"], found[f"marks.{m}.layers.{i}.values"])
-            for i, _ in self._windows()
-        )
-        return Checkpoint(Snapshot(length, windows), found[f"marks.{m}.hidden"])
+            self._drafter.restart()
 
     # ---- inside ----
 
-    def _windows(self) -> list[tuple[int, WindowKV]]:
-        """The window layers with their places."""
-        return [(i, layer) for i, layer in enumerate(self._cache.layers) if isinstance(layer, WindowKV)]
-
-    def _come_back(self, tokens: Sequence[int]) -> None:
-        """Go back to the longest prefix of `tokens` that can be had with the logits behind it, if it is all."""
+    def _return_to_prefix(self, tokens: Sequence[int]) -> None:
+        """Return to the longest prefix of `tokens` that needs no reading and, if it is all, whose logits are known."""
         self._forget_lost()
-        common = _common_prefix(self.tokens, tokens)
-        mark = self._mark_before(common)
-        known = common < len(tokens) or self._trail.last(common) is not None
-        if mark is not None and mark.snapshot.length == len(tokens) and not known:
-            self._restore(mark)
-        elif self._cache.rewind(common if known else common - 1):
-            self._truncate(self._cache.length)
+        state = self._state
+        common = self.common(tokens)
+        checkpoint = state.checkpoint_before(common)
+        known = common < len(tokens) or state.hidden_states.last(common) is not None
+        if checkpoint is not None and checkpoint.length == len(tokens) and not known:
+            self._restore(checkpoint)
+        elif state.cache.rewind(common if known else common - 1):
+            self._truncate(state.cache.length)
         else:
-            self._restore(mark)
+            self._restore(checkpoint)
 
     def _forget_lost(self) -> None:
         """Become empty where the device has lost what was read."""
-        if not self._cache.is_whole:
+        if not self._state.cache.is_whole:
             self._restore(None)
 
-    def _mark_before(self, length: int) -> Checkpoint | None:
-        """The last mark at `length` or before it."""
-        return next((mark for mark in reversed(self._marks) if mark.snapshot.length <= length), None)
-
     def _demand_room(self, n: int) -> None:
-        if self.position + n > self.context:
-            raise ContextFull(_too_long(self.position + n, self.context))
+        if n > self.context:
+            raise ContextFull(
+                f"The prompt needs {n:,} positions and the context has {self.context:,}: "
+                "raise --context (up to the model's own limit) or shorten the conversation."
+            )
 
-    def _restore(self, mark: Checkpoint | None) -> None:
-        if mark is None:
-            self._cache.clear()
-        else:
-            self._cache.restore(mark.snapshot)
-        self._trail.restart(self._cache.length, None if mark is None else mark.hidden)
+    def _restore(self, checkpoint: Checkpoint | None) -> None:
         self._drafter.restart()
-        self._truncate(self._cache.length)
+        self._state.restore(checkpoint)
+        self._drafter.truncate(self.position)
 
     def _truncate(self, length: int) -> None:
-        del self.tokens[length:]
-        self._trail.truncate(length)
+        self._state.truncate(length)
         self._drafter.truncate(length)
-        self._marks = [mark for mark in self._marks if mark.snapshot.length <= length]
 
     def _read(
-        self, tokens: Sequence[int], progress: Progress | None, check: Callable[[], None], shared: int = 0
+        self,
+        tokens: Sequence[int],
+        progress: Progress | None,
+        check: Callable[[], None],
+        n_shared: int = 0,
     ) -> None:
-        """Prefill in stretches; behind the first `shared` tokens a mark is left: others may begin like this too."""
+        """Prefill segment by segment; leave a checkpoint behind the first `n_shared` tokens."""
         start = 0
         while start < len(tokens):
-            end = min(start + self._stretch, len(tokens), shared if start < shared else len(tokens))
-            share = None if progress is None else _share(progress, start, end - start, len(tokens))
-            self._forward(tokens[start:end], check, share)
-            if end == shared:
-                self.mark()
+            end = min(
+                start + self._segment_tokens, len(tokens), n_shared if start < n_shared else len(tokens)
+            )
+            report = None if progress is None else _report(progress, start, end - start, len(tokens))
+            self._forward(tokens[start:end], check, report)
+            if end == n_shared:
+                self.checkpoint()
             start = end
 
     def _forward(
@@ -346,41 +283,33 @@ class Session:
         check: Callable[[], None],
         report: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """Run tokens through the model; a stop or an error leaves the session as it was before them.
+        """Run tokens through the model; after a stop or an error the session is as it was before them."""
+        cache = self._state.cache
+        before = None
 
-        Where the device has no memory left, experts give way and the step is repeated.
-        """
-        try:
-            return self._pass(tokens, check, report or nothing_to_report)
-        except torch.OutOfMemoryError as error:
-            clear_frames(error.__traceback__)  # what they hold could not be given back
-            if not self._give_way():
-                self._forget_lost()
-                raise out_of_memory(error) from error
-        except RuntimeError as error:
-            if (said := broke_down(error)) is None:
-                raise
-            raise said from error
-        return self._forward(tokens, check, report)
+        def check_both() -> None:
+            self._demand_open()
+            check()
 
-    def _pass(
-        self, tokens: Sequence[int], check: Callable[[], None], report: Callable[[float], None]
-    ) -> Tensor:
-        before = self._cache.snapshot() if len(tokens) > SLACK else None  # fewer: the rings reach back
-        try:
-            hidden = self._passes.forward(torch.tensor(tokens), self._cache, self._experts, check, report)
-        except BaseException:
-            if not self._cache.rewind(self._cache.length):
+        def run() -> Tensor:
+            nonlocal before
+            before = cache.snapshot() if len(tokens) > SLACK else None  # fewer: the rings can be rewound
+            return self._passes.forward(
+                torch.tensor(tokens), cache, self._experts, check_both, report or nothing_to_report
+            )
+
+        def undo() -> None:
+            if not cache.rewind(cache.length):
                 assert before is not None
-                self._cache.restore(before)
-            raise
-        self._trail.append(hidden)
-        self.tokens.extend(tokens)
+                cache.restore(before)
+
+        hidden = run_with_retries(run, undo, self._shrink, self._forget_lost)
+        self._state.append(list(tokens), hidden)
         return hidden
 
 
-def _share(progress: Progress, start: int, n: int, total: int) -> Callable[[float], None]:
-    """Progress of a stretch by the share of its layers that are done."""
+def _report(progress: Progress, start: int, n: int, total: int) -> Callable[[float], None]:
+    """Progress of a segment by the share of its layers that are done."""
     return lambda done: progress(start + int(n * done), total)
 
 
@@ -390,60 +319,35 @@ def step_together(
 ) -> Tensor:
     """Append one token to each of several sessions of one model, in one pass; logits [n, vocab] after them.
 
-    They share what the pass reads: projections, and the experts that several of them want.
+    The sessions share what the pass reads: projections, and the experts that several of them use.
     """
     first = sessions[0]
-    timelines = [(torch.tensor([token]), one._cache) for one, token in zip(sessions, tokens, strict=True)]
-    for one in sessions:
-        one._demand_room(1)
-    try:
-        hidden = first._model.forward_many(timelines, first._experts, check)
-    except torch.OutOfMemoryError as error:
-        _rewind(sessions)
-        clear_frames(error.__traceback__)
-        if not first._give_way():
-            for one in sessions:
-                one._forget_lost()
-            raise out_of_memory(error) from error
-        hidden = None
-    except RuntimeError as error:
-        _rewind(sessions)
-        if (said := broke_down(error)) is None:
-            raise
-        raise said from error
-    except BaseException:
-        _rewind(sessions)
-        raise
-    if hidden is None:
-        return step_together(sessions, tokens, check)
-    for one, token, row in zip(sessions, tokens, hidden, strict=True):
-        one._trail.append(row)
-        one.tokens.append(token)
+    states = [session._state for session in sessions]
+    for session in sessions:
+        session._demand_open()
+        session._demand_room(session.position + 1)
+    rows = [(torch.tensor([token]), state.cache) for token, state in zip(tokens, states, strict=True)]
+
+    def check_both() -> None:
+        first._demand_open()
+        check()
+
+    def undo() -> None:
+        for state in states:
+            state.cache.rewind(state.cache.length)
+
+    def give_up() -> None:
+        for session in sessions:
+            session._forget_lost()
+
+    hidden = run_with_retries(
+        lambda: first._model.forward_many(rows, first._experts, check_both), undo, first._shrink, give_up
+    )
+    for state, token, row in zip(states, tokens, hidden, strict=True):
+        state.append([token], row)
     return first._model.logits(torch.cat(hidden))
-
-
-def _rewind(sessions: Sequence[Session]) -> None:
-    """Forget a step that was stopped."""
-    for one in sessions:
-        one._cache.rewind(one._cache.length)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     limit = min(len(a), len(b))
     return next((i for i in range(limit) if a[i] != b[i]), limit)
-
-
-def _rows(saved: SavedSession, name: str, axis: int, most: int, least: int = 1) -> int:
-    """How many rows a tensor of the file has, at most `most`."""
-    shape = saved.shape(name)
-    rows = shape[axis] if axis < len(shape) else -1
-    if not least <= rows <= most:
-        raise BadSession(f"{saved.path}: {name} has {rows:,} rows, and there is room for {most:,}.")
-    return rows
-
-
-def _too_long(needed: int, context: int) -> str:
-    return (
-        f"The prompt needs {needed:,} positions and the context has {context:,}: "
-        "raise --context (up to the model's own limit) or shorten the conversation."
-    )

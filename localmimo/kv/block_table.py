@@ -1,7 +1,7 @@
-"""Blocks: which slots of a slab on a GPU hold the global layers' keys and values of one sequence.
+"""Block table: the slots of a slab on a GPU that hold the global layers' keys and values of one sequence.
 
-A slot has room for so many positions of all these layers. It is lent by whoever else uses the slab, and goes back when
-the sequence is cut. Knows slots and positions; not what else lies in the slab, nor what a row is.
+A slot holds a fixed number of positions of all these layers. It is allocated from the pool that owns the slab, and is
+freed when the sequence is cut. Must not know what else the slab holds, nor what a row is.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,50 +13,50 @@ from torch import Tensor
 
 
 class SlotPool(Protocol):
-    """Whoever owns the slab."""
+    """The owner of the slab."""
 
     @property
     def slab(self) -> Tensor:
         """uint8 [slots, bytes] on the device."""
 
-    def lend(self, borrower: "BlockTable", n: int) -> list[int]:
-        """n slots, whose content is the borrower's from now on."""
+    def allocate(self, table: "BlockTable", n: int) -> list[int]:
+        """n slots, whose content belongs to `table` from now on."""
 
-    def take_back(self, slots: Sequence[int]) -> None:
-        """Slots that were lent are not needed any more."""
+    def free(self, slots: Sequence[int]) -> None:
+        """Slots that were allocated are not needed any more."""
 
 
 class BlockTable:
     """The slots of one sequence, in the order of its positions."""
 
-    def __init__(self, lender: SlotPool, positions: int, capacity: int) -> None:
-        """positions: of a slot. capacity: positions of the longest sequence."""
-        self.lender = lender
+    def __init__(self, pool: SlotPool, positions: int, capacity: int) -> None:
+        """positions: in one slot. capacity: positions of the longest sequence."""
+        self.pool = pool
         self.positions = positions
         self.slots: list[int] = []
-        # Kernels read it: it stays where it is.
-        self.table = torch.zeros(-(-capacity // positions), dtype=torch.int32, device=lender.slab.device)
+        # Kernels read it, so its address must not change.
+        self.table = torch.zeros(-(-capacity // positions), dtype=torch.int32, device=pool.slab.device)
 
-    def reach(self, length: int) -> None:
-        """Have room for the first `length` positions."""
+    def reserve(self, length: int) -> None:
+        """Allocate slots for the first `length` positions."""
         n_missing = -(-length // self.positions) - len(self.slots)
         if n_missing > 0:
-            self.slots += self.lender.lend(self, n_missing)
+            self.slots += self.pool.allocate(self, n_missing)
             self._write()
 
     def cut(self, length: int) -> None:
-        """Positions from `length` on are not needed; one slot more stays, for whoever goes on from there."""
+        """Free the slots behind position `length`, but for one more: the sequence usually goes on from there."""
         n_kept = -(-length // self.positions) + 1
         if len(self.slots) > n_kept:
-            self.lender.take_back(self.slots[n_kept:])
+            self.pool.free(self.slots[n_kept:])
             del self.slots[n_kept:]
 
     def holds(self, length: int) -> bool:
-        """Whether the first `length` positions have their slots still."""
+        """Whether the first `length` positions still have their slots."""
         return length <= len(self.slots) * self.positions
 
-    def moved(self, to: Mapping[int, int]) -> None:
-        """The lender has put every slot's content into another slot, or lost it: `to` does not name it then."""
+    def relocate(self, to: Mapping[int, int]) -> None:
+        """The pool has moved the content of each slot to another one; a slot that `to` does not name is lost."""
         self.slots = [to[slot] for slot in self.slots if slot in to]
         self._write()
 
@@ -66,7 +66,7 @@ class BlockTable:
 
 @dataclass(frozen=True, slots=True)
 class RowPieces:
-    """A tensor that lies in pieces: these, one behind the other, are its elements in order."""
+    """A tensor in several pieces of memory: the pieces, one after the other, are its elements in order."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

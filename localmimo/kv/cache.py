@@ -1,9 +1,9 @@
 """Keys and values of one sequence: a ring per window layer, a growing cache per global layer.
 
-On a GPU the growing ones lie in blocks, slots of the slab that holds the experts' pages.
+On a GPU the growing caches are in blocks: slots of the slab that also holds the experts' pages.
 
-Knows positions and bytes, nothing of tokens, weights or attention. How a ring is laid out never leaves this file:
-whoever writes and reads gets `Rows`, which say where a position lies, and a snapshot lists rows in position order.
+Knows positions and bytes. Must not know tokens, weights or attention. The layout of a ring stays in this file: callers
+read and write through `Rows`, which say in which row a position is, and a snapshot lists rows in position order.
 """
 
 import math
@@ -23,20 +23,18 @@ from quant.files.hugepages import mapping
 from quant.formats.codec import ROW_SCALE_BYTES
 
 CPU = torch.device("cpu")
-
-
-HUGE = 64 << 20  # bytes from which on memory is asked for in huge pages: small ones slow a long read down
+HUGE_PAGE_BYTES = 64 << 20  # larger buffers ask for huge pages: small pages slow a long read down
 
 
 def row_width(d: int, dtype: torch.dtype) -> int:
-    """Elements of a row of d values: in int8 with a float32 scale behind."""
+    """Elements of a row of d values: in int8 the row ends with a float32 scale."""
     return d + ROW_SCALE_BYTES if dtype == torch.int8 else d
 
 
 class GlobalKV:
-    """Keys and values of a global layer: room for the whole context in address space, memory only where written.
+    """Keys and values of a global layer: address space for the whole context, memory only where it was written.
 
-    Anonymous memory costs nothing until it is touched, so growing never copies and nothing is reserved.
+    Anonymous memory costs nothing until it is touched, so growing copies nothing.
     """
 
     def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype) -> None:
@@ -49,8 +47,8 @@ class GlobalKV:
         """Bytes that `tokens` tokens occupy."""
         return tokens * kv_row_bytes(spec, dtype.itemsize)
 
-    def place(self, n: int) -> Rows:
-        """Where the next n tokens' rows go; all that they see is there already."""
+    def next_rows(self, n: int) -> Rows:
+        """Rows for the next n tokens; they also hold every earlier position that these tokens see."""
         return Rows(self._keys, self._values)
 
     def commit(self, rows: Rows, n: int) -> None:
@@ -61,18 +59,18 @@ class GlobalKV:
         """Forget everything from position `length` on."""
         self.length = length
 
-    def held(self) -> tuple[Tensor, Tensor]:
+    def stored_rows(self) -> tuple[Tensor, Tensor]:
         """Keys and values of every position, in position order; views."""
         return self._keys[:, : self.length], self._values[:, : self.length]
 
-    def make_room(self, length: int) -> tuple[Tensor, Tensor]:
-        """Become `length` long; the views that the caller fills with what `held` gave."""
+    def reserve(self, length: int) -> tuple[Tensor, Tensor]:
+        """Become `length` long; the views that the caller fills with what `stored_rows` gave."""
         self.length = length
-        return self.held()
+        return self.stored_rows()
 
 
 class BlockKV:
-    """Keys and values of a global layer on a GPU: a part of every block of the sequence."""
+    """Keys and values of a global layer on a GPU: a part of each block of the sequence."""
 
     def __init__(self, spec: LayerSpec, dtype: torch.dtype, blocks: BlockTable, offset: int) -> None:
         """offset: of the layer's part in a slot, in bytes."""
@@ -82,8 +80,8 @@ class BlockKV:
         self._offset = offset
         self.length = 0
 
-    def place(self, n: int) -> Rows:
-        """Where the next n tokens' rows go; all that they see is there already."""
+    def next_rows(self, n: int) -> Rows:
+        """Rows for the next n tokens; they also hold every earlier position that these tokens see."""
         return Rows(*self._parts(), table=self._blocks.table)
 
     def commit(self, rows: Rows, n: int) -> None:
@@ -94,23 +92,23 @@ class BlockKV:
         """Forget everything from position `length` on."""
         self.length = length
 
-    def held(self) -> tuple[RowPieces, RowPieces]:
-        """Keys and values of every position, in position order: views of their pieces."""
+    def stored_rows(self) -> tuple[RowPieces, RowPieces]:
+        """Keys and values of every position, in position order, as views of the blocks."""
         keys, values = (self._scattered(i) for i in range(2))
         return keys, values
 
-    def make_room(self, length: int) -> tuple[RowPieces, RowPieces]:
-        """Become `length` long; the views that the caller fills with what `held` gave."""
-        self._blocks.reach(length)
+    def reserve(self, length: int) -> tuple[RowPieces, RowPieces]:
+        """Become `length` long; the views that the caller fills with what `stored_rows` gave."""
+        self._blocks.reserve(length)
         self.length = length
-        return self.held()
+        return self.stored_rows()
 
     def _parts(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots, [slots, kv_heads, positions, d]; those of others among them.
+        """Keys and values of all slots of the slab, [slots, kv_heads, positions, d], whatever they hold.
 
-        Made anew each time: whoever kept them would keep the slab from being given back.
+        Made anew for each call: a view that is kept would keep the slab's memory from being freed.
         """
-        slab, at, views = self._blocks.lender.slab, self._offset, []
+        slab, at, views = self._blocks.pool.slab, self._offset, []
         for d in (self._spec.head_dim, self._spec.v_head_dim):
             shape = self._spec.n_kv_heads, self._blocks.positions, row_width(d, self._dtype)
             end = at + math.prod(shape) * self._dtype.itemsize
@@ -130,7 +128,7 @@ class BlockKV:
 
 
 class WindowKV:
-    """Keys and values of a window layer: a ring of window + slack rows; position p lies in row p mod rows."""
+    """Keys and values of a window layer: a ring of window + slack rows; position p is in row p mod rows."""
 
     def __init__(
         self, spec: LayerSpec, dtype: torch.dtype, slack: int = SLACK, device: torch.device = CPU
@@ -142,8 +140,10 @@ class WindowKV:
         self._keys = make((spec.n_kv_heads, self.rows, row_width(spec.head_dim, dtype)))
         self._values = make((spec.n_kv_heads, self.rows, row_width(spec.v_head_dim, dtype)))
         self.length = 0
-        self._written = 0  # one past the highest position written: rows hold the `rows` positions below it,
-        self._oldest = 0  # but none below this one (after a restore)
+        # One past the highest position written: the ring holds the `rows` positions below it, but none below `_oldest`
+        # (which a restore sets).
+        self._written = 0
+        self._oldest = 0
 
     @staticmethod
     def nbytes(spec: LayerSpec, dtype: torch.dtype = torch.bfloat16, slack: int = 0) -> int:
@@ -151,8 +151,8 @@ class WindowKV:
         assert spec.window is not None
         return (spec.window + slack) * kv_row_bytes(spec, dtype.itemsize)
 
-    def place(self, n: int) -> Rows:
-        """Where the next n tokens' rows go: the ring, or rows that begin with what they see."""
+    def next_rows(self, n: int) -> Rows:
+        """Rows for the next n tokens: the ring, or a copy that begins with the positions that they see."""
         if n <= self.rows - self.window + 1:
             return Rows(self._keys, self._values)
         oldest = max(0, self.length - self.window + 1)
@@ -181,7 +181,7 @@ class WindowKV:
         self._written = max(self._written, self.length)
 
     def can_rewind(self, length: int) -> bool:
-        """Whether every position that a token at `length` sees is still there."""
+        """Whether the ring still has every position that a token at `length` sees."""
         return length == self.length or (
             length < self.length
             and max(0, length - self.window + 1) >= max(self._oldest, self._written - self.rows)
@@ -196,12 +196,12 @@ class WindowKV:
         """Keys and values of the last `window` positions, in position order."""
         return self._rows_from(max(0, self.length - self.window))
 
-    def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of every position that is still there, in position order; copies."""
+    def stored_rows(self) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values of every position that the ring still has, in position order."""
         return self._rows_from(max(0, self._oldest, self._written - self.rows))
 
     def empty(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Places for `rows` rows of keys and values, as `restore` takes them."""
+        """Unset keys and values of `rows` positions, in the shape that `restore` takes."""
         keys, values = self._keys, self._values
         return keys.new_empty(len(keys), rows, keys.shape[2]), values.new_empty(
             len(values), rows, values.shape[2]
@@ -220,15 +220,17 @@ class WindowKV:
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Main memory that costs nothing until it is written."""
+    """Main memory that is not used until it is written."""
     count = math.prod(shape)
     size = count * dtype.itemsize
-    return torch.frombuffer(mapping(max(1, size), huge=size >= HUGE), dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(
+        mapping(max(1, size), huge=size >= HUGE_PAGE_BYTES), dtype=dtype, count=count
+    ).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A point to come back to: the windows as they were when the sequence was `length` long."""
+    """The windows as they were when the sequence was `length` long: enough to return to that length."""
 
     length: int
     windows: tuple[tuple[Tensor, Tensor], ...]
@@ -248,12 +250,12 @@ class KVCache:
         dtype: torch.dtype,
         slack: int = SLACK,
         device: torch.device = CPU,
-        lender: SlotPool | None = None,
+        pool: SlotPool | None = None,
     ) -> None:
-        """lender: of slots for the global layers, which a GPU must have."""
+        """pool: of slots for the global layers, which a GPU must have."""
         self.capacity = capacity
-        whole = [spec for spec in specs if spec.window is None]
-        self._blocks = _blocks(whole, capacity, dtype, lender) if lender is not None and whole else None
+        grows = [spec for spec in specs if spec.window is None]
+        self._blocks = _block_table(grows, capacity, dtype, pool) if pool is not None and grows else None
         self.layers: list[GlobalKV | BlockKV | WindowKV] = []
         offset = 0  # of the next layer's part in a slot
         for spec in specs:
@@ -267,14 +269,14 @@ class KVCache:
                 offset += self._blocks.positions * kv_row_bytes(spec, dtype.itemsize)
         self.length = 0
 
-    def reach(self, n: int) -> None:
-        """Have room for n more tokens: where slots are lent, their owner may have to move something."""
+    def reserve(self, n: int) -> None:
+        """Make room for n more tokens: on a GPU the pool may have to evict pages."""
         if self._blocks is not None:
-            self._blocks.reach(self.length + n)
+            self._blocks.reserve(self.length + n)
 
     @property
     def is_whole(self) -> bool:
-        """Whether everything is there still: a lender that loses its memory loses what was in it."""
+        """Whether every position is still there: a pool that loses its memory loses its content."""
         return self._blocks is None or self._blocks.holds(self.length)
 
     @staticmethod
@@ -294,9 +296,9 @@ class KVCache:
     def rewind(self, length: int) -> bool:
         """Forget everything from position `length` on; False (and nothing done) where a window is gone.
 
-        Also mends layers that a stopped step left longer than the others.
+        Also cuts layers that a stopped step left longer than the others.
         """
-        if not all(layer.can_rewind(length) for layer in self._windows()):
+        if not all(window.can_rewind(length) for _, window in self.windows()):
             return False
         self._cut(length)
         return True
@@ -310,26 +312,23 @@ class KVCache:
 
     def clear(self) -> None:
         """Become empty."""
-        self.restore(
-            Snapshot(
-                0, tuple((keys[:, :0], values[:, :0]) for keys, values in map(WindowKV.copy, self._windows()))
-            )
-        )
+        self.restore(Snapshot(0, tuple(window.empty(0) for _, window in self.windows())))
 
     def snapshot(self) -> Snapshot:
-        """What `restore` needs to come back here: only the windows; global layers are cut at will."""
-        return Snapshot(self.length, tuple(layer.copy() for layer in self._windows()))
+        """What `restore` needs to return to this length: only the windows, since global layers can be cut anywhere."""
+        return Snapshot(self.length, tuple(window.copy() for _, window in self.windows()))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Come back to a snapshot of this sequence: everything before it is as it was."""
-        for layer, (keys, values) in zip(self._windows(), snapshot.windows, strict=True):
-            layer.restore(snapshot.length, keys, values)
+        """Return to a snapshot of this sequence: everything before it is as it was."""
+        for (_, window), (keys, values) in zip(self.windows(), snapshot.windows, strict=True):
+            window.restore(snapshot.length, keys, values)
         self._cut(snapshot.length)
 
-    def _windows(self) -> list[WindowKV]:
-        return [layer for layer in self.layers if isinstance(layer, WindowKV)]
+    def windows(self) -> list[tuple[int, WindowKV]]:
+        """The window layers with their indices."""
+        return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, WindowKV)]
 
 
-def _blocks(specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, lender: SlotPool) -> BlockTable:
+def _block_table(specs: Sequence[LayerSpec], capacity: int, dtype: torch.dtype, pool: SlotPool) -> BlockTable:
     row = sum(kv_row_bytes(spec, dtype.itemsize) for spec in specs)
-    return BlockTable(lender, positions_per_slot(lender.slab.shape[1], row), capacity)
+    return BlockTable(pool, positions_per_slot(pool.slab.shape[1], row), capacity)

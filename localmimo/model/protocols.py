@@ -14,7 +14,7 @@ from localmimo.model.attention import Rows
 class LayerKV(Protocol):
     """One layer's keys and values of one sequence."""
 
-    def place(self, n: int) -> Rows:
+    def next_rows(self, n: int) -> Rows:
         """Where the next n tokens' rows go; all that they see is there already."""
 
     def commit(self, rows: Rows, n: int) -> None:
@@ -29,7 +29,7 @@ class Cache(Protocol):
     @property
     def layers(self) -> Sequence[LayerKV]: ...
 
-    def reach(self, n: int) -> None: ...
+    def reserve(self, n: int) -> None: ...
 
     def advance(self, n: int) -> None: ...
 

@@ -195,7 +195,7 @@ class Transformer:
     ) -> list[Tensor]:
         """Take rows x [n, hidden] of timelines through the layers, so many rows of each; x is overwritten."""
         for n, cache in timelines:
-            cache.reach(n)
+            cache.reserve(n)
         groups = pieces_of(timelines, {spec.rope for spec in self.config.layers}, self.device)
         for layer in range(len(self.config.layers)):
             self._layer(layer, x, groups, experts, check)
@@ -242,7 +242,7 @@ class Transformer:
     def _fused_run(
         self, fused: FusedBlock, layer: int, spec: LayerSpec, x: Tensor, group: list[PromptChunk]
     ) -> Choice | None:
-        places = [piece.cache.layers[layer].place(piece.n) for piece in group]
+        places = [piece.cache.layers[layer].next_rows(piece.n) for piece in group]
         spans = [
             Span(piece.n, piece.position, *piece.ropes[spec.rope], rows.keys, rows.values, rows.first)
             for piece, rows in zip(group, places, strict=True)
@@ -283,7 +283,7 @@ class Transformer:
         self, layer: int, spec: LayerSpec, block: BlockWeights, joined: Tensor, piece: PromptChunk
     ) -> Tensor:
         kv, rope = piece.cache.layers[layer], piece.ropes[spec.rope]
-        rows, sink = kv.place(piece.n), block.attention.sink
+        rows, sink = kv.next_rows(piece.n), block.attention.sink
         scale = self.config.value_scale
         mixed = extend(joined, rope, rows, piece.position, spec, sink, scale, piece.positions)
         kv.commit(rows, piece.n)

@@ -90,7 +90,7 @@ class SessionStore:
         """Have the session begin the prompt where least is left to do."""
         wanted = np.asarray(tokens, np.int32)
         held = np.asarray(session.tokens, np.int32)
-        own = reach(held, session.places, wanted)
+        own = reach(held, session.checkpoints, wanted)
         if self.prefill_tps is None:
             return
         best = max(self._saved, key=lambda saved: saved.reach(wanted), default=None)
@@ -130,14 +130,14 @@ class SessionStore:
         began = time.perf_counter()
         try:
             written = session.save(path)
-            _write_index(path, held, session.places)
+            _write_index(path, held, session.checkpoints)
             self._write_notes(path, held)
         except (BadSession, OSError) as error:
             log.warning("A session was not saved: %s", error)
             _delete(path)
             return
         self._measure(written, time.perf_counter() - began)
-        self._saved.append(StoredSession(path, held, tuple(session.places), written, self._now()))
+        self._saved.append(StoredSession(path, held, tuple(session.checkpoints), written, self._now()))
         self.n_saved += 1
 
     def _write_notes(self, path: Path, held: NDArray[np.int32]) -> None:

@@ -34,7 +34,7 @@ def tokens(n: int, seed: int = 0) -> list[int]:
 
 
 def session(engine: Engine, stretch: int) -> Session:
-    return Session(engine._model, engine._experts, 512, torch.float32, stretch=stretch)
+    return Session(engine._model, engine._experts, 512, torch.float32, segment_tokens=stretch)
 
 
 @pytest.mark.parametrize("stretch", [64, 96, 4096])

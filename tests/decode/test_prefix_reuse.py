@@ -40,7 +40,7 @@ def answer(session: Session, prompt: list[int], n: int = 40) -> tuple[list[int],
     for _ in range(n):
         said.append(int(logits.argmax()))
         logits = session.step(said[-1])
-    session.mark()
+    session.checkpoint()
     return said, read
 
 

@@ -32,7 +32,7 @@ def said() -> dict[str, list[int]]:
 
 def taken(engine: Engine) -> int:
     """Slots of the GPU that hold keys and values."""
-    return sum(len(timeline._cache._blocks.slots) for timeline in engine._timelines)
+    return sum(len(timeline._state.cache._blocks.slots) for timeline in engine._timelines)
 
 
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)

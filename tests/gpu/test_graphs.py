@@ -38,13 +38,13 @@ def move(engine: Engine, session: Session, i: int) -> None:
     assert isinstance(shelf, GpuSlots)
     if i == 3:
         other = BlockTable(shelf, 1, 60)
-        other.reach(60)
-        assert shelf.n_slots + 60 == shelf._tier.n_slots - len(session._cache._blocks.slots)  # type: ignore[union-attr]
+        other.reserve(60)
+        assert shelf.n_slots + 60 == shelf._tier.n_slots - len(session._state.cache._blocks.slots)  # type: ignore[union-attr]
         other.cut(0)
     elif i == 5:
         engine._store.lift([(layer, e) for layer in engine.config.moe_layers for e in range(28)][:40])
     elif i == 6:
-        assert engine._experts.give_way()  # type: ignore[union-attr]
+        assert engine._experts.shrink()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("share", "kv"), [(1.0, "int8"), (0.4, "float32")])
@@ -53,16 +53,16 @@ def test_the_same_bits(share: float, kv: str) -> None:
     for way in (nullcontext(), without_records()):
         few = patch("localmimo.decode.cuda_graphs.MOST_GRAPHS", 6)
         with way, few, on_gpu(share, kv=kv) as engine, engine.session() as session:
-            rows = session._cache.layers[1].rows  # type: ignore[union-attr]
+            rows = session._state.cache.layers[1].rows  # type: ignore[union-attr]
             n = rows - 4  # the rings go round, and blocks are added, while it steps
             session.sync([(7 * i) % 2000 for i in range(n)])
-            taken = len(session._cache._blocks.slots)  # type: ignore[union-attr]
+            taken = len(session._state.cache._blocks.slots)  # type: ignore[union-attr]
             logits = []
             for i, token in enumerate(STEPS):
                 move(engine, session, i)
                 logits.append(session.step(token))
                 stretches += [len(step._graphs) for step in recorded(engine)]
-            assert len(session._cache._blocks.slots) > taken or kv == "int8"  # type: ignore[union-attr]
+            assert len(session._state.cache._blocks.slots) > taken or kv == "int8"  # type: ignore[union-attr]
             logits.append(session.extend([3, 4, 5]))
             session.rewind(2)
             logits.append(session.extend([6, 7, 8]))

@@ -25,7 +25,7 @@ def joined(start: int, n: int) -> torch.Tensor:
 
 
 def append(layer: GlobalKV | WindowKV, n: int, spec: LayerSpec = SPEC) -> torch.Tensor:
-    start, rows = layer.length, layer.place(n)
+    start, rows = layer.length, layer.next_rows(n)
     rope = rope_table(torch.arange(start, start + n), *spec.rope)
     out = extend(joined(start, n), rope, rows, start, spec, SINK if spec.sink else None, 0.7)
     layer.commit(rows, n)
@@ -99,7 +99,7 @@ def test_a_global_layer_takes_memory_only_where_it_is_written() -> None:
     before = resident_bytes()
     layer = GlobalKV(wide, 1 << 20, torch.bfloat16)
     assert resident_bytes() - before < 8 << 20 < GlobalKV.nbytes(wide, 1 << 20)
-    keys, values = layer.make_room(10_000)
+    keys, values = layer.reserve(10_000)
     keys.zero_(), values.zero_()
     # Each head of the keys and of the values may begin and end within a page of two megabytes.
     assert resident_bytes() - before < GlobalKV.nbytes(wide, 10_000) + 8 * (4 << 20) + (8 << 20)

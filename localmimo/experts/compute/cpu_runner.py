@@ -58,7 +58,7 @@ class ExpertRunner:
                 run_pages(x, here[0].layout, [it.page for it in here], places, edges, weights, outputs)
         return in_order(outputs.view(*chosen.shape, -1))
 
-    def give_way(self) -> bool:
+    def shrink(self) -> bool:
         """There is no GPU whose memory could be given back."""
         return False
 

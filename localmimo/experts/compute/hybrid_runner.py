@@ -92,10 +92,10 @@ class HybridRunner:
 
     # ---- memory ----
 
-    def give_way(self) -> bool:
+    def shrink(self) -> bool:
         """Give some of the device's memory back; False where there is none to give."""
         with self._store.lock:
-            return self._store.gpu is not None and self._store.gpu.give_way()
+            return self._store.gpu is not None and self._store.gpu.shrink()
 
     # ---- steps and short prompts: every output has a row of its own ----
 

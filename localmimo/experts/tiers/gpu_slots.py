@@ -82,7 +82,7 @@ class GpuSlots:
 
     @property
     def slab(self) -> Tensor:
-        """uint8 [slots, bytes]; another one after `give_way`."""
+        """uint8 [slots, bytes]; another one after `shrink`."""
         return self._tier.slab
 
     @property
@@ -159,7 +159,7 @@ class GpuSlots:
 
     # ---- memory for others ----
 
-    def lend(self, borrower: BlockTable, n: int) -> list[int]:
+    def allocate(self, borrower: BlockTable, n: int) -> list[int]:
         """n slots, free ones first, then those of the pages that are least likely to be used.
 
         Raises OutOfMemoryError where the device has taken so many back that it can not be.
@@ -184,13 +184,13 @@ class GpuSlots:
             self._n_lent += n
             return [self._free.pop() for _ in range(n)]
 
-    def take_back(self, slots: Sequence[int]) -> None:
+    def free(self, slots: Sequence[int]) -> None:
         """Slots that were lent."""
         with self.lock:
             self._free.extend(slots)
             self._n_lent -= len(slots)
 
-    def give_way(self) -> bool:
+    def shrink(self) -> bool:
         """Give a quarter of the slots back to the device, with all pages that lie here; False where there are none.
 
         One slab cannot shrink, and there is no memory for a second one: its pages come again as they are used, and what
@@ -206,7 +206,7 @@ class GpuSlots:
             kept = self._tier.resize(max(len(lent), self._tier.n_slots * 3 // 4), lent)
             to = {slot: new for new, slot in enumerate(lent)} if kept else {}
             for borrower in self._borrowers:
-                borrower.moved(to)
+                borrower.relocate(to)
             self._hold_nothing(n_lent=len(to))
             return kept
 

@@ -162,7 +162,7 @@ def test_slots_are_given_back_and_the_sums_stay(pack: Pack) -> None:
     shared = HybridRunner(store, pack.page.bytes, torch.device("cpu"))
     before = shared.run(2, *routed(3, 1))
     left = []
-    while shared.give_way():
+    while shared.shrink():
         left.append(gpu.n_slots)
         assert not list(gpu) and torch.equal(shared.run(2, *routed(3, 1)), before)
     assert left == [6, 4, 3, 2, 1, 0]
