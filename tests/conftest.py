@@ -1,4 +1,7 @@
-"""What all tests share: how many processes run them, where they keep things, what is random, and a tokenizer."""
+"""What all tests share: how many processes run them, where they keep things, what is random; a tokenizer, packs and
+engines. Imports no torch before a test asks for it."""
+
+from __future__ import annotations
 
 import os
 import random
@@ -6,13 +9,19 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from localmimo.chat.tokenizer import Tokenizer
 from tests.chat import bpe
+
+if TYPE_CHECKING:
+    from localmimo.engine import Engine
 
 MAX_WORKERS = 8  # each takes up to 1 GB
 HOME = pytest.StashKey[str]()
@@ -86,3 +95,41 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.open(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of the packs in `tests.packs.PACKS`, each made once, for tests that only read; beside it its checkpoint
+    as `hf`. An engine on one gets `profile=None`: a profile would be kept in it."""
+    from tests.packs import PACKS, make_pack
+
+    @cache
+    def made(name: str) -> Path:
+        return make_pack(tmp_path_factory.mktemp(name), **PACKS[name])
+
+    return made
+
+
+@pytest.fixture
+def nf4_pack(packs: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts in nf4 and the rest in int8: a copy that the test may change."""
+    return shutil.copytree(packs("nf4"), tmp_path_factory.mktemp("nf4") / "pack")
+
+
+@pytest.fixture
+def bf16_pack(packs: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All in bfloat16, as the checkpoint has it: a copy that the test may change."""
+    return shutil.copytree(packs("bf16"), tmp_path_factory.mktemp("bf16") / "pack")
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Opened for one test as the mark `engine` says: the fixture of a pack, or None for the embedded model, and the
+    options of `load`. It takes ten milliseconds, and no test sees what another one left."""
+    from localmimo.engine import load
+
+    mark = request.node.get_closest_marker("engine")
+    assert mark is not None, "pytestmark = pytest.mark.engine(PACK, context=...) says what to open"
+    (name,) = mark.args
+    with load(name and request.getfixturevalue(name), **mark.kwargs) as engine:
+        yield engine

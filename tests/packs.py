@@ -2,11 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
 
 from quant import Recipe, convert
 from tests.tiny import make_checkpoint
+
+PACKS: dict[str, dict[str, Any]] = {  # what the fixture `packs` makes
+    "nf4": {"experts": "nf4", "dense": "int8", "seed": 12},
+    "bf16": {"seed": 8},
+    "nf4-experts": {"experts": "nf4", "dense": "bf16", "seed": 8},
+}
 
 
 def make_pack(

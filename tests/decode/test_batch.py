@@ -8,19 +8,10 @@ import pytest
 from localmimo import BadRequest, Sampling, load
 from localmimo.engine import Engine
 from localmimo.kv.sizes import kv_bytes
-from tests.packs import make_pack
+
+pytestmark = pytest.mark.engine("nf4_pack", context=96, max_batch=3)
 
 PROMPTS = ["abc", "Hello", "x" * 30, "The sea", "abc", "q"]
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("batch"), seed=13, experts="nf4", dense="int8")
-
-
-@pytest.fixture(scope="module")
-def engine(pack: Path) -> Engine:
-    return load(pack, context=96, max_batch=3)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.1, seed=4)])
@@ -61,12 +52,12 @@ def test_cancel_stops_all(engine: Engine) -> None:
     assert engine.generate("abc", max_tokens=2, sampling=Sampling(temperature=0)).tokens
 
 
-def test_the_plan_counts_every_timeline(pack: Path, engine: Engine) -> None:
-    with load(pack, context=96, draft=0) as one, load(pack, context=96, draft=0, max_batch=4) as four:
+def test_the_plan_counts_every_timeline(nf4_pack: Path, engine: Engine) -> None:
+    with load(nf4_pack, context=96, draft=0) as one, load(nf4_pack, context=96, draft=0, max_batch=4) as four:
         assert four.plan.kv_bytes == 4 * one.plan.kv_bytes == 4 * kv_bytes(one.config, 96, 2, 16)
     for max_batch in (0, 65):
         with pytest.raises(BadRequest, match="from 1 to 64"):
-            load(pack, context=96, max_batch=max_batch)
+            load(nf4_pack, context=96, max_batch=max_batch)
 
 
 def test_a_bad_prompt_is_refused_before_anything_is_said(engine: Engine) -> None:

@@ -12,15 +12,9 @@ import torch
 from localmimo import load
 from localmimo.decode.sampler import Sampling
 from quant import kernels
-from tests.packs import make_pack
 
 PROMPT = "abc def ghi " * 20
 Said = tuple[tuple[int, ...], torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("same"), experts="nf4", dense="int8", vocab_size=128)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +36,7 @@ def said(pack: Path, threads: int) -> Said:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_and_a_new_engine_change_no_bit(pack: Path, threads: int) -> None:
-    (tokens, logits), (same, again) = said(pack, 1), said(pack, threads)
+def test_threads_and_a_new_engine_change_no_bit(nf4_pack: Path, threads: int) -> None:
+    (tokens, logits), (same, again) = said(nf4_pack, 1), said(nf4_pack, threads)
     assert tokens == same and len(tokens) > 4
     assert torch.equal(logits, again)

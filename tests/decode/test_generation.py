@@ -12,17 +12,11 @@ from localmimo import BadModel, BadRequest, ContextFull, DoesNotFit, Sampling, l
 from localmimo.decode.stopping import StopStrings
 from localmimo.engine import Engine
 from quant import convert
-from tests.packs import make_pack
 from tests.tiny import make_checkpoint
 
+pytestmark = pytest.mark.engine("nf4_pack", context=96)
+
 GREEDY = Sampling(temperature=0)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return load(
-        make_pack(tmp_path_factory.mktemp("generate"), seed=6, experts="nf4", dense="int8"), context=96
-    )
 
 
 def test_length_and_stats(engine: Engine) -> None:

@@ -11,9 +11,9 @@ from localmimo import BadRequest, Sampling, load
 from localmimo.decode.grammar import Grammar, Grammars
 from localmimo.engine import Engine
 from tests.decode.drafts import drafting, prophecy
-from tests.packs import make_pack
 
 pytest.importorskip("llguidance")
+pytestmark = pytest.mark.engine("nf4_pack", context=200, draft=3)
 
 GREEDY = Sampling(temperature=0)
 SCHEMA = {
@@ -23,12 +23,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    pack = make_pack(tmp_path_factory.mktemp("grammar"), seed=14, experts="nf4", dense="int8")
-    return load(pack, context=200, draft=3)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,6 +1,7 @@
 """Draft heads against a literal reading of the published formulas, however the timeline came to be what it is."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,25 +12,15 @@ from torch.nn import functional as F
 from localmimo import load
 from localmimo.decode.session import Session
 from localmimo.engine import Engine
-from tests.packs import make_pack
 from tests.tiny import oracle_weights
 
+pytestmark = pytest.mark.engine("bf16_pack", context=200, dtype="float32", draft=3)
 W = 8
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("mtp")
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return load(make_pack(folder, seed=11), context=200, dtype="float32", draft=3)
-
-
-@pytest.fixture(scope="module")
-def weights(folder: Path, engine: Engine) -> dict[str, Tensor]:
-    return oracle_weights(folder / "hf")
+def weights(packs: Callable[[str], Path]) -> dict[str, Tensor]:
+    return oracle_weights(packs("bf16").parent / "hf")
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -4,24 +4,19 @@ import pytest
 import torch
 
 import localmimo.model.transformer
-from localmimo import Cancelled, load
+from localmimo import Cancelled
 from localmimo.decode.session import Session
 from localmimo.engine import Engine
 from localmimo.kv.cache import KVCache
 from localmimo.model.protocols import Guess
 from localmimo.model.transformer import GUESS_TOKENS, pieces_of
 from quant import kernels
-from tests.packs import make_pack
+
+pytestmark = pytest.mark.engine("nf4_pack", context=4096, dtype="float32")
 
 needs_native = pytest.mark.skipif(
     not kernels.available(), reason="products of other shapes round otherwise without the native kernels"
 )
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    pack = make_pack(tmp_path_factory.mktemp("stretch"), experts="nf4", dense="int8", seed=5)
-    return load(pack, context=4096, dtype="float32")
 
 
 @pytest.fixture(autouse=True)

@@ -8,19 +8,10 @@ import torch
 from localmimo import Sampling, load
 from localmimo.decode.session import Session
 from localmimo.engine import Engine
-from tests.packs import make_pack
+
+pytestmark = pytest.mark.engine("bf16_pack", context=2048, draft=0)
 
 GREEDY = Sampling(temperature=0)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("reuse"), seed=15, max_position_embeddings=4096)
-
-
-@pytest.fixture(scope="module")
-def engine(pack: Path) -> Engine:
-    return load(pack, context=2048, draft=0)
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +92,12 @@ def test_conversations_that_begin_alike_share_the_beginning(engine: Engine) -> N
     assert reads == [650, 650, 50, 50, 50]  # the second one finds out that the beginning is shared
 
 
-def test_a_shared_beginning_changes_no_token(pack: Path) -> None:
+def test_a_shared_beginning_changes_no_token(bf16_pack: Path) -> None:
     system = text(400, 8)
-    with load(pack, context=2048, draft=0) as engine, engine.session() as session:
+    with load(bf16_pack, context=2048, draft=0) as engine, engine.session() as session:
         for n in (1, 2, 3):
             said, _ = answer(session, system + text(50, n), n=8)
-            with load(pack, context=2048, draft=0) as fresh, fresh.session() as other:
+            with load(bf16_pack, context=2048, draft=0) as fresh, fresh.session() as other:
                 assert answer(other, system + text(50, n), n=8)[0] == said
 
 

@@ -4,14 +4,13 @@ The embedded model with three draft heads that often err, so that sessions are r
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from localmimo import load
 from localmimo.chat.turn_cache import TurnCache as Kept
 from localmimo.cli.terminal.repl import ChatSettings, Repl
 from localmimo.cli.terminal.screen import Screen
@@ -26,6 +25,8 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from tests.serve import conversations as talks
 from tests.serve.running import Running
+
+pytestmark = pytest.mark.engine(None, context=4096, draft=3, profile=None)
 
 TOOLS = 'def get_weather(city: str, days: int) -> str:\n    return "rain"\n'
 
@@ -52,12 +53,6 @@ class TurnCache:
             held = len(before) + self.said[turn - 1] - 1  # the end token was drawn, not held
             assert now[: len(before)] == before and self.reused[turn] == held
             assert len(now) - held < 40, f"turn {turn}: {len(now) - held} tokens were read"
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with load(context=4096, draft=3, profile=None) as engine:
-        yield engine
 
 
 @pytest.fixture

@@ -3,16 +3,12 @@
 import pytest
 import torch
 
-from localmimo import BadRequest, Cancelled, ContextFull, load
+from localmimo import BadRequest, Cancelled, ContextFull
 from localmimo.engine import Engine
-from tests.packs import make_pack
+
+pytestmark = pytest.mark.engine("bf16_pack", context=128, dtype="float32")
 
 W = 8
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return load(make_pack(tmp_path_factory.mktemp("session"), seed=5), context=128, dtype="float32")
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:

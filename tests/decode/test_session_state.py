@@ -14,17 +14,9 @@ from localmimo.decode.session import Session
 from localmimo.engine import Engine
 from tests.packs import make_pack
 
+pytestmark = pytest.mark.engine("bf16_pack", context=160)
+
 W = 8
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("saved"), seed=8)
-
-
-@pytest.fixture(scope="module")
-def engine(pack: Path) -> Engine:
-    return load(pack, context=160)
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:
@@ -52,7 +44,9 @@ def count_forwards(session: Session) -> list[int]:
 
 
 @pytest.mark.parametrize("n", [1, W - 1, 3 * W, 100])
-def test_a_loaded_session_goes_on_bit_for_bit(pack: Path, engine: Engine, tmp_path: Path, n: int) -> None:
+def test_a_loaded_session_goes_on_bit_for_bit(
+    bf16_pack: Path, engine: Engine, tmp_path: Path, n: int
+) -> None:
     path = tmp_path / "story.kv"
     with engine.session() as session:
         session.sync(tokens(n))
@@ -61,7 +55,7 @@ def test_a_loaded_session_goes_on_bit_for_bit(pack: Path, engine: Engine, tmp_pa
         n_bytes = session.save(path)
         expected, held = follow(session), session.tokens[: n + 20]
     assert n_bytes == path.stat().st_size and path.stat().st_mode & 0o077 == 0
-    with load(pack, context=160) as other, other.session() as session:
+    with load(bf16_pack, context=160) as other, other.session() as session:
         read = count_forwards(session)
         session.load(path)
         assert session.tokens == held
@@ -70,14 +64,14 @@ def test_a_loaded_session_goes_on_bit_for_bit(pack: Path, engine: Engine, tmp_pa
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_marks_and_the_rings_slack_come_along(pack: Path, engine: Engine, tmp_path: Path) -> None:
+def test_marks_and_the_rings_slack_come_along(bf16_pack: Path, engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "story.kv"
     with engine.session() as session:
         session.sync(tokens(60))
         for token in tokens(30, seed=1):
             session.step(token)
         session.save(path)
-    with load(pack, context=160) as other, other.session() as session:
+    with load(bf16_pack, context=160) as other, other.session() as session:
         session.load(path)
         session.rewind(5)
         assert session.position == 85
@@ -100,7 +94,7 @@ def test_files_are_ordinary_safetensors(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_another_pack_context_or_kv_type_is_refused(
-    pack: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    bf16_pack: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     path = tmp_path / "s"
     with engine.session() as session:
@@ -109,9 +103,9 @@ def test_another_pack_context_or_kv_type_is_refused(
     stranger = make_pack(tmp_path_factory.mktemp("stranger"), seed=9)
     for engine_of, sentence in (
         (lambda: load(stranger, context=160), "pack .* read again"),
-        (lambda: load(pack, context=160, dtype="float32"), "KV type bfloat16"),
-        (lambda: load(pack, context=160, window_keys=5), "configuration"),
-        (lambda: load(pack, context=32), "40 tokens .* 32"),
+        (lambda: load(bf16_pack, context=160, dtype="float32"), "KV type bfloat16"),
+        (lambda: load(bf16_pack, context=160, window_keys=5), "configuration"),
+        (lambda: load(bf16_pack, context=32), "40 tokens .* 32"),
     ):
         with engine_of() as other, other.session() as session:
             session.sync(tokens(5, seed=4))

@@ -14,16 +14,11 @@ from localmimo.decode.sampler import candidates, pick
 from localmimo.decode.speculative import SpeculativeSteps
 from localmimo.engine import Engine
 from tests.decode.drafts import drafting, prophecy
-from tests.packs import make_pack
+
+pytestmark = pytest.mark.engine("nf4_pack", context=120, draft=3)
 
 GREEDY = Sampling(temperature=0)
 N = 24
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    pack = make_pack(tmp_path_factory.mktemp("draft"), seed=12, experts="nf4", dense="int8")
-    return load(pack, context=120, draft=3)
 
 
 @pytest.mark.parametrize(
