@@ -80,7 +80,7 @@ def record_one(
         tokens = [*engine.encode(text), *done.tokens][: max(each, 20)]
         with engine.session() as session:
             session.sync(tokens[:1])
-            engine.record(recorder.hear)
+            engine.record(recorder.add)
             for token in tokens[1:]:
                 session.step(token)
                 recorder.write()

@@ -1,1 +1,1 @@
-"""Measuring an engine: runs at depths of context, text to run on, costs of a layer."""
+"""Measuring an engine: its speed at depths of context, the text to measure with, the machine's own speeds."""

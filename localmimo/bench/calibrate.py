@@ -1,7 +1,7 @@
-"""Overhead: what the engine's own arithmetic costs on this machine, measured with the engine itself.
+"""Calibration: the speeds of this machine that a plan needs, measured with the engine and its kernels.
 
-A layer's time beyond the bytes that it moves, on the embedded model, whose bytes take next to none; and how fast the
-kernels run through a pack's own pages. Knows the engine and packs.
+Two are measured here. The first is a layer's seconds beyond the bytes that it reads, on the embedded model, whose bytes
+take almost no time. The second is how fast the kernels go through a pack's own pages. Knows the engine and packs.
 """
 
 from __future__ import annotations
@@ -26,74 +26,78 @@ from quant.pack.pack import PageAt, experts_of
 
 N_TOKENS = 24
 N_RUNS = 2
-BUDGET = "200MiB"  # every expert in memory
-PRODUCTS_BYTES = 256 << 20  # of pages, far more than the caches hold
+RAM_BUDGET = "200MiB"  # for every expert of the embedded model
+PRODUCTS_BYTES = 256 << 20  # of pages, far more than the processor's caches hold
 PRODUCTS_S = 0.5
-CHILD = "import sys; from localmimo.bench.calibrate import main; main(sys.argv[1], int(sys.argv[2]))"
+_PROGRAM = "import sys; from localmimo.bench.calibrate import main; main(sys.argv[1], int(sys.argv[2]))"
 
 
 def layer_seconds(ram_read: float, *, anew: bool = False) -> float:
-    """Seconds per layer and decode step beyond the bytes at `ram_read` bytes per second; kept for a week."""
-    had = None if anew else kept("layer", "seconds")
-    if had is None:
-        had = {"seconds": _measure(ram_read)}
-        keep("layer", had)
-    return float(had["seconds"])
+    """Seconds per layer and token beyond its bytes at `ram_read` bytes per second. Measured once a week, or `anew`."""
+    measured = None if anew else kept("layer", "seconds")
+    if measured is None:
+        measured = {"seconds": _measure_layer(ram_read)}
+        keep("layer", measured)
+    return float(measured["seconds"])
 
 
-def _measure(ram_read: float) -> float:
-    with load(context=512, ram=BUDGET, device="cpu", profile=None) as engine:
+def _measure_layer(ram_read: float) -> float:
+    with load(context=512, ram=RAM_BUDGET, device="cpu", profile=None) as engine:
         model = footprint_of(engine.pack.path)
-        speeds = []
+        decode_tps = []
         for _ in range(1 + N_RUNS):
-            done = engine.generate("Once upon a time", max_tokens=N_TOKENS, sampling=Sampling(temperature=0))
-            speeds.append(done.stats.decode_tps)
-    token_s = 1 / median(speeds[1:])  # the first run reads its experts from disk
-    return max(0.0, token_s - _bytes(model) / ram_read) / len(model.config.layers)
+            greedy = Sampling(temperature=0)
+            answer = engine.generate("Once upon a time", max_tokens=N_TOKENS, sampling=greedy)
+            decode_tps.append(answer.stats.decode_tps)
+    token_s = 1 / median(decode_tps[1:])  # the first run reads its experts from disk
+    return max(0.0, token_s - _token_bytes(model) / ram_read) / len(model.config.layers)
 
 
-def _bytes(model: Footprint) -> int:
+def _token_bytes(model: Footprint) -> int:
+    """Bytes of weights that one token reads."""
     return model.read_bytes + model.config.pages_per_token * model.page_bytes
 
 
-# ---- products ----
+# ---- products of a pack's pages ----
 
 
 def product_speed(pack: Pack, n_used: int) -> float:
-    """Bytes of pages per second that the kernels run through for one token, `n_used` experts a layer; kept for a week.
+    """Bytes of pages per second that the kernels go through for one token, with `n_used` experts a layer.
 
-    Pages come from the pack and lie in memory as the engine's do.
+    The pages are the pack's, in memory of the kind that the engine uses. Every call measures, and keeps the result.
     """
     import torch
 
     from quant.ops.experts import experts
 
     assert pack.page is not None
-    places = _some_pages(pack, n_used)
-    memory = RamTier(len(places), pack.page.bytes)
-    _read_into(memory, places)
+    pages = _some_pages(pack, n_used)
+    memory = RamTier(len(pages), pack.page.bytes)
+    _read_into(memory, pages)
     x, chosen = torch.randn(1, pack.page.hidden), torch.arange(n_used)
     spans = [edge for i in range(n_used) for edge in (i, i + 1)]
     weights, out = torch.ones(1, n_used), torch.empty(n_used, pack.page.hidden)
-    groups = [range(i, i + n_used) for i in range(0, len(places) - n_used + 1, n_used)]
-    experts(x, pack.page, [memory.tensor(i) for i in groups[0]], chosen, spans, weights, out)  # threads begin
-    began, n_done = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < PRODUCTS_S:
-        pages = [memory.tensor(i) for i in groups[n_done % len(groups)]]
-        experts(x, pack.page, pages, chosen, spans, weights, out)
+    groups = [range(i, i + n_used) for i in range(0, len(pages) - n_used + 1, n_used)]
+    experts(
+        x, pack.page, [memory.tensor(i) for i in groups[0]], chosen, spans, weights, out
+    )  # starts the threads
+    start_s, n_done = time.perf_counter(), 0
+    while (spent_s := time.perf_counter() - start_s) < PRODUCTS_S:
+        group = [memory.tensor(i) for i in groups[n_done % len(groups)]]
+        experts(x, pack.page, group, chosen, spans, weights, out)
         n_done += 1
-    speed = n_done * n_used * pack.page.bytes / spent
+    speed = n_done * n_used * pack.page.bytes / spent_s
     keep(products_key(pack.page.bytes), {"read": speed})
     return speed
 
 
-def _some_pages(pack: Pack, least: int) -> list[PageAt]:
-    """Pages of the pack's first codec from all over it, in no order: a token's lie nowhere near each other."""
+def _some_pages(pack: Pack, n_min: int) -> list[PageAt]:
+    """Pages of the pack's first codec in random order: the pages of one token are not beside each other either."""
     assert pack.page is not None
     pages = [pack.page_at(layer, expert) for layer, n in experts_of(pack).items() for expert in range(n)]
     pages = [page for page in pages if page.codec == pack.page.codec]
     random.Random(0).shuffle(pages)
-    return pages[: max(least, PRODUCTS_BYTES // pack.page.bytes)]
+    return pages[: max(n_min, PRODUCTS_BYTES // pack.page.bytes)]
 
 
 def _read_into(memory: RamTier, pages: list[PageAt]) -> None:
@@ -107,15 +111,15 @@ def _read_into(memory: RamTier, pages: list[PageAt]) -> None:
         disk.close()
 
 
-# ---- everything at once ----
+# ---- all speeds ----
 
 
 def speeds_now(pack: Path, n_cores: int) -> Speeds:
-    """All speeds that a plan for this pack wants, measured anew in a process of its own: nothing of it stays in memory.
+    """All speeds that a plan for this pack needs, measured now, in a process whose memory ends with it.
 
-    Raises BadModel where the measuring fails.
+    Raises BadModel where the measurement fails.
     """
-    command = [sys.executable, "-c", CHILD, str(pack), str(n_cores)]
+    command = [sys.executable, "-c", _PROGRAM, str(pack), str(n_cores)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -124,7 +128,7 @@ def speeds_now(pack: Path, n_cores: int) -> Speeds:
 
 
 def main(pack: str, n_cores: int) -> None:
-    """The process of its own: prints the speeds as JSON."""
+    """The program of `speeds_now`: prints the speeds as JSON."""
     model = footprint_of(pack)
     spots = file_spots(model.files, model.page_bytes)
     speeds = measured_speeds(spots, model.page_bytes, Path(pack), n_cores, anew=True)

@@ -1,8 +1,8 @@
-"""Measure: how fast an engine reads and answers at given depths of context, and what each tier gave meanwhile.
+"""Measured runs of an engine: its speed at given depths of context, and what each tier delivered.
 
-A run reads one prompt and answers it, token by token, the likeliest one each time; drawing it is timed along, and
-drafts are made as in any answer. Where the corpus is no text the answer follows the corpus: what a random model would
-say goes round in circles, and its experts with it. Knows engines and clocks; no files, no terminal.
+A run reads one prompt and answers it token by token with the likeliest token each time. The choice of the token is timed
+too, and drafts are made as in any answer. Where the corpus is not text, the answer is the corpus itself: a random model
+would repeat itself, and its experts with it. Knows engines and clocks; no files, no terminal.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from localmimo.decode.session import Session
     from localmimo.engine import Engine
 
-TRAFFIC = tuple(PageCounters.__dataclass_fields__)
-WARM_UP = -1  # the corpus's seed of what is not counted
+COUNTERS = tuple(PageCounters.__dataclass_fields__)
+WARM_UP_SEED = -1  # of the corpus, for the tokens that are not measured
 
-Write = Callable[[int, int, Sequence[int]], None]  # step, layer, experts of one token
+WriteChoice = Callable[[int, int, Sequence[int]], None]  # (step, layer, experts of one token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +42,26 @@ class BenchJob:
     prompt_tokens: int
     max_tokens: int  # of an answer; the first one comes with the prompt
     repeat: int
-    cold: bool = False  # each run opens the pack anew and reads the depth along with the prompt
+    cold: bool = False  # each run opens the pack again and reads the context before the prompt too
 
     @property
     def positions(self) -> int:
-        """The context that this needs."""
+        """Tokens of context that this needs."""
         return max(self.depths) + self.prompt_tokens + self.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a prompt or a token of an answer took. A token that a draft foresaw takes next to nothing."""
+    """The cost of a prompt or of one token of an answer. A token that a draft predicted costs almost nothing."""
 
     tokens: int
     seconds: float
-    traffic: PageCounters
+    counters: PageCounters  # what the tiers delivered meanwhile
 
 
 @dataclass(slots=True)
 class BenchRun:
-    """A prompt and its answer, as far as it went."""
+    """A prompt and its answer, as far as they were measured."""
 
     depth: int
     number: int
@@ -72,47 +72,47 @@ class BenchRun:
     peak_bytes: int = 0  # of the process, so far
     n_slots: int = 0  # in use at the end
 
-    def line(self, taken: StepCost) -> dict[str, Any]:
-        """A prompt or the last step, on its own."""
+    def as_dict(self, cost: StepCost) -> dict[str, Any]:
+        """The prompt or the last step as JSON."""
         step = len(self.steps)
-        where = {
+        position = {
             "depth": self.depth,
             "run": self.number,
             "phase": "decode" if step else "prefill",
             "step": step,
         }
-        return where | {"tokens": taken.tokens, "seconds": taken.seconds} | asdict(taken.traffic)
+        return position | {"tokens": cost.tokens, "seconds": cost.seconds} | asdict(cost.counters)
 
 
 class BenchObserver(Protocol):
-    """Is told how it goes, outside of what is timed but for `reading`."""
+    """Is told of the progress. Only `on_read` is called while the clock runs."""
 
-    def opened(self, engine: Engine, corpus: Corpus) -> None: ...
+    def on_open(self, engine: Engine, corpus: Corpus) -> None: ...
 
-    def reading(self, depth: int, done: int, total: int) -> None: ...
+    def on_read(self, depth: int, done: int, total: int) -> None: ...
 
-    def took(self, run: BenchRun, taken: StepCost) -> None: ...
+    def on_step(self, run: BenchRun, cost: StepCost) -> None: ...
 
 
 class Bench:
-    """Carries out a job. `runs` has what was measured so far, also after an interrupt."""
+    """Carries out a job. `runs` holds what was measured so far, also after an interrupt."""
 
     def __init__(
         self,
         job: BenchJob,
         open_engine: Callable[[], Engine],
-        watch: BenchObserver,
-        write: Write | None = None,
+        observer: BenchObserver,
+        write: WriteChoice | None = None,
     ) -> None:
         self.job = job
         self.runs: list[BenchRun] = []
-        self.library_bytes = 0  # what interpreter and libraries take before the pack is opened
+        self.library_bytes = 0  # resident memory before the pack is opened
         self._open_engine = open_engine
-        self._watch = watch
+        self._observer = observer
         self._recorder = None if write is None else TraceRecorder(write)
 
     def run(self) -> Iterator[int]:
-        """Measure; yields each depth when it is done."""
+        """Measure. Yields each depth when it is done."""
         self.library_bytes = _library_bytes()
         return self._cold() if self.job.cold else self._warm()
 
@@ -122,86 +122,86 @@ class Bench:
     def _warm(self) -> Iterator[int]:
         job = self.job
         with self._open_engine() as engine, engine.session() as session:
-            bench = self._timeline(engine, session)
-            bench.warm_up(
-                bench.corpus.stretch(WARM_UP, job.prompt_tokens + job.max_tokens), job.prompt_tokens
+            timed = self._timed(engine, session)
+            timed.warm_up(
+                timed.corpus.tokens(WARM_UP_SEED, job.prompt_tokens + job.max_tokens), job.prompt_tokens
             )
-            text = bench.corpus.stretch(0, max(job.depths))
+            context = timed.corpus.tokens(0, max(job.depths))
             for depth in job.depths:
                 if depth:
-                    bench.read(text[:depth], depth)
+                    timed.read(context[:depth], depth)
                 for number in range(job.repeat):
                     session.rewind(session.position - depth)
-                    self._measure(bench, depth, number, text[:depth])
+                    self._measure(timed, depth, number, context[:depth])
                 yield depth
 
     def _cold(self) -> Iterator[int]:
         for depth in self.job.depths:
             for number in range(self.job.repeat):
                 with self._open_engine() as engine, engine.session() as session:
-                    bench = self._timeline(engine, session)
-                    self._measure(bench, depth, number, bench.corpus.stretch(0, depth))
+                    timed = self._timed(engine, session)
+                    self._measure(timed, depth, number, timed.corpus.tokens(0, depth))
             yield depth
 
-    def _timeline(self, engine: Engine, session: Session) -> TimedSession:
+    def _timed(self, engine: Engine, session: Session) -> TimedSession:
         corpus = Corpus.open(lambda: engine.tokenizer, engine.config.vocab_size)
-        self._watch.opened(engine, corpus)
-        return TimedSession(engine, session, corpus, self._watch)
+        self._observer.on_open(engine, corpus)
+        return TimedSession(engine, session, corpus, self._observer)
 
-    def _measure(self, bench: TimedSession, depth: int, number: int, before: list[int]) -> None:
-        """One run: another prompt each time, after the same tokens."""
+    def _measure(self, timed: TimedSession, depth: int, number: int, context: list[int]) -> None:
+        """One run, with a prompt of its own behind the same context."""
         n, seed = self.job.prompt_tokens, 1 + len(self.runs)
-        words = bench.corpus.stretch(seed, n + self.job.max_tokens)
-        token, prompt = bench.timed(lambda: bench.read([*before, *words[:n]], depth))
+        tokens = timed.corpus.tokens(seed, n + self.job.max_tokens)
+        token, prompt = timed.cost(lambda: timed.read([*context, *tokens[:n]], depth))
         run = BenchRun(depth, number, prompt, prompt.seconds, DraftStats())
-        run.peak_bytes, run.n_slots = peak_bytes(), bench.engine.n_slots
+        run.peak_bytes, run.n_slots = peak_bytes(), timed.engine.n_slots
         self.runs.append(run)
-        self._watch.took(run, prompt)
-        for taken in bench.steps(token, words[n:], run.drafts, self._recorder):
-            run.steps.append(taken)
-            self._watch.took(run, taken)
-        run.peak_bytes, run.n_slots = peak_bytes(), bench.engine.n_slots
+        self._observer.on_step(run, prompt)
+        for cost in timed.steps(token, tokens[n:], run.drafts, self._recorder):
+            run.steps.append(cost)
+            self._observer.on_step(run, cost)
+        run.peak_bytes, run.n_slots = peak_bytes(), timed.engine.n_slots
 
 
 @dataclass(frozen=True, slots=True)
 class TimedSession:
-    """An engine's session, and the clock beside it."""
+    """An engine's session whose work is timed."""
 
     engine: Engine
     session: Session
     corpus: Corpus
-    watch: BenchObserver
+    observer: BenchObserver
 
     def read(self, tokens: list[int], depth: int) -> Tensor:
-        """Take the session to these tokens; the likeliest next one [1]."""
-        logits = self.session.sync(tokens, lambda done, total: self.watch.reading(depth, done, total))
+        """Read these tokens into the session; the likeliest next one [1]."""
+        logits = self.session.sync(tokens, lambda done, total: self.observer.on_read(depth, done, total))
         return logits.argmax()
 
-    def timed(self, work: Callable[[], Tensor]) -> tuple[int, StepCost]:
-        """The token that some work gives, and what it took."""
-        held, before, began = self.session.position, self.engine.traffic, perf_counter()
+    def cost(self, work: Callable[[], Tensor]) -> tuple[int, StepCost]:
+        """The token that `work` returns, and what the work cost."""
+        position, before, start_s = self.session.position, self.engine.traffic, perf_counter()
         token = int(work())
-        seconds = perf_counter() - began
-        traffic = self.engine.traffic.since(before)
-        return token, StepCost(self.session.position - held, seconds, traffic)
+        seconds = perf_counter() - start_s
+        counters = self.engine.traffic.since(before)
+        return token, StepCost(self.session.position - position, seconds, counters)
 
-    def warm_up(self, words: list[int], n: int) -> None:
-        """A prompt of n words and an answer that do not count."""
-        for _ in self.steps(int(self.read(words[:n], 0)), words[n:], DraftStats(), None):
+    def warm_up(self, tokens: list[int], n: int) -> None:
+        """A prompt of n tokens and an answer that are not measured."""
+        for _ in self.steps(int(self.read(tokens[:n], 0)), tokens[n:], DraftStats(), None):
             pass
 
     def steps(
-        self, token: int, words: Sequence[int], drafts: DraftStats, recorder: TraceRecorder | None
+        self, token: int, tokens: Sequence[int], drafts: DraftStats, recorder: TraceRecorder | None
     ) -> Iterator[StepCost]:
-        """Say as many tokens as there are words, `token` first; yields what each after the first took."""
+        """Answer with `token` and as many tokens as `tokens` has after its first; yields the cost of each of these."""
         ahead = self.engine.ahead(self.session, drafts)
         try:
-            for n, word in enumerate(words[:-1]):
-                said = token if self.corpus.is_text else word
-                room = len(words) - 2 - n  # tokens that may still come after the next one
+            for n, corpus_token in enumerate(tokens[:-1]):
+                answered = token if self.corpus.is_text else corpus_token
+                n_left = len(tokens) - 2 - n  # after the next one
                 with self._recorded(recorder):
-                    token, taken = self.timed(partial(_advance, ahead, said, room))
-                yield replace(taken, tokens=1)
+                    token, cost = self.cost(partial(_advance, ahead, answered, n_left))
+                yield replace(cost, tokens=1)
         finally:
             ahead.settle()
 
@@ -210,7 +210,7 @@ class TimedSession:
         if recorder is None:
             yield
             return
-        self.engine.record(recorder.hear)
+        self.engine.record(recorder.add)
         try:
             yield
         finally:
@@ -218,24 +218,25 @@ class TimedSession:
         recorder.write()
 
 
-def _advance(ahead: SpeculativeSteps, said: int, room: int) -> Tensor:
-    return ahead.advance(said, room, lambda logits, drafts: int(logits.argmax())).argmax()
+def _advance(ahead: SpeculativeSteps, token: int, n_left: int) -> Tensor:
+    """The likeliest token after this one [1]."""
+    return ahead.advance(token, n_left, lambda logits, drafts: int(logits.argmax())).argmax()
 
 
 class TraceRecorder:
-    """Turns what layers choose, one after the other, into lines token by token; for answers without drafts."""
+    """Collects the experts that each layer chooses and writes them token by token. For answers without drafts."""
 
-    def __init__(self, write: Write) -> None:
+    def __init__(self, write: WriteChoice) -> None:
         self._write = write
         self._choices: list[tuple[int, list[list[int]]]] = []
         self._step = 0
 
-    def hear(self, layer: int, chosen: Tensor) -> None:
-        """Experts [n, k] of n tokens in a layer."""
+    def add(self, layer: int, chosen: Tensor) -> None:
+        """The experts [n, k] that a layer chose for n tokens."""
         self._choices.append((layer, chosen.tolist()))
 
     def write(self) -> None:
-        """Give out the step that was heard."""
+        """Write the choices of one step, and forget them."""
         n = len(self._choices[0][1])
         for row in range(n):
             for layer, chosen in self._choices:
@@ -248,7 +249,7 @@ class TraceRecorder:
 
 
 def figures(depth: int, runs: Sequence[BenchRun]) -> dict[str, Any]:
-    """What the runs at one depth gave; runs that were cut short count as far as they went."""
+    """The figures of the runs at one depth. A run that was cut short counts as far as it was measured."""
     prefill = [run.prompt.tokens / run.prompt.seconds for run in runs]
     decode = [len(run.steps) / sum(step.seconds for step in run.steps) for run in runs if run.steps]
     steps = [step for run in runs for step in run.steps]
@@ -279,17 +280,18 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def _drafts(stats: Sequence[DraftStats]) -> dict[str, Any]:
-    """Tokens that were drafted, and how many of them were then said."""
-    drafted, accepted = (sum(sum(getattr(it, name)) for it in stats) for name in ("drafted", "accepted"))
-    passes = sum(it.passes for it in stats)
+    """How many tokens were drafted, and how many of them were accepted."""
+    drafted = sum(sum(run.drafted) for run in stats)
+    accepted = sum(sum(run.accepted) for run in stats)
+    passes = sum(run.passes for run in stats)
     share = accepted / drafted if drafted else None
     return {"passes": passes, "drafted": drafted, "accepted": accepted, "acceptance": share}
 
 
-def tier_figures(taken: Sequence[StepCost]) -> dict[str, Any]:
-    """What the tiers gave: totals, and what follows from them."""
-    total = {name: sum(getattr(it.traffic, name) for it in taken) for name in TRAFFIC}
-    n_tokens = sum(it.tokens for it in taken)
+def tier_figures(costs: Sequence[StepCost]) -> dict[str, Any]:
+    """What the tiers delivered: totals, bytes per token, the disk's bytes per second, hit rates."""
+    total = {name: sum(getattr(cost.counters, name) for cost in costs) for name in COUNTERS}
+    n_tokens = sum(cost.tokens for cost in costs)
     return {
         "n_tokens": n_tokens,
         **total,
@@ -300,7 +302,7 @@ def tier_figures(taken: Sequence[StepCost]) -> dict[str, Any]:
 
 
 def hits(gpu: int, ram: int, disk: int) -> dict[str, float]:
-    """Share of expert requests by the tier that answered them; a GPU only where there is one in use."""
+    """The share of expert requests that each tier answered. The GPU is listed only where it answered one."""
     pages = gpu + ram + disk
     tiers = {"gpu": gpu, "ram": ram, "disk": disk}
     return {tier: n / pages for tier, n in tiers.items() if pages and (n or tier != "gpu")}
@@ -310,19 +312,18 @@ def hits(gpu: int, ram: int, disk: int) -> dict[str, float]:
 
 
 def _library_bytes() -> int:
-    """Resident memory with the libraries at work, before a pack is opened."""
+    """Resident memory once the libraries have worked, before a pack is opened."""
     import torch
 
-    import localmimo.engine  # noqa: F401  (so that it counts)
+    import localmimo.engine  # noqa: F401  (its imports count too)
 
-    torch.randn(256, 256) @ torch.randn(
-        256, 256
-    )  # the maths library takes its own memory at the first product
+    square = torch.randn(256, 256)
+    torch.mm(square, square)  # the first product makes the maths library allocate its memory
     return _status_bytes("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most memory that was resident so far."""
+    """The process's peak of resident memory so far."""
     return _status_bytes("VmHWM")
 
 

@@ -1,7 +1,7 @@
-"""mimo-mini: the embedded miniature, a trained 32M-parameter model of the V2-Flash architecture.
+"""Files of mimo-mini, the embedded model: a trained model of 32M parameters with the V2-Flash architecture.
 
-Holds files only: a checkpoint in the released FP8 layout, its card (CARD.md) and held-out text for perplexity
-tests. Knows nothing of packs or of how it is loaded.
+A checkpoint in the released FP8 layout, its card (CARD.md) and held-out text for perplexity tests. Knows nothing of
+packs or of how it is loaded.
 """
 
 from pathlib import Path

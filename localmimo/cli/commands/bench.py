@@ -201,7 +201,7 @@ class BenchReport:
 
     # ---- while it runs ----
 
-    def opened(self, engine: Engine, corpus: Corpus) -> None:
+    def on_open(self, engine: Engine, corpus: Corpus) -> None:
         """The card, once."""
         self._engine = engine
         if self._facts:
@@ -212,12 +212,12 @@ class BenchReport:
         self._show("\n".join([f"* {line}" for line in lines] + [""] if markdown else lines))
         self._show(head(self.request.form))
 
-    def reading(self, depth: int, done: int, total: int) -> None:
+    def on_read(self, depth: int, done: int, total: int) -> None:
         self.ui.status.show(f" depth {depth:,} · reading {done:,} of {total:,} tokens {bar(done / total)}")
 
-    def took(self, run: BenchRun, taken: StepCost) -> None:
+    def on_step(self, run: BenchRun, cost: StepCost) -> None:
         if self._log is not None:
-            self._log.write(run.line(taken))
+            self._log.write(run.as_dict(cost))
         if run.steps:
             self.ui.status.show(live_line(run, self.request))
 

@@ -115,14 +115,14 @@ def test_a_profile_only_where_one_is_named(tmp_path: Path) -> None:
 
 
 def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    took = bench.BenchReport.took
+    on_step = bench.BenchReport.on_step
 
     def squeeze(report: bench.BenchReport, run: BenchRun, taken: StepCost) -> None:
-        took(report, run, taken)
+        on_step(report, run, taken)
         report._engine._store.resize(12)
         report._engine._store._disk.direct = False
 
-    monkeypatch.setattr(bench.BenchReport, "took", squeeze)
+    monkeypatch.setattr(bench.BenchReport, "on_step", squeeze)
     shown = run(small(model=str(pack), as_json=True))[1]
     facts = json.loads(shown.out)
     assert facts["effective"]["slots_now"] == facts["results"][0]["n_slots"] == 12
@@ -174,15 +174,15 @@ def test_no_words_for_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    took, calls = bench.BenchReport.took, []
+    on_step, calls = bench.BenchReport.on_step, []
 
     def press(report: bench.BenchReport, run: BenchRun, taken: StepCost) -> None:
-        took(report, run, taken)
+        on_step(report, run, taken)
         calls.append(run)
         if len(calls) == 13:  # in the first answer at the second depth
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(bench.BenchReport, "took", press)
+    monkeypatch.setattr(bench.BenchReport, "on_step", press)
     code, shown = run(small(model=str(pack), as_json=True))
     facts = json.loads(shown.out)
     assert code == 130 and not facts["finished"] and " Interrupted after 2 whole runs of 4.\n" in shown.err
@@ -319,18 +319,18 @@ def test_the_corpus_is_real_text_in_another_order_each_time() -> None:
     tokenizer = Tokenizer.open(CHECKPOINT)
     corpus = Corpus.open(lambda: tokenizer, tokenizer.vocab_size)
     assert corpus.is_text
-    first, again, other = corpus.stretch(0, 40_000), corpus.stretch(0, 100), corpus.stretch(1, 100)
+    first, again, other = corpus.tokens(0, 40_000), corpus.tokens(0, 100), corpus.tokens(1, 100)
     assert len(first) == 40_000 and first[:100] == again != other
     assert "<|im_start|>system" in tokenizer.decode(first[:200])
-    half = len(corpus.stretch(0, 1)) and sum(map(len, corpus._documents))
+    half = len(corpus.tokens(0, 1)) and sum(map(len, corpus._documents))
     assert first[:half] != first[half : 2 * half]
 
 
 def test_a_strange_vocabulary_is_drawn_from() -> None:
     tokenizer = Tokenizer.open(CHECKPOINT)
     corpus = Corpus.open(lambda: tokenizer, 2 * tokenizer.vocab_size)
-    drawn = corpus.stretch(3, 1000)
-    assert not corpus.is_text and drawn == corpus.stretch(3, 1000)
+    drawn = corpus.tokens(3, 1000)
+    assert not corpus.is_text and drawn == corpus.tokens(3, 1000)
     assert 0 <= min(drawn) < max(drawn) < 2 * tokenizer.vocab_size and len(set(drawn)) > 800
 
 
@@ -374,7 +374,7 @@ def test_a_recorder_turns_layers_into_tokens() -> None:
     recorder = TraceRecorder(lambda *line: lines.append(line))  # type: ignore[arg-type]
     for chosen in ([[1, 2]], [[3, 4], [5, 6]]):
         for layer in (1, 2):
-            recorder.hear(layer, torch.tensor(chosen) + layer)
+            recorder.add(layer, torch.tensor(chosen) + layer)
         recorder.write()
     assert [(step, layer) for step, layer, _ in lines] == [(s, layer) for s in range(3) for layer in (1, 2)]
     assert lines[-1][2] == [7, 8]
