@@ -1,8 +1,8 @@
 """Measured runs of an engine: its speed at given depths of context, and what each tier delivered.
 
-A run reads one prompt and answers it token by token with the likeliest token each time. The choice of the token is timed
-too, and drafts are made as in any answer. Where the corpus is not text, the answer is the corpus itself: a random model
-would repeat itself, and its experts with it. Knows engines and clocks; no files, no terminal.
+A run reads one prompt and answers it token by token, each time with the likeliest token. The choice of the token is
+timed too, and drafts are made as in any answer. Where the corpus is not text, the answer is the corpus itself: a random
+model would repeat itself, and its experts with it. Knows engines and clocks; no files, no terminal.
 """
 
 from __future__ import annotations
