@@ -24,6 +24,10 @@ class HiddenStates:
         """The hidden states [n, hidden] of the next n tokens."""
         self.length += len(hidden)
         new = hidden[-self.rows :]
+        if (
+            len(hidden) > self.rows
+        ):  # rows are left out: those before them have other positions than they seem
+            self._end = self._held = 0
         if self._end + len(new) > len(self._buffer):
             kept = self.tail(self.rows - len(new))
             self._buffer[: len(kept)] = kept

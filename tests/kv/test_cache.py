@@ -77,6 +77,32 @@ def test_a_window_that_is_gone_cannot_be_rewound_to() -> None:
     assert not ring.can_rewind(50 - SLACK - 2)
 
 
+def rewindable(ring: WindowKV) -> list[int]:
+    return [length for length in range(ring.length + 1) if ring.can_rewind(length)]
+
+
+def test_a_rewound_ring_counts_the_rows_it_had_overwritten() -> None:
+    """After 50 tokens the ring holds positions 37 to 49; going back and on again brings no older one back."""
+    ring = WindowKV(SPEC, torch.float32, SLACK)
+    for _ in range(50):
+        append(ring, 1)
+    assert rewindable(ring) == [44, 45, 46, 47, 48, 49, 50]
+    ring.rewind(45)
+    append(ring, 1)
+    assert rewindable(ring) == [44, 45, 46]
+
+
+def test_a_restored_ring_holds_one_window() -> None:
+    ring = WindowKV(SPEC, torch.float32, SLACK)
+    append(ring, 50)
+    kept = ring.copy()
+    append(ring, 3)
+    ring.restore(50, *kept)
+    assert kept[0].shape[1] == WINDOW
+    assert all(map(torch.equal, ring.held(), kept))
+    assert rewindable(ring) == [49, 50]
+
+
 def test_published_bytes_per_token() -> None:
     """V2-Flash keeps 23,040 bytes per token in nine global layers and 25.6 MB in 39 windows, by its shapes."""
     global_layer = LayerSpec("global", "moe", 64, 4, 192, 128, 64, 5e6, None, False)
