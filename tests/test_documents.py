@@ -8,9 +8,13 @@ document's blocks share a home folder with a small pack (`~/packs/flash`) and a 
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import json
+import os
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,16 +26,29 @@ import pytest
 import typer.main
 
 from localmimo.cli import app as command_line
+from localmimo.cli.commands import plan as plan_command
 from localmimo.hardware.host import Machine
-from tests.packs import make_pack
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+)
 SOURCES = ("localmimo", "quant", "benchmarks", "examples", "tests", ".ci")
-HEAVY_FLAGS = {"--ram", "--vram", "-c", "--context"}  # of answers: the machine that tests run on may not have it
-FOREIGN_FLAGS = {"--no-deps", "--model", "--openai-api-base", "--openai-api-key", "--version", "--import-mode"}
-MEASURED = {"Zen", "Xeon"}
+HEAVY_FLAGS = {
+    "--ram",
+    "--vram",
+    "-c",
+    "--context",
+}  # of answers: the machine that tests run on may not have it
+FOREIGN_FLAGS = {
+    "--no-deps",
+    "--model",
+    "--openai-api-base",
+    "--openai-api-key",
+    "--version",
+    "--import-mode",
+}
 
 
 # ---- reading documents ----
@@ -176,23 +193,34 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from localmimo.loading.embedded import embedded_pack
 
     folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, Path(os.devnull).open() as nothing:
         patch.setenv("LOCALMIMO_HOME", str(folder / ".localmimo"))
+        patch.setattr(sys, "stdin", nothing)
         (folder / "packs").mkdir()
         (folder / "packs/flash").symlink_to(embedded_pack())
-    make_pack(folder / "tiny")
+        assert (
+            command_line.run(["chat", "mimo-mini", "Tell me about rivers.", "-n", "24"]) == 0
+        )  # it is counted
     make_checkpoint(folder / "hf/MiMo-V2-Flash")
-    (folder / "localmimo").symlink_to(ROOT / "localmimo")
+    (folder / "localmimo/mini").mkdir(parents=True)
+    held_out = (ROOT / "localmimo/mini/heldout.txt").read_text()
+    (folder / "localmimo/mini/heldout.txt").write_text(held_out[:2000])
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
 
 @pytest.fixture
-def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("LOCALMIMO_HOME", str(home / ".localmimo"))
+    monkeypatch.setattr(plan_command, "footprint_of", footprint)
     monkeypatch.chdir(home)
-    return home
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        yield home
+
+
+footprint = cache(plan_command.footprint_of)  # seconds of a whole model's listing
 
 
 def expanded(word: str, home: Path) -> str:
@@ -211,7 +239,9 @@ def test_every_command_runs_or_has_its_flags(
             assert code == 0, f"{shlex.join(words)}: {code}\n{shown.out}{shown.err}"
 
 
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if "python" in {b.language for b in blocks(name)}])
+@pytest.mark.parametrize(
+    "document", [name for name in DOCUMENTS if "python" in {b.language for b in blocks(name)}]
+)
 def test_python_blocks_run(document: str, at_home: Path) -> None:
     names: dict[str, Any] = {"__name__": "document"}
     try:
@@ -245,7 +275,9 @@ def exists(path: str) -> bool:
 
 
 IS_PATH = re.compile(r"(?:[\w.*-]+/)+[\w.*-]*|[\w*-]+\.(?:py|cpp|h|toml)")
-NOT_OURS = re.compile(r"~|/|PACK|DIR|NAME|stats/|owner/|XiaomiMiMo/|openai/|\.venv|.*FILE|.*\.(json|jsonl|kv|svg|png)$|v1/")
+NOT_OURS = re.compile(
+    r"~|/|PACK|DIR|NAME|stats/|owner/|XiaomiMiMo/|openai/|\.venv|.*FILE|.*\.(json|jsonl|kv|svg|png)$|v1/"
+)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -261,7 +293,9 @@ def sources() -> str:
         path.read_text()
         for folder in SOURCES
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".h", ".js", "") and path.is_file() and path != Path(__file__)
+        if path.suffix in (".py", ".cpp", ".h", ".js", "")
+        and path.is_file()
+        and path != Path(__file__)
         and "corpus" not in path.parts
     )
 
@@ -279,9 +313,15 @@ def test_every_module_and_name_exists(document: str) -> None:
         name = span.removesuffix("()")
         if re.fullmatch(r"(localmimo|quant|benchmarks)(\.\w+)+", name):
             parts = name.split(".")
-            whole = any((ROOT / "/".join(parts[:n])).with_suffix(".py").exists() for n in range(1, len(parts) + 1))
-            unknown += [] if whole or (ROOT / "/".join(parts)).is_dir() or parts[-1] in identifiers() else [span]
-        elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name) and re.search(r"[a-z]_[a-z]|[a-z][A-Z]", name):
+            whole = any(
+                (ROOT / "/".join(parts[:n])).with_suffix(".py").exists() for n in range(1, len(parts) + 1)
+            )
+            unknown += (
+                [] if whole or (ROOT / "/".join(parts)).is_dir() or parts[-1] in identifiers() else [span]
+            )
+        elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name) and re.search(
+            r"[a-z]_[a-z]|[a-z][A-Z]", name
+        ):
             unknown += [span for part in name.split(".") if part not in identifiers()]
     assert not unknown
 
@@ -324,9 +364,6 @@ def test_every_decision_is_in_the_index() -> None:
 
 def plan_of(arguments: list[str], n_cores: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `localmimo plan` says on a machine with so many cores."""
-    import contextlib
-    import io
-
     probe = Machine.probe
     with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(Machine, "probe", lambda: replace(probe(), n_cores=n_cores))
@@ -341,8 +378,13 @@ def rounded(figure: float) -> str:
 def test_the_table_of_machines_is_what_plan_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """README's table is made by the commands of docs/planning.md, in the same order."""
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
-    rows = re.findall(r"^\| (\d+ GB.*?) \| (.*?) \| (.*?) \| (\d+) GB \|$", text_of("README.md"), re.MULTILINE)
-    described = [words[1:] for words in commands("docs/planning.md") if "--disk-read" in words and "32k" in words]
+    monkeypatch.setattr(plan_command, "footprint_of", footprint)
+    rows = re.findall(
+        r"^\| (\d+ GB.*?) \| (.*?) \| (.*?) \| (\d+) GB \|$", text_of("README.md"), re.MULTILINE
+    )
+    described = [
+        words[1:] for words in commands("docs/planning.md") if "--disk-read" in words and "32k" in words
+    ]
     assert len(rows) == len(described) == 4
     for (machine, speed, first, disk), arguments in zip(rows, described, strict=True):
         n_cores = int(re.search(r"(\d+) cores", machine)[1])  # type: ignore[index]
