@@ -22,13 +22,13 @@ from localmimo.planning.memory import Plan
 
 Range = tuple[float, float]  # low, high
 
-MEMORY_SHARE = (0.6, 1.0)  # of the read speed that the kernels reach (BENCHMARKS.md, CPU kernels)
+MEMORY_SHARE = (0.6, 1.0)  # of the read speed that the kernels reach (docs/lab-notes.md, CPU kernels)
 PRODUCTS_SHARE = (0.6, 1.0)  # of the kernels' measured speed, in a step that does much else between products
 LAYER_S = (0.0002, 0.0015)  # a layer's time beyond its bytes, where it was not measured
 LAYER_SHARE = (0.8, 2.0)  # of the measured one: of a model with few and small experts
 # Where not every page can stay: a forecast of which do, and how many a token makes if no layer, or each, misses one.
-FORECAST_S, FORECASTS = (0.0005, 0.0015), (1, 5)  # BENCHMARKS.md, Paging
-WASTED = 1.25  # bytes read over bytes needed, where guesses err (BENCHMARKS.md, Paging)
+FORECAST_S, FORECASTS = (0.0005, 0.0015), (1, 5)  # docs/lab-notes.md, Paging
+WASTED = 1.25  # bytes read over bytes needed, where guesses err (docs/lab-notes.md, Paging)
 CACHE_BYTES = 16e9  # a pack up to here may lie in a cache that answers a second read
 WIDEST = 2.0  # the slow end over the fast one, at a known hit rate
 MATMUL_FLOPS = (30e9, 60e9)  # per core, of the kernels over many tokens (AVX-512, 4-bit weights)
