@@ -2,7 +2,7 @@
 
 `language` is the nearest to a model: experts are chosen by linear routers from a state made of a topic that drifts, the
 present token (Zipf over a vocabulary, half of them following their predecessor), a slow walk and noise. Its parameters
-were set until hit rates of LRU, LFU and Belady lay where published traces of large models have them (docs/lab-notes.md).
+were set until hit rates of LRU, LFU and Belady were those of published traces of large models (docs/lab-notes.md).
 """
 
 from collections.abc import Iterator

@@ -28,6 +28,7 @@ import typer.main
 from localmimo.cli import app as command_line
 from localmimo.cli.commands import plan as plan_command
 from localmimo.hardware.host import Machine
+from localmimo.planning.footprint import footprint_of
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -220,7 +221,7 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield home
 
 
-footprint = cache(plan_command.footprint_of)  # seconds of a whole model's listing
+footprint = cache(footprint_of)  # a whole model's listing takes seconds
 
 
 def expanded(word: str, home: Path) -> str:
@@ -368,7 +369,8 @@ def plan_of(arguments: list[str], n_cores: int, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(Machine, "probe", lambda: replace(probe(), n_cores=n_cores))
         assert command_line.run([*arguments, "--json", "-q"]) == 0
-    return json.loads(out.getvalue().splitlines()[-1])
+    found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
+    return found
 
 
 def rounded(figure: float) -> str:
