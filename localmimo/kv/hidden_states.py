@@ -26,8 +26,8 @@ class HiddenStates:
         new = hidden[-self.rows :]
         if (
             len(hidden) > self.rows
-        ):  # rows are left out: those before them have other positions than they seem
-            self._end = self._held = 0
+        ):  # some are left out: the rows before them are not those of the next positions
+            self._end = self._n_known = 0
         if self._end + len(new) > len(self._buffer):
             kept = self.tail(self.rows - len(new))
             self._buffer[: len(kept)] = kept

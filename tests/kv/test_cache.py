@@ -99,7 +99,7 @@ def test_a_restored_ring_holds_one_window() -> None:
     append(ring, 3)
     ring.restore(50, *kept)
     assert kept[0].shape[1] == WINDOW
-    assert all(map(torch.equal, ring.held(), kept))
+    assert all(map(torch.equal, ring.stored_rows(), kept))
     assert rewindable(ring) == [49, 50]
 
 
