@@ -350,6 +350,29 @@ def test_the_readme_and_the_architecture_are_short() -> None:
     assert len(text_of("ARCHITECTURE.md").splitlines()) <= 200
 
 
+def test_the_architecture_lists_the_packages_in_the_order_of_imports() -> None:
+    tree = ast.parse((ROOT / "tests/test_architecture.py").read_text())
+    named = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    text = text_of("ARCHITECTURE.md")
+    for package, names in ast.literal_eval(named["ORDER"]).items():
+        places = [text.find(f"`{package}/{name.replace('.', '/')}") for name in names.split()]
+        assert -1 not in places and places == sorted(places), dict(zip(names.split(), places, strict=True))
+
+
+METAPHORS = re.compile(
+    r"\b(house|rooms?|hears?|gives? way|lies?|lay|shelf|desk|trail|manner|stretch(es)?|timelines?|conveyor|bridge|lends?"
+    r"|owes?|owed|guess(es)?|victims?|crossover)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_use_plain_words(document: str) -> None:
+    text = re.sub(r"`[^`]*`|<[^>]*>", "", prose(document))
+    found = [match[0] for match in METAPHORS.finditer(text)]
+    assert not found
+
+
 def test_every_decision_is_in_the_index() -> None:
     folder = ROOT / "docs/decisions"
     files = sorted(path.name for path in folder.glob("[0-9]*.md"))
