@@ -42,6 +42,7 @@ HEAVY_FLAGS = {
     "-c",
     "--context",
 }  # of answers: the machine that tests run on may not have it
+DOES_NOT_FIT = 3  # exit code
 FOREIGN_FLAGS = {
     "--no-deps",
     "--model",
@@ -185,6 +186,11 @@ def runs_now(words: list[str]) -> bool:
     return False
 
 
+def plans_this_machine(words: list[str]) -> bool:
+    """Whether the outcome depends on the memory that is free."""
+    return words[1] == "plan" and "--ram" not in words
+
+
 # ---- running ----
 
 
@@ -237,7 +243,9 @@ def test_every_command_runs_or_has_its_flags(
         if runs_now(words):
             code = command_line.run([expanded(word, at_home) for word in words[1:]])
             shown = capsys.readouterr()
-            assert code == 0, f"{shlex.join(words)}: {code}\n{shown.out}{shown.err}"
+            assert code == 0 or (code == DOES_NOT_FIT and plans_this_machine(words)), (
+                f"{shlex.join(words)}: {code}\n{shown.out}{shown.err}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -360,8 +368,8 @@ def test_the_architecture_lists_the_packages_in_the_order_of_imports() -> None:
 
 
 METAPHORS = re.compile(
-    r"\b(house|rooms?|hears?|gives? way|lies?|lay|shelf|desk|trail|manner|stretch(es)?|timelines?|conveyor|bridge|lends?"
-    r"|owes?|owed|guess(es)?|victims?|crossover)\b",
+    r"\b(house|rooms?|hears?|gives? way|lies?|lay|shelf|desk|trail|manner|stretch(es)?|timelines?|conveyor"
+    r"|bridge|lends?|owes?|owed|guess(es)?|victims?|crossover)\b",
     re.IGNORECASE,
 )
 
