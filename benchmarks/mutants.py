@@ -269,27 +269,31 @@ class Worker:
             if (root / name).is_file():
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / name, self.tree / name)
-        self.n_runs = 0
+        self.n_mutants = 0
+        self.took: dict[tuple[str, ...], float] = {}
 
     def baseline(self, tests: list[str]) -> float:
-        """Seconds that the tests of unchanged code take; they must pass."""
-        began = time.monotonic()
-        result = self.run(tests, limit_s=1800, keep_bytecode=True)
-        if result != "survived":
-            raise SystemExit(
-                f"the tests fail without a mutant ({result}): {' '.join(tests)}\n{self.output()}"
-            )
-        return time.monotonic() - began
+        """Seconds that the tests of unchanged code take, measured once; they must pass."""
+        key = tuple(tests)
+        if key not in self.took:
+            began = time.monotonic()
+            result = self.run(tests, limit_s=1800, keep_bytecode=True)
+            if result != "survived":
+                raise SystemExit(
+                    f"the tests fail without a mutant ({result}): {' '.join(tests)}\n{self.output()}"
+                )
+            self.took[key] = time.monotonic() - began
+        return self.took[key]
 
-    def try_mutant(self, mutant: Mutant, tests: list[str], limit_s: float) -> Mutant:
+    def try_mutant(self, mutant: Mutant, tests: list[str]) -> Mutant:
+        """The mutant with its result; four times the tests' usual time is a timeout."""
+        limit_s = 20 + 4 * self.baseline(tests)
         file = self.tree / mutant.path
         raw, stat = file.read_bytes(), file.stat()
-        self.n_runs += 1
+        self.n_mutants += 1
         try:
             file.write_bytes(apply(raw, mutant))
-            os.utime(
-                file, (stat.st_atime, stat.st_mtime + 10 * self.n_runs)
-            )  # else kept bytecode would be taken
+            os.utime(file, (stat.st_atime, stat.st_mtime + 10 * self.n_mutants))  # else old bytecode is taken
             return replace(mutant, result=self.run(tests, limit_s))
         finally:
             file.write_bytes(raw)
@@ -301,7 +305,7 @@ class Worker:
     def run(self, tests: list[str], limit_s: float, *, keep_bytecode: bool = False) -> str:
         """survived if all tests pass, killed if one fails, timeout if they do not end."""
         if (pid := os.fork()) == 0:
-            self._child(tests, keep_bytecode)
+            self._child(tests, limit_s, keep_bytecode)
         deadline, done, status = time.monotonic() + limit_s, 0, 0
         while not done and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -313,10 +317,13 @@ class Worker:
             return "timeout"
         return "survived" if status == 0 else "killed"
 
-    def _child(self, tests: list[str], keep_bytecode: bool) -> None:
+    def _child(self, tests: list[str], limit_s: float, keep_bytecode: bool) -> None:
         try:
             os.setsid()
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+            resource.setrlimit(
+                resource.RLIMIT_CPU, (int(2 * limit_s) + 1,) * 2
+            )  # should this program be killed
             out = os.open(self.scratch / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for fd in (1, 2):
                 os.dup2(out, fd)
@@ -344,12 +351,8 @@ def start_worker(root: Path, scratch: Path) -> None:
     worker = Worker(root, scratch)
 
 
-def baseline(tests: list[str]) -> float:
-    return worker.baseline(tests)
-
-
-def try_mutant(mutant: Mutant, tests: list[str], limit_s: float) -> Mutant:
-    return worker.try_mutant(mutant, tests, limit_s)
+def try_mutant(mutant: Mutant, tests: list[str]) -> Mutant:
+    return worker.try_mutant(mutant, tests)
 
 
 def run(root: Path, modules: list[str], *, seed: int, limit: int | None, jobs: int) -> Iterator[Mutant]:
@@ -365,10 +368,7 @@ def run(root: Path, modules: list[str], *, seed: int, limit: int | None, jobs: i
         tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as scratch,
         ProcessPoolExecutor(jobs, get_context("fork"), start_worker, (root, Path(scratch))) as pool,
     ):
-        suites = {tuple(files) for files in tests.values()}
-        took = dict(zip(suites, pool.map(baseline, map(list, suites)), strict=True))
-        limits = [20 + 4 * took[tuple(tests[m.path])] for m in chosen]
-        yield from pool.map(try_mutant, chosen, [tests[m.path] for m in chosen], limits)
+        yield from pool.map(try_mutant, chosen, [tests[mutant.path] for mutant in chosen])
 
 
 def one_line(text: str) -> str:
