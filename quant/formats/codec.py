@@ -46,11 +46,16 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class Codec:
-    """A way to store a matrix. `block` is the number of columns that share a scale (0: no scales)."""
+    """A way to store a matrix.
+
+    block: columns that share a scale (0: no scales). number: the format's number in the CPU's and the GPU's kernels
+    (kernels/src/layout.h, gpu/unpack.py); None where there is no kernel for it.
+    """
 
     name: str
     kind: str  # "four" | "int8" | "fp8" | "plain"
     block: int = 0
+    number: int | None = None
 
     @property
     def row_step(self) -> int:
@@ -91,15 +96,16 @@ class Codec:
 CODECS = {
     codec.name: codec
     for codec in (
-        Codec("nf4", "four", 32),
-        Codec("nf4-16", "four", 16),
-        Codec("mxfp4", "four", 32),
-        Codec("int8", "int8", 64),
+        Codec("nf4", "four", 32, 0),
+        Codec("nf4-16", "four", 16, 1),
+        Codec("mxfp4", "four", 32, 2),
+        Codec("int8", "int8", 64, 3),
         Codec("fp8", "fp8", 128),
         Codec("bf16", "plain"),
         Codec("f32", "plain"),
     )
 }
+KERNEL_FORMATS = {name: codec.number for name, codec in CODECS.items() if codec.number is not None}
 
 
 def codec(name: str) -> Codec:

@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 import torch
 
+from quant.formats.codec import KERNEL_FORMATS
 from quant.formats.codec import codec as codec_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-FORMATS = ("nf4", "nf4-16", "mxfp4", "int8")
+FORMATS = tuple(KERNEL_FORMATS)
 INPUTS = (torch.float32, torch.bfloat16)
 CACHES = (torch.float32, torch.bfloat16, torch.int8)
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)

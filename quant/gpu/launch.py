@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 
 from quant.formats import fourbit
-from quant.formats.codec import ROW_GROUP, ceil_div, codec
+from quant.formats.codec import KERNEL_FORMATS, ROW_GROUP, ceil_div, codec
 from quant.formats.page import PageLayout
 from quant.formats.qtensor import QTensor, row_bands
 from quant.gpu.gemv import add_up_kernel, gemv_kernel
@@ -26,7 +26,7 @@ from quant.gpu.unpack import BY_SHUFFLE, INT8, dequantize_kernel
 
 Tensor = torch.Tensor
 
-FORMATS = {"nf4": 0, "nf4-16": 1, "mxfp4": 2, "int8": 3}
+FORMATS = KERNEL_FORMATS
 WARPS = 4
 LANES_Q = 8 * WARPS  # words of a row that a program's threads cover with one 16-byte load each
 UNROLL = 2

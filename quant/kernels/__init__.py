@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from quant.formats.codec import KERNEL_FORMATS
 from quant.formats.codec import codec as codec_of
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ Encoded = tuple[Tensor, Tensor, float]
 if _native is not None:
     _native.set_threads(torch.get_num_threads())  # the physical cores, unless the user said otherwise
 
-FORMATS = {"nf4": 0, "nf4-16": 1, "mxfp4": 2, "int8": 3}
+FORMATS = KERNEL_FORMATS
 INPUTS = (torch.float32, torch.bfloat16)
 DTYPES = {
     "codes": (torch.uint8, torch.int8),
