@@ -14,11 +14,6 @@ pytestmark = pytest.mark.engine("bf16_pack", context=2048, draft=0)
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def mini() -> Engine:
-    return load(context=2048, profile=None)
-
-
 def text(n: int, seed: int) -> list[int]:
     return torch.randint(3, 160, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -101,15 +96,16 @@ def test_a_shared_beginning_changes_no_token(bf16_pack: Path) -> None:
                 assert answer(other, system + text(50, n), n=8)[0] == said
 
 
-def test_conversations_of_the_embedded_model(mini: Engine) -> None:
+@pytest.mark.engine(None, context=2048, profile=None)
+def test_conversations_of_the_embedded_model(engine: Engine) -> None:
     messages = [{"role": "user", "content": "What is a lighthouse?"}]
-    first = mini.chat(messages, sampling=GREEDY, max_tokens=80)
+    first = engine.chat(messages, sampling=GREEDY, max_tokens=80)
     messages += [first.as_dict(), {"role": "user", "content": "How do I make tea?"}]
-    second = mini.chat(messages, sampling=GREEDY, max_tokens=40)
+    second = engine.chat(messages, sampling=GREEDY, max_tokens=40)
     new = second.stats.prompt_tokens - second.stats.reused_tokens
     assert second.stats.reused_tokens >= first.stats.prompt_tokens + first.stats.generated_tokens - 2
     assert new < 30
-    thought = mini.chat(
+    thought = engine.chat(
         [{"role": "user", "content": "What is 2 + 3?"}], think=True, sampling=GREEDY, max_tokens=80
     )
     stripped = thought.as_dict() | {"reasoning_content": ""}
@@ -118,5 +114,5 @@ def test_conversations_of_the_embedded_model(mini: Engine) -> None:
         stripped,
         {"role": "user", "content": "And 3 + 3?"},
     ]
-    third = mini.chat(again, think=True, sampling=GREEDY, max_tokens=10)
+    third = engine.chat(again, think=True, sampling=GREEDY, max_tokens=10)
     assert third.stats.reused_tokens >= thought.stats.prompt_tokens

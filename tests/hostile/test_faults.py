@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,10 @@ from localmimo.experts.tiers.io_threads import IoThreads
 from localmimo.hardware import bandwidth as speeds
 from localmimo.serve.session_store import SessionStore, StoredSession
 from quant.pack.pack import Pack
-from tests.packs import make_pack
+from tests.packs import PACKS, make_pack
 
 PROMPT = "one two three " * 12
 GREEDY = Sampling(temperature=0)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("pack"), experts="nf4", dense="int8", vocab_size=128)
 
 
 @contextmanager
@@ -62,8 +57,8 @@ def said(engine: Engine) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def expected(pack: Path) -> list[int]:
-    with paging(pack) as engine:
+def expected(packs: Callable[[str], Path]) -> list[int]:
+    with paging(packs("nf4")) as engine:
         return said(engine)
 
 
@@ -90,19 +85,19 @@ class Disk:
 
 
 def test_short_and_slow_reads_change_no_token(
-    pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    nf4_pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with paging(pack) as engine:
+    with paging(nf4_pack) as engine:
         disk = Disk(monkeypatch, 0, "short", "slow")
         assert said(engine) == expected
         assert min(disk.counts.values()) > 20
 
 
 def test_read_errors_fail_a_step_and_no_more(
-    pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    nf4_pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = 0
-    with paging(pack) as engine, monkeypatch.context() as patch:
+    with paging(nf4_pack) as engine, monkeypatch.context() as patch:
         Disk(patch, 1, "broken", "short")
         for _ in range(12):
             try:
@@ -115,10 +110,10 @@ def test_read_errors_fail_a_step_and_no_more(
 
 
 def test_a_disk_that_stalls_under_load(
-    pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    nf4_pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, real = threading.Event(), os.preadv
-    with paging(pack, stall_s=0.3) as engine:
+    with paging(nf4_pack, stall_s=0.3) as engine:
         monkeypatch.setattr(os, "preadv", lambda *args: (go_on.wait(), real(*args))[1])
         for _ in range(2):
             with pytest.raises(LocalMimoError, match="given nothing|came free"):
@@ -139,9 +134,9 @@ def interrupted() -> Iterator[list[int]]:
 
 
 def test_interrupted_calls_are_taken_up_again(
-    pack: Path, expected: list[int], interrupted: list[int], tmp_path: Path
+    nf4_pack: Path, expected: list[int], interrupted: list[int], tmp_path: Path
 ) -> None:
-    with paging(pack) as engine:
+    with paging(nf4_pack) as engine:
         assert said(engine) == expected
         with engine.session() as session:
             tokens = list(session.tokens)
@@ -149,14 +144,14 @@ def test_interrupted_calls_are_taken_up_again(
                 session.save(tmp_path / "s")
                 session.load(tmp_path / "s")
             assert session.tokens == tokens
-    again = make_pack(tmp_path / "again", experts="nf4", dense="int8", vocab_size=128)
-    assert (again / "manifest.json").read_bytes() == (pack / "manifest.json").read_bytes()
+    again = make_pack(tmp_path / "again", **PACKS["nf4"])
+    assert (again / "manifest.json").read_bytes() == (nf4_pack / "manifest.json").read_bytes()
     assert len(interrupted) > 100
 
 
-def test_a_page_flipped_on_disk_under_load(pack: Path, expected: list[int], tmp_path: Path) -> None:
+def test_a_page_flipped_on_disk_under_load(nf4_pack: Path, expected: list[int], tmp_path: Path) -> None:
     """Every page of a layer is damaged after the pack was opened: nothing is said from them; mended, all goes on."""
-    mine = shutil.copytree(pack, tmp_path / "pack")
+    mine = shutil.copytree(nf4_pack, tmp_path / "pack")
     file = Pack.open(mine).page_at(2, 0).file
     whole = file.read_bytes()
     with paging(mine) as engine:
@@ -167,9 +162,9 @@ def test_a_page_flipped_on_disk_under_load(pack: Path, expected: list[int], tmp_
         assert said(engine) == expected
 
 
-def test_a_pack_that_is_deleted_while_open(pack: Path, tmp_path: Path) -> None:
+def test_a_pack_that_is_deleted_while_open(nf4_pack: Path, tmp_path: Path) -> None:
     """What is not open yet is a sentence, closing says that the statistics have no place, and nothing comes back."""
-    mine = shutil.copytree(pack, tmp_path / "pack")
+    mine = shutil.copytree(nf4_pack, tmp_path / "pack")
     with pytest.warns(UserWarning, match="pack is gone"), load(mine, context=256, ram="256MiB") as engine:
         shutil.rmtree(mine)
         try:
@@ -190,7 +185,7 @@ def kill(thread: threading.Thread) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_readers_that_are_killed_are_replaced(
-    pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    nf4_pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step whose reader ends fails with a sentence at the worst; none hangs, and the next ones have readers."""
     real, n_reads, n_failed = os.preadv, 0, 0
@@ -204,7 +199,7 @@ def test_readers_that_are_killed_are_replaced(
             kill(threading.current_thread())
         return real(*args)
 
-    with paging(pack) as engine:
+    with paging(nf4_pack) as engine:
         monkeypatch.setattr(os, "preadv", deadly)
         for _ in range(6):
             try:
@@ -258,10 +253,10 @@ def test_a_look_at_the_memory_that_fails_is_followed_by_others() -> None:
 # ---- processes ----
 
 
-def test_sigterm_during_a_save_leaves_a_whole_file(pack: Path, tmp_path: Path) -> None:
+def test_sigterm_during_a_save_leaves_a_whole_file(nf4_pack: Path, tmp_path: Path) -> None:
     """Processes that save over and over are ended at any moment; the file is one of those that were written."""
     path = tmp_path / "s"
-    with load(pack, context=256, ram="256MiB", profile=None) as engine, engine.session() as session:
+    with load(nf4_pack, context=256, ram="256MiB", profile=None) as engine, engine.session() as session:
         session.sync(list(range(3, 100)))
         session.save(path)
         held = list(session.tokens)
@@ -295,9 +290,9 @@ with load(sys.argv[1], context=256, ram="256MiB") as engine:
 """
 
 
-def test_two_processes_on_one_pack_and_profile(pack: Path, tmp_path: Path) -> None:
+def test_two_processes_on_one_pack_and_profile(nf4_pack: Path, tmp_path: Path) -> None:
     """Both run at once, say the same, and what both have seen is in the statistics."""
-    mine = shutil.copytree(pack, tmp_path / "pack")
+    mine = shutil.copytree(nf4_pack, tmp_path / "pack")
     children = [
         subprocess.Popen(
             [sys.executable, "-c", TWICE, str(mine)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -317,11 +312,11 @@ def test_two_processes_on_one_pack_and_profile(pack: Path, tmp_path: Path) -> No
 
 
 def test_a_clock_that_jumps_changes_no_token(
-    pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    nf4_pack: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: rng.choice([0.0, 1e9, 4e9]))
-    with paging(pack) as engine:
+    with paging(nf4_pack) as engine:
         assert said(engine) == expected
 
 

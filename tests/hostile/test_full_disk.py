@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localmimo import load
 from localmimo.cli.plots.plot import draw_lines
 from localmimo.cli.terminal.saved_chats import SavedChat
 from localmimo.cli.terminal.saved_chats import _write as write_conversation
@@ -21,14 +20,8 @@ from localmimo.experts.policy.profile import Profile, write_profile
 from localmimo.experts.policy.trace import TraceWriter, read_trace
 from localmimo.serve.session_store import _found, _write_index
 from localmimo.system.json_files import JsonLines
-from tests.packs import make_pack
 
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    pack = make_pack(tmp_path_factory.mktemp("pack"), vocab_size=128)
-    with load(pack, context=256, ram="256MiB", profile=None) as engine:
-        yield engine
+pytestmark = pytest.mark.engine("bf16_pack", context=256, ram="256MiB", profile=None)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Packs whose parts contradict one another: the native code never sees sizes that are not those of its buffers."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,6 @@ from localmimo import load
 from localmimo.errors import LocalMimoError
 from quant.errors import QuantError
 from quant.pack.pack import Pack
-from tests.packs import make_pack
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("pack"), experts="nf4", dense="int8", vocab_size=128)
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "pack")
 
 
 def set_config(folder: Path, key: str, value: object) -> None:
@@ -41,32 +29,32 @@ SIZES = (
 
 @pytest.mark.parametrize("factor", [0.5, 2])
 @pytest.mark.parametrize("key", SIZES)
-def test_a_config_that_is_not_the_packs(folder: Path, key: str, factor: float) -> None:
-    had = json.loads((folder / "config.json").read_text()).get(key, 2)
-    set_config(folder, key, max(1, int(had * factor)))
+def test_a_config_that_is_not_the_packs(nf4_pack: Path, key: str, factor: float) -> None:
+    had = json.loads((nf4_pack / "config.json").read_text()).get(key, 2)
+    set_config(nf4_pack, key, max(1, int(had * factor)))
     try:
-        with load(folder, context=256, ram="256MiB", profile=None) as engine:
+        with load(nf4_pack, context=256, ram="256MiB", profile=None) as engine:
             for _ in engine.stream("abc def", max_tokens=4):
                 pass
     except (LocalMimoError, QuantError) as error:
         assert str(error).endswith(".")
 
 
-def test_a_layers_pages_that_are_too_few(folder: Path) -> None:
+def test_a_layers_pages_that_are_too_few(nf4_pack: Path) -> None:
     """Routers know eight experts, one layer's file holds seven."""
-    with Pack.open(folder) as pack:
+    with Pack.open(nf4_pack) as pack:
         page = pack.page.bytes if pack.page else 0
-    facts = json.loads((folder / "manifest.json").read_text())
+    facts = json.loads((nf4_pack / "manifest.json").read_text())
     layer = facts["layers"]["1"]
     layer["crc32"].pop()
     facts["files"][layer["file"]]["bytes"] -= page
-    path = folder / layer["file"]
+    path = nf4_pack / layer["file"]
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - page)
-    (folder / "manifest.json").write_text(json.dumps(facts))
+    (nf4_pack / "manifest.json").write_text(json.dumps(facts))
     with (
         pytest.raises((LocalMimoError, QuantError)),
-        load(folder, context=256, ram="256MiB", profile=None) as engine,
+        load(nf4_pack, context=256, ram="256MiB", profile=None) as engine,
     ):
         for _ in engine.stream("abc def " * 9, max_tokens=4):
             pass

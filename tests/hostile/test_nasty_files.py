@@ -33,7 +33,6 @@ from quant.conversion.writer import JOURNAL, read_journal
 from quant.errors import BadCheckpoint, BadPack, BadRecipe
 from quant.files.safetensors import Shard
 from quant.pack.pack import Pack
-from tests.packs import make_pack
 from tests.tiny import make_checkpoint, make_config
 
 DEEP = b"[" * 100_000
@@ -223,16 +222,6 @@ def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
 # ---- packs and journals ----
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("pack"), vocab_size=128)
-
-
-@pytest.fixture
-def pack_folder(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "pack")
-
-
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a JSON value, lists by their first entry."""
     pairs = (
@@ -262,39 +251,41 @@ def use(folder: Path) -> None:
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_value_anywhere_in_a_manifest(made: Path, pack_folder: Path, data: st.DataObject) -> None:
-    manifest = json.loads((made / "manifest.json").read_text())
+def test_any_value_anywhere_in_a_manifest(
+    bf16_pack: Path, packs: Callable[[str], Path], data: st.DataObject
+) -> None:
+    manifest = json.loads((packs("bf16") / "manifest.json").read_text())
     place = data.draw(st.sampled_from(places(manifest)))
-    (pack_folder / "manifest.json").write_text(
+    (bf16_pack / "manifest.json").write_text(
         json.dumps(changed(manifest, place, data.draw(st.sampled_from(ODD))))
     )
     try:
-        use(pack_folder)
+        use(bf16_pack)
     except BadPack as error:
         assert len(str(error)) < 10_000
 
 
 @pytest.mark.parametrize("number", ["\u0661", "01", "9" * 5000, "-1", "1_0", " 1"])
-def test_layer_numbers_are_plain(pack_folder: Path, number: str) -> None:
-    manifest = json.loads((pack_folder / "manifest.json").read_text())
+def test_layer_numbers_are_plain(bf16_pack: Path, number: str) -> None:
+    manifest = json.loads((bf16_pack / "manifest.json").read_text())
     manifest["layers"][number] = manifest["layers"]["1"]
-    (pack_folder / "manifest.json").write_text(json.dumps(manifest))
-    refused(lambda: use(pack_folder), BadPack, "no layer number|layers.9999")
+    (bf16_pack / "manifest.json").write_text(json.dumps(manifest))
+    refused(lambda: use(bf16_pack), BadPack, "no layer number|layers.9999")
 
 
 @pytest.mark.parametrize("codec", [[], {}, ["nf4"], 3])
-def test_codecs_that_are_no_names(pack_folder: Path, codec: object) -> None:
-    manifest = json.loads((pack_folder / "manifest.json").read_text())
+def test_codecs_that_are_no_names(bf16_pack: Path, codec: object) -> None:
+    manifest = json.loads((bf16_pack / "manifest.json").read_text())
     n_experts = len(manifest["layers"]["1"]["crc32"])
     for place, value in ((("page", "codec"), codec), (("layers", "1", "codecs"), [codec] * n_experts)):
-        (pack_folder / "manifest.json").write_text(json.dumps(changed(manifest, place, value)))
-        refused(lambda: use(pack_folder), BadPack, "codec")
+        (bf16_pack / "manifest.json").write_text(json.dumps(changed(manifest, place, value)))
+        refused(lambda: use(bf16_pack), BadPack, "codec")
 
 
-def test_a_manifest_without_end(pack_folder: Path) -> None:
-    sparse(pack_folder / "manifest.json")
+def test_a_manifest_without_end(bf16_pack: Path) -> None:
+    sparse(bf16_pack / "manifest.json")
     with pytest.raises(BadPack, match="1,099,511,627,776 bytes, more than 268,435,456"):
-        Pack.open(pack_folder)
+        Pack.open(bf16_pack)
 
 
 RECORD = {"file": "a", "bytes": 1, "sha256": "0", "distortion": {"x": [1.0, 2.0]}, "crc32": [1]}
@@ -419,8 +410,8 @@ def test_statistics_with_any_facts(tmp_path: Path, key: str, value: object) -> N
 @pytest.mark.parametrize(
     "value", [*(odd for odd in ODD if not isinstance(odd, str)), [{"name": 3}], {"content": 3}]
 )
-def test_any_value_in_a_tokenizers_settings(made: Path, tmp_path: Path, key: str, value: object) -> None:
-    shutil.copy(made / "tokenizer.json", tmp_path)
+def test_any_value_in_a_tokenizers_settings(bf16_pack: Path, tmp_path: Path, key: str, value: object) -> None:
+    shutil.copy(bf16_pack / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value}))
     try:
         Tokenizer.open(tmp_path)
@@ -429,7 +420,7 @@ def test_any_value_in_a_tokenizers_settings(made: Path, tmp_path: Path, key: str
         pass
 
 
-def test_tokenizers_and_templates_that_are_none(made: Path, tmp_path: Path) -> None:
+def test_tokenizers_and_templates_that_are_none(bf16_pack: Path, tmp_path: Path) -> None:
     for content in (
         b"",
         b"[]",

@@ -1,5 +1,6 @@
 """A layer in one native call equals its parts called one by one."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,19 +18,20 @@ pytestmark = needs_native
 
 
 @pytest.fixture(scope="module", params=[{}, {"hidden_size": 72, "intermediate_size": 90, "vocab_size": 131}])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def odd_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     pack = make_pack(
         tmp_path_factory.mktemp("block"), experts="nf4", dense="int8", joint_kv=False, **request.param
     )
-    return load(pack, context=256, dtype="float32")
+    with load(pack, context=256, dtype="float32") as engine:
+        yield engine
 
 
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("rounded", [False, True])
-def test_fused_equals_parts(engine: Engine, kv: torch.dtype, rounded: bool) -> None:
-    config = replace(engine.config, router_bf16=rounded)
-    fused = Transformer(config, engine._model.weights, torch.float32)
-    parts = Transformer(config, engine._model.weights, torch.float32)
+def test_fused_equals_parts(odd_engine: Engine, kv: torch.dtype, rounded: bool) -> None:
+    config = replace(odd_engine.config, router_bf16=rounded)
+    fused = Transformer(config, odd_engine._model.weights, torch.float32)
+    parts = Transformer(config, odd_engine._model.weights, torch.float32)
     assert all(fused._fused)
     parts._fused = [None] * len(config.layers)
     for layer, spec in enumerate(config.layers):
@@ -55,6 +57,6 @@ def one_layer(model: Transformer, layer: int, kv: torch.dtype) -> list[torch.Ten
     return seen
 
 
-def test_matrices_without_kernels_are_not_fused(tmp_path_factory: pytest.TempPathFactory) -> None:
-    engine = load(make_pack(tmp_path_factory.mktemp("plain")), context=64)
+@pytest.mark.engine("bf16_pack", context=64)
+def test_matrices_without_kernels_are_not_fused(engine: Engine) -> None:
     assert not any(engine._model._fused) and kernels.available()

@@ -22,7 +22,6 @@ from localmimo.experts.store.counters import PageCounters
 from localmimo.mini import CHECKPOINT
 from quant import convert
 from tests.cli.program import localmimo
-from tests.packs import make_pack
 from tests.scripted import Capture
 from tests.tiny import make_checkpoint
 
@@ -39,11 +38,6 @@ def small(**given: Any) -> BenchOptions:
     flags = {"context": "256", "ram": "96MiB", "profile": None}
     opening = flags | {name: given.pop(name) for name in ("profile", "ram", "kv") if name in given}
     return BenchOptions(**SMALL | given, opening=LoadFlags(**opening))
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("bench"), experts="nf4", dense="int8")
 
 
 def run(request: BenchOptions, **settings: Any) -> tuple[int, Capture]:
@@ -74,10 +68,10 @@ def test_the_table() -> None:
     assert re.fullmatch(TABLE, shown.out), shown.out
 
 
-def test_json_and_a_line_per_step(pack: Path, tmp_path: Path) -> None:
+def test_json_and_a_line_per_step(nf4_pack: Path, tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
     log.write_text("{}\n")  # lines are appended
-    request = small(model=str(pack), stats_json=log, as_json=True, form="md")
+    request = small(model=str(nf4_pack), stats_json=log, as_json=True, form="md")
     code, shown = run(request)
     (line,) = shown.out.splitlines()
     facts = json.loads(line)
@@ -105,16 +99,15 @@ def test_json_and_a_line_per_step(pack: Path, tmp_path: Path) -> None:
     assert sum(it["disk_pages"] for it in lines) <= n_pages  # everything fits: no page is read twice
 
 
-def test_a_profile_only_where_one_is_named(tmp_path: Path) -> None:
-    folder = make_pack(tmp_path, experts="nf4", dense="int8")
+def test_a_profile_only_where_one_is_named(nf4_pack: Path) -> None:
     for profile in (None, "mine"):
-        request = small(model=str(folder), profile=profile, as_json=True)
+        request = small(model=str(nf4_pack), profile=profile, as_json=True)
         assert json.loads(run(request)[1].out)["requested"]["profile"] == profile
-        assert (folder / "stats").exists() == (profile is not None)
-    assert (folder / "stats" / "mine.safetensors").is_file()
+        assert (nf4_pack / "stats").exists() == (profile is not None)
+    assert (nf4_pack / "stats" / "mine.safetensors").is_file()
 
 
-def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changed_meanwhile_is_said(nf4_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_step = bench.BenchReport.on_step
 
     def squeeze(report: bench.BenchReport, run: BenchRun, taken: StepCost) -> None:
@@ -123,16 +116,16 @@ def test_what_changed_meanwhile_is_said(pack: Path, monkeypatch: pytest.MonkeyPa
         report._engine._store._disk.direct = False
 
     monkeypatch.setattr(bench.BenchReport, "on_step", squeeze)
-    shown = run(small(model=str(pack), as_json=True))[1]
+    shown = run(small(model=str(nf4_pack), as_json=True))[1]
     facts = json.loads(shown.out)
     assert facts["effective"]["slots_now"] == facts["results"][0]["n_slots"] == 12
     assert facts["effective"]["direct_reads"] is False and "pages came through the page cache" in shown.err
     assert " the system was short of memory: down to 12 of 32 slots\n" in shown.err
 
 
-def test_a_trace_of_the_answers(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_of_the_answers(nf4_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "trace.jsonl"
-    facts = json.loads(run(small(model=str(pack), record=path, as_json=True))[1].out)
+    facts = json.loads(run(small(model=str(nf4_pack), record=path, as_json=True))[1].out)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     layers = [1, 2, 3, 4]
     assert [(it["step"], it["layer"]) for it in lines] == [(s, layer) for s in range(16) for layer in layers]
@@ -144,17 +137,16 @@ def test_a_trace_of_the_answers(pack: Path, tmp_path: Path, capsys: pytest.Captu
     assert [(it["slots"], it["requests"]) for it in played] == [(8, asked), (32, asked)]
 
 
-def test_drafts_are_counted(tmp_path: Path) -> None:
-    folder = make_pack(tmp_path, experts="nf4", dense="int8", mtp=3)
-    facts = json.loads(run(small(model=str(folder), draft="2", as_json=True))[1].out)
+def test_drafts_are_counted(nf4_pack: Path) -> None:
+    facts = json.loads(run(small(model=str(nf4_pack), draft="2", as_json=True))[1].out)
     assert facts["effective"]["draft"] == {"setting": 2, "heads": 2}
     for found in facts["results"]:  # 4 tokens after the first one, the last pass without room for a draft
         assert found["drafts"]["drafted"] > 0 and found["decode"]["n_tokens"] == 8
         assert found["drafts"]["passes"] + found["drafts"]["accepted"] == 8
 
 
-def test_cold_runs_start_from_nothing(pack: Path) -> None:
-    request = small(model=str(pack), as_json=True, cold=True)
+def test_cold_runs_start_from_nothing(nf4_pack: Path) -> None:
+    request = small(model=str(nf4_pack), as_json=True, cold=True)
     facts = json.loads(run(request)[1].out)
     for found in facts["results"]:
         assert found["prompt_tokens"] == found["depth"] + 24 and found["prefill"]["hits"]["disk"] == 1.0
@@ -173,7 +165,7 @@ def test_no_words_for_the_vocabulary(tmp_path: Path) -> None:
     assert facts["results"][0]["decode_tps_sd"] is None
 
 
-def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_shows_what_there_is(nf4_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_step, calls = bench.BenchReport.on_step, []
 
     def press(report: bench.BenchReport, run: BenchRun, taken: StepCost) -> None:
@@ -183,7 +175,7 @@ def test_ctrl_c_shows_what_there_is(pack: Path, monkeypatch: pytest.MonkeyPatch)
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(bench.BenchReport, "on_step", press)
-    code, shown = run(small(model=str(pack), as_json=True))
+    code, shown = run(small(model=str(nf4_pack), as_json=True))
     facts = json.loads(shown.out)
     assert code == 130 and not facts["finished"] and " Interrupted after 2 whole runs of 4.\n" in shown.err
     assert [(it["depth"], it["n_runs"], it["decode"]["n_tokens"]) for it in facts["results"]] == [
@@ -240,9 +232,9 @@ def test_mistakes_need_no_torch() -> None:
     assert (code, out) == (2, "") and err.endswith("heavy: []\n")
 
 
-def test_a_budget_that_is_too_small(pack: Path) -> None:
+def test_a_budget_that_is_too_small(nf4_pack: Path) -> None:
     with pytest.raises(DoesNotFit, match=r"Give --ram \d+MiB"):
-        run(small(model=str(pack), ram="1MiB"))
+        run(small(model=str(nf4_pack), ram="1MiB"))
 
 
 def test_depths() -> None:
@@ -255,10 +247,10 @@ def test_depths() -> None:
 
 
 def test_the_plan_is_held_against_what_was_measured(
-    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nf4_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
-    request = small(model=str(pack), check_plan=True, as_json=True, kv="int8")
+    request = small(model=str(nf4_pack), check_plan=True, as_json=True, kv="int8")
     shown = run(request)[1]
     facts = json.loads(shown.out)
     assert facts["effective"]["kv_dtype"] == "int8"
@@ -281,20 +273,20 @@ def test_the_plan_is_held_against_what_was_measured(
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
-def test_a_picture(pack: Path, tmp_path: Path, ending: str, begins: bytes) -> None:
+def test_a_picture(nf4_pack: Path, tmp_path: Path, ending: str, begins: bytes) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"speed.{ending}"
-    code, shown = run(small(model=str(pack), plot=path))
+    code, shown = run(small(model=str(nf4_pack), plot=path))
     assert code == 0 and shown.err == f" The picture is in {path}.\n"
     assert path.read_bytes().startswith(begins)
 
 
 def test_a_picture_in_text_where_matplotlib_is_missing(
-    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nf4_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     path = tmp_path / "speed.png"
-    code, shown = run(small(model=str(pack), plot=path))
+    code, shown = run(small(model=str(nf4_pack), plot=path))
     assert code == 0 and not path.exists()
     assert shown.err == (
         f" matplotlib is not installed (pip install 'localmimo[plot]'), so {path} is not written:\n"
@@ -304,12 +296,12 @@ def test_a_picture_in_text_where_matplotlib_is_missing(
     assert [line.split()[0] for line in chart[3:]] == [f"{n}–{n + 1}" for n in range(1, 16, 2)]
 
 
-def test_a_line_that_lives_while_it_runs(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_lives_while_it_runs(nf4_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localmimo.cli.ui.REDRAW_S", 0.0)
-    shown = run(small(model=str(pack)), terminal=True)[1]
+    shown = run(small(model=str(nf4_pack)), terminal=True)[1]
     assert re.search(r"\r depth 0 · run 1/2 · token \d/5 · [\d.]+ tok/s · experts ram \d+%", shown.err)
     assert " depth 64 · reading 24 of 24 tokens ━" in shown.err
-    assert "reading" not in run(small(model=str(pack)), terminal=True, quiet=True)[1].err
+    assert "reading" not in run(small(model=str(nf4_pack)), terminal=True, quiet=True)[1].err
 
 
 # ---- corpus ----

@@ -10,17 +10,11 @@ import torch
 from localmimo.cli.commands import doctor
 from localmimo.cli.ui import Ui
 from tests.cli.program import localmimo
-from tests.packs import make_pack
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("doctor"), experts="nf4", dense="int8", mtp=0)
-
-
-def test_a_healthy_machine_and_pack(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_healthy_machine_and_pack(nf4_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path / "home"))
-    code, out, err = localmimo("doctor", str(pack), "--json")
+    code, out, err = localmimo("doctor", str(nf4_pack), "--json")
     assert (code, err) == (0, "heavy: []\n")
     found = json.loads(out)
     findings = {finding["subject"]: finding for finding in found["findings"]}
@@ -30,11 +24,11 @@ def test_a_healthy_machine_and_pack(pack: Path, tmp_path: Path, monkeypatch: pyt
     assert all(f["fix"] for f in findings.values() if f["verdict"] != "ok")
 
 
-def test_a_damaged_pack_fails(pack: Path, tmp_path: Path) -> None:
+def test_a_damaged_pack_fails(nf4_pack: Path, tmp_path: Path) -> None:
     import shutil
 
     broken = tmp_path / "broken"
-    shutil.copytree(pack, broken)
+    shutil.copytree(nf4_pack, broken)
     file = broken / "experts-01.safetensors"
     content = bytearray(file.read_bytes())
     content[-100] ^= 1

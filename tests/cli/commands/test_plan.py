@@ -19,7 +19,6 @@ from localmimo.planning.hit_rates import assumed_hits, profile_hits, replayed_hi
 from localmimo.planning.memory import Plan, make_plan
 from localmimo.planning.throughput import Tiers, decode_range, disk_rates, estimate
 from tests.cli.program import localmimo
-from tests.packs import make_pack
 from tests.tiny import make_checkpoint
 
 DESCRIBED = ("--disk-read", "7GB/s", "--ram-read", "80GB/s")
@@ -49,11 +48,6 @@ def flash() -> Footprint:
     )
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("plan"), experts="nf4", dense="int8")
-
-
 def test_a_family_name_before_any_download() -> None:
     found = plan("mimo-v2-flash", "--ram", "96GiB", "-c", "32k")
     assert (found["pack_bytes"], found["plan"]["page_bytes"]) == (168_851_907_464, 13_373_440)
@@ -64,16 +58,16 @@ def test_a_family_name_before_any_download() -> None:
     assert footprint_of("XiaomiMiMo/MiMo-V2-Flash").name == found["model"]
 
 
-def test_a_pack_says_the_same_as_the_engine(pack: Path) -> None:
+def test_a_pack_says_the_same_as_the_engine(nf4_pack: Path) -> None:
     from localmimo import load
 
-    found = plan(str(pack), "--ram", "64MiB", "-c", "256")
-    with load(pack, ram="64MiB", context=256) as engine:
+    found = plan(str(nf4_pack), "--ram", "64MiB", "-c", "256")
+    with load(nf4_pack, ram="64MiB", context=256) as engine:
         assert found["plan"] == json.loads(json.dumps(engine.plan.as_dict()))
-    assert found["pack_bytes"] == sum(f.stat().st_size for f in pack.glob("*.safetensors"))
+    assert found["pack_bytes"] == sum(f.stat().st_size for f in nf4_pack.glob("*.safetensors"))
 
 
-def test_a_checkpoint_folder_and_its_config_alone_agree(tmp_path: Path, pack: Path) -> None:
+def test_a_checkpoint_folder_and_its_config_alone_agree(tmp_path: Path, nf4_pack: Path) -> None:
     folder = make_checkpoint(tmp_path / "hf", layout="fused-fp8", mtp=3)
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -106,15 +100,15 @@ def test_what_does_not_fit_says_what_would_help() -> None:
     assert "KV" not in str(refused.value).split("Give")[0]
 
 
-def test_a_refusal_in_json(pack: Path) -> None:
-    code, out, err = localmimo("plan", str(pack), "--ram", "1MiB", *DESCRIBED, "--json")
+def test_a_refusal_in_json(nf4_pack: Path) -> None:
+    code, out, err = localmimo("plan", str(nf4_pack), "--ram", "1MiB", *DESCRIBED, "--json")
     found = json.loads(out)
     assert code == 3 and found["fits"] is False and found["needed_bytes"] > found["ram_bytes"] == 1 << 20
     assert found["longest_context"] == 0
     assert "Give --ram " in err
 
 
-def test_a_gpu_is_arithmetic_and_says_so(pack: Path) -> None:
+def test_a_gpu_is_arithmetic_and_says_so(nf4_pack: Path) -> None:
     found = desk(ram="64GiB", vram="24GiB").answer()
     assert found.tiers.gpu_slots > 1000
     assert found.tiers.gpu_slots + found.tiers.ram_slots + found.tiers.disk_pages == 12_032
@@ -122,14 +116,18 @@ def test_a_gpu_is_arithmetic_and_says_so(pack: Path) -> None:
     alone = desk(ram="64GiB").answer()
     assert found.estimate.decode_tps[0] > alone.estimate.decode_tps[0]
     assert desk(ram="64GiB", vram="4GiB").answer().tiers.gpu_slots == 0
-    code, out, _ = localmimo("plan", str(pack), "--ram", "64MiB", "-c", "256", "--vram", "1GiB", *DESCRIBED)
+    code, out, _ = localmimo(
+        "plan", str(nf4_pack), "--ram", "64MiB", "-c", "256", "--vram", "1GiB", *DESCRIBED
+    )
     assert code == 0 and "not yet measured" in out and "nothing was placed on it" in out
     assert "\n longest context " in out and "with the fewest experts in memory\n" in out
-    code, out, _ = localmimo("plan", str(pack), "--ram", "64MiB", "-c", "4096", "--vram", "8GiB", *DESCRIBED)
+    code, out, _ = localmimo(
+        "plan", str(nf4_pack), "--ram", "64MiB", "-c", "4096", "--vram", "8GiB", *DESCRIBED
+    )
     assert code == 0 and re.search(
         r"as the context grows +GPU experts \d+ at first, \d+ at 4,096 tokens \(KV \+ ", out
     )
-    assert f" speed is an estimate. Check it: localmimo bench {pack} --check-plan\n" in out
+    assert f" speed is an estimate. Check it: localmimo bench {nf4_pack} --check-plan\n" in out
 
 
 @pytest.mark.parametrize(
@@ -146,8 +144,8 @@ def test_a_gpu_is_arithmetic_and_says_so(pack: Path) -> None:
         (("PACK", "--trace", "/no/such"), 2, "--trace: /no/such cannot be read (No such file or directory)"),
     ],
 )
-def test_bad_questions(pack: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
-    arguments = tuple(str(pack) if word == "PACK" else word for word in arguments)
+def test_bad_questions(nf4_pack: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
+    arguments = tuple(str(nf4_pack) if word == "PACK" else word for word in arguments)
     got, _, err = localmimo("plan", *arguments, "--ram", "96GiB")
     assert got == code and says in err and "Traceback" not in err
 
@@ -238,17 +236,17 @@ def test_a_trace_is_replayed() -> None:
     assert 0 <= low <= high <= 0.51
 
 
-def test_a_profile_gives_what_its_hottest_pages_answer(pack: Path) -> None:
+def test_a_profile_gives_what_its_hottest_pages_answer(nf4_pack: Path) -> None:
     from localmimo import load
 
-    asked = (pack, footprint_of(pack).pack[1], footprint_of(pack).config)  # type: ignore[index]
+    asked = (nf4_pack, footprint_of(nf4_pack).pack[1], footprint_of(nf4_pack).config)  # type: ignore[index]
     assert profile_hits(*asked, 8) is None
-    with load(pack, ram="64MiB", context=512) as engine, engine.session() as session:
+    with load(nf4_pack, ram="64MiB", context=512) as engine, engine.session() as session:
         for token in range(100):  # an answer might end sooner
             session.step(token % 50)
     few, many = profile_hits(*asked, 8), profile_hits(*asked, 32)
     assert few is not None and many is not None and 0 < few < many == 1.0
-    found = plan(str(pack), "--ram", "64MiB", "-c", "256")
+    found = plan(str(nf4_pack), "--ram", "64MiB", "-c", "256")
     assert found["hit_rate_origin"] == "every expert is in memory"
 
 
@@ -260,12 +258,12 @@ def test_measuring_a_disk_and_memory(tmp_path: Path) -> None:
     assert measure_ram(1, 1 << 22) > 1e8
 
 
-def test_what_a_measured_plan_says(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_measured_plan_says(nf4_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from localmimo.hardware import bandwidth as speeds
 
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
-    ask = ("plan", str(pack), "--ram", "64MiB", "-c", "256")
-    page, device = footprint_of(pack).page_bytes, pack.stat().st_dev
+    ask = ("plan", str(nf4_pack), "--ram", "64MiB", "-c", "256")
+    page, device = footprint_of(nf4_pack).page_bytes, nf4_pack.stat().st_dev
     speeds.keep("ram", {"read": 2e10})
     disk = {"together": 1e9, "alone": 5e8, "again": 1.1e9, "direct": True}
     speeds.keep(f"disk {device} {page}", disk)
@@ -289,8 +287,8 @@ def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert speeds.kept("ram") is None
 
 
-def test_structure_of_a_pack_counts_what_a_token_reads(pack: Path) -> None:
-    found = footprint_of(pack)
+def test_structure_of_a_pack_counts_what_a_token_reads(nf4_pack: Path) -> None:
+    found = footprint_of(nf4_pack)
     assert 0 < found.lookup_bytes < found.dense_bytes
     assert found.read_bytes + found.lookup_bytes == found.dense_bytes
     assert found.experts_bytes == found.page_bytes * 8 * 4

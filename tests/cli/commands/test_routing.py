@@ -16,7 +16,6 @@ from localmimo.experts.policy.trace import TraceWriter
 from localmimo.experts.store.placement import running, withdraw
 from quant import Pack
 from quant.conversion.recipe import Recipe
-from tests.packs import make_pack
 
 
 @pytest.fixture
@@ -101,21 +100,20 @@ def test_neither_loads_torch(trace: Path) -> None:
 # ---- stats ----
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def profiled_pack(bf16_pack: Path) -> Path:
     """A pack with four MoE layers of eight experts, and a profile of ten tokens."""
-    folder = make_pack(tmp_path_factory.mktemp("routing"))
-    with Pack.open(folder) as opened:
+    with Pack.open(bf16_pack) as opened:
         stats = RouterStats((1, 2, 3, 4), 8)
         for token in range(10):
             for layer in stats.layers:
                 stats.request(layer, [layer, 0 if token < 4 else 7])
-        assert stats.save(profile_path(folder, opened.id, "code"))
-    return folder
+        assert stats.save(profile_path(bf16_pack, opened.id, "code"))
+    return bf16_pack
 
 
-def test_stats_prints_a_line_per_layer(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["stats", str(pack), "--profile", "code"]) == 0
+def test_stats_prints_a_line_per_layer(profiled_pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["stats", str(profiled_pack), "--profile", "code"]) == 0
     out, err = capsys.readouterr()
     assert err.endswith("code.safetensors: 10 tokens\n")
     assert out.splitlines()[:2] == [
@@ -125,52 +123,55 @@ def test_stats_prints_a_line_per_layer(pack: Path, capsys: pytest.CaptureFixture
     assert len(out.splitlines()) == 5
 
 
-def test_stats_as_json(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["stats", str(pack), "--profile", "code", "--json"]) == 0
+def test_stats_as_json(profiled_pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["stats", str(profiled_pack), "--profile", "code", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (facts["tokens"], facts["profile"]) == (10.0, "code")
     assert facts["layers"][1]["chances"] == [0.4, 0, 1, 0, 0, 0, 0, 0.6]
 
 
-def test_a_recipe_for_the_hottest(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_for_the_hottest(
+    profiled_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "hot.toml"
-    assert run(["stats", str(pack), "--profile", "code", "--recipe", str(file), "--hot-share", "0.25"]) == 0
+    assert (
+        run(["stats", str(profiled_pack), "--profile", "code", "--recipe", str(file), "--hot-share", "0.25"])
+        == 0
+    )
     assert f"{file}: 8 experts get nf4-16." in capsys.readouterr().err
     recipe = Recipe.load(file)
     assert recipe.rules[:2] == (("layers.1.experts.1.*", "nf4-16"), ("layers.1.experts.7.*", "nf4-16"))
     assert (recipe.experts, recipe.dense) == ("nf4", "int8")
     for bad in (["--recipe", "hot.txt"], ["--hot-share", "0"], ["--hot-share", "1.5"]):
-        assert run(["stats", str(pack), *bad]) == 2
+        assert run(["stats", str(profiled_pack), *bad]) == 2
 
 
 def test_where_the_experts_lie_now(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    nf4_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_pack(tmp_path, experts="nf4", dense="int8")
-
     def held() -> list[dict[str, dict[str, int]]]:
-        assert run(["stats", str(folder), "--json"]) == 0
+        assert run(["stats", str(nf4_pack), "--json"]) == 0
         return [it["held"] for it in json.loads(capsys.readouterr().out.splitlines()[-1])["layers"]]
 
-    with load(folder, context=128) as engine:
+    with load(nf4_pack, context=128) as engine:
         engine.generate("first words", max_tokens=3)
     assert held() == [{}] * 4  # nobody has it open
-    with load(folder, context=128) as engine:
+    with load(nf4_pack, context=128) as engine:
         engine._store.wait_until_warm(30)
         engine.generate("more words", max_tokens=3)
         mine = str(os.getpid())
         assert [it[mine]["ram"] for it in held()] == [
             sum(at == layer for at, _ in engine._store.where()) for layer in engine.config.moe_layers
         ]
-        assert run(["stats", str(folder)]) == 0
+        assert run(["stats", str(nf4_pack)]) == 0
         assert f"held by {mine}" in capsys.readouterr().out
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        assert run(["stats", str(folder), "--plot", str(tmp_path / "map.png")]) == 0
+        assert run(["stats", str(nf4_pack), "--plot", str(tmp_path / "map.png")]) == 0
         out, err = capsys.readouterr()
         assert (
             "matplotlib is not installed" in err and "hottest" in out and not (tmp_path / "map.png").exists()
         )
-    assert held() == [{}] * 4 and not list((folder / "stats").glob("*.placement"))
+    assert held() == [{}] * 4 and not list((nf4_pack / "stats").glob("*.placement"))
 
 
 @pytest.mark.parametrize(
@@ -198,9 +199,12 @@ def test_what_a_killed_process_said_is_cleared_away(tmp_path: Path) -> None:
     assert kept == {f"default.{os.getppid()}.placement", *strange}
 
 
-def test_a_map_of_experts(pack: Path, tmp_path: Path) -> None:
+def test_a_map_of_experts(profiled_pack: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert run(["stats", str(pack), "--profile", "code", "--plot", str(tmp_path / "map.svg"), "-q"]) == 0
+    assert (
+        run(["stats", str(profiled_pack), "--profile", "code", "--plot", str(tmp_path / "map.svg"), "-q"])
+        == 0
+    )
     assert (
         b"tokens that use it" in (tmp_path / "map.svg").read_bytes()
         or (tmp_path / "map.svg").stat().st_size > 5000
@@ -208,12 +212,12 @@ def test_a_map_of_experts(pack: Path, tmp_path: Path) -> None:
 
 
 def test_no_statistics_bad_ones_and_no_pack(
-    pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    profiled_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["stats", str(pack), "--profile", "story"]) == 1
+    assert run(["stats", str(profiled_pack), "--profile", "story"]) == 1
     assert "There are no statistics in" in capsys.readouterr().err
-    assert run(["stats", str(pack), "--profile", "a/b"]) == 2
-    (pack / "stats" / "broken.safetensors").write_bytes(b"x" * 100)
-    assert run(["stats", str(pack), "--profile", "broken"]) == 1
+    assert run(["stats", str(profiled_pack), "--profile", "a/b"]) == 2
+    (profiled_pack / "stats" / "broken.safetensors").write_bytes(b"x" * 100)
+    assert run(["stats", str(profiled_pack), "--profile", "broken"]) == 1
     assert "cannot be used: the file has 100 bytes where 4 layers" in capsys.readouterr().err
     assert run(["stats", str(tmp_path)]) == 4

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from localmimo.mini import CHECKPOINT
-from tests.packs import make_pack
 
 ROOT = Path(__file__).parents[3]
 PYTHON = [sys.executable, "-m", "localmimo"]
@@ -56,11 +55,6 @@ class Terminal:
         return code
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("terminal"))
-
-
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     keep = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
@@ -68,8 +62,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def terminal(pack: Path, environment: dict[str, str]) -> Iterator[Terminal]:
-    terminal = Terminal([*PYTHON, "chat", str(pack), "-c", "4k", "--temp", "0"], environment)
+def terminal(bf16_pack: Path, environment: dict[str, str]) -> Iterator[Terminal]:
+    terminal = Terminal([*PYTHON, "chat", str(bf16_pack), "-c", "4k", "--temp", "0"], environment)
     yield terminal
     if terminal.program.poll() is None:
         terminal.program.kill()
@@ -104,22 +98,22 @@ def test_a_conversation(terminal: Terminal) -> None:
     assert terminal.close() == 0
 
 
-def test_one_shot_in_a_terminal(pack: Path, environment: dict[str, str]) -> None:
-    terminal = Terminal([*PYTHON, "chat", str(pack), "hello", "-n", "4"], environment)
+def test_one_shot_in_a_terminal(bf16_pack: Path, environment: dict[str, str]) -> None:
+    terminal = Terminal([*PYTHON, "chat", str(bf16_pack), "hello", "-n", "4"], environment)
     terminal.wait_for("cut at --max-tokens")
     terminal.wait_for("4,096")
     assert terminal.close() == 0
 
 
-def test_no_colour_when_asked_or_piped(pack: Path, environment: dict[str, str]) -> None:
+def test_no_colour_when_asked_or_piped(bf16_pack: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        [*PYTHON, "chat", str(pack), "hello", "-n", "4", "--stats"],
+        [*PYTHON, "chat", str(bf16_pack), "hello", "-n", "4", "--stats"],
         capture_output=True,
         cwd=ROOT,
         env=environment,
     )
     assert done.returncode == 0 and b"\x1b" not in done.stdout + done.stderr
-    terminal = Terminal([*PYTHON, "verify", str(pack)], environment | {"NO_COLOR": "1"})
+    terminal = Terminal([*PYTHON, "verify", str(bf16_pack)], environment | {"NO_COLOR": "1"})
     assert "\x1b[1" not in terminal.wait_for("checksums ok") and "\x1b[2m" not in terminal.shown
 
 

@@ -11,7 +11,6 @@ from localmimo import load
 from localmimo.decode.sampler import Sampling
 from localmimo.experts.store.memory_pressure import MemoryPressure, low_bytes, slots_wanted
 from localmimo.hardware.host import _cgroup
-from tests.packs import make_pack
 
 GIB = 1 << 30
 
@@ -41,13 +40,12 @@ def test_a_small_machine_keeps_a_twentieth_free() -> None:
     assert low_bytes(2 * GIB) == 2 * GIB // 20
 
 
-def test_slots_go_and_come_back_in_mid_answer(tmp_path: Path) -> None:
+def test_slots_go_and_come_back_in_mid_answer(bf16_pack: Path) -> None:
     """Tokens are the same while another program takes the memory and gives it back."""
-    pack = make_pack(tmp_path, seed=3)
     prompt, answers = [5, 9, 13, 40, 41, 42, 99, 7], []
     free = [64 * GIB]
     for squeezed in (False, True):
-        with load(pack, context=256, profile=None) as engine:
+        with load(bf16_pack, context=256, profile=None) as engine:
             store = engine._store
             pressure = MemoryPressure(store, 4 * GIB, GIB, lambda: free[0], interval_s=0.002)
             seen = {store.n_slots}
@@ -67,9 +65,9 @@ def test_slots_go_and_come_back_in_mid_answer(tmp_path: Path) -> None:
     assert min(seen) < max(seen)
 
 
-def test_a_step_and_a_resize_at_once(tmp_path: Path) -> None:
+def test_a_step_and_a_resize_at_once(bf16_pack: Path) -> None:
     """Resizing from another thread waits for the layer that is running."""
-    with load(make_pack(tmp_path, seed=4), context=256, profile=None) as engine:
+    with load(bf16_pack, context=256, profile=None) as engine:
         over = threading.Event()
 
         def shake() -> None:
@@ -109,11 +107,10 @@ def test_the_tightest_group_around_the_process_counts(tmp_path: Path) -> None:
     assert _cgroup(tmp_path, tmp_path / "nothing") == (9_000_000, 1_000_000)
 
 
-def test_the_policy_forecasts_nothing_where_every_page_has_a_slot(tmp_path: Path) -> None:
+def test_the_policy_forecasts_nothing_where_every_page_has_a_slot(bf16_pack: Path) -> None:
     """Forecasts cost more than such a step itself."""
-    pack = make_pack(tmp_path, seed=5)
-    with load(pack, context=256, profile=None) as roomy:
+    with load(bf16_pack, context=256, profile=None) as roomy:
         assert roomy.plan.n_slots == roomy.plan.n_pages and roomy._store._policy._only_count
         tight = roomy.plan.used_bytes - roomy.plan.page_bytes
-    with load(pack, context=256, profile=None, ram=tight) as engine:
+    with load(bf16_pack, context=256, profile=None, ram=tight) as engine:
         assert engine.plan.n_slots < engine.plan.n_pages and not engine._store._policy._only_count

@@ -1,7 +1,8 @@
 """The GPU tier, with the device "cpu": who is uploaded, that it pays back, and that placement never changes a sum."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +16,17 @@ from localmimo.experts.policy.promotion import HORIZON, Costs, Swap, choose, mos
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.gpu_slots import EVERY, GpuSlots
 from localmimo.experts.tiers.tiers import GpuTier
-from quant import Pack, Recipe
+from quant import Pack
 from quant.pack.pack import experts_of
 from tests.gpu.pages import relative
-from tests.packs import make_pack
 
 CHEAP = Costs(saved_s=1e-3, upload_s=1e-3)
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return Pack.open(make_pack(tmp_path_factory.mktemp("gpu"), recipe=Recipe("nf4", "bf16"), seed=8))
+def pack(packs: Callable[[str], Path]) -> Iterator[Pack]:
+    with Pack.open(packs("nf4-experts")) as pack:
+        yield pack
 
 
 def shelf(pack: Pack, n_slots: int, chances: Mapping[Page, float], costs: Costs = CHEAP) -> GpuSlots:
