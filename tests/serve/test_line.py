@@ -51,3 +51,38 @@ def test_any_order_of_leaving_serves_everybody_once(seed: int) -> None:
         assert served == sorted(served) and not line.busy and line.mean_s > 0
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_the_time_to_come_back_is_about_one_answer() -> None:
+    async def scenario() -> None:
+        line = RequestQueue(3)
+
+        def answer(seconds: float) -> int:
+            line.remove(line.join(), seconds)
+            return line.retry_s()
+
+        assert line.retry_s() == 1  # nothing is known
+        assert answer(10.0) == 10 and answer(20.0) == 12  # the last one weighs a fifth
+        assert answer(0.0) == 10  # 9.6, rounded up
+        assert answer(10_000.0) == 600  # nobody is told to wait for longer
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
+def test_only_the_first_one_calls_the_next() -> None:
+    async def scenario() -> None:
+        line = RequestQueue(3)
+        first, second, third = (line.join() for _ in range(3))
+        assert line.n_waiting == 2
+        second.leave()  # gave up: the first one is still being served
+        waiting = asyncio.create_task(third.turn())
+        await asyncio.sleep(0.01)
+        assert not waiting.done() and third.n_before == 1 and line.n_waiting == 1
+        second.leave()
+        assert line.mean_s == 0
+        first.leave()
+        await waiting
+        first.leave()
+        assert third.n_before == 0 and line.n_waiting == 0 and line.busy
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
