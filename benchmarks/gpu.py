@@ -161,7 +161,7 @@ def engine(bench: Bench) -> Facts:
         with load(**plain, device=str(bench.facts), vram=budget) as one:
             same = sum(sum(_followed(one, *pair)) for pair in zip(prompts, wanted, strict=True))
             own = one.generate(prompts[0], max_tokens=n, sampling=greedy).tokens
-            traffic = one.traffic
+            traffic = one.counters
             out[name] = {
                 "same": same, "of": sum(map(len, wanted)), "own_answer_same": own == wanted[0],
                 "gpu_slots": one.plan.gpu_slots, "pinned": one.effective()["pinned"],

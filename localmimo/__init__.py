@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from localmimo.engine import Completion, Engine, load
     from localmimo.errors import (
         BadModel,
+        BadPack,
         BadRequest,
         BadSession,
         Cancelled,
         ContextFull,
         DoesNotFit,
         LocalMimoError,
+        NoDevice,
     )
     from localmimo.tools.tool import Tool
 
@@ -43,15 +45,18 @@ _MODULES = {
     "Stats": "decode.steps",
     "LocalMimoError": "errors",
     "BadModel": "errors",
+    "BadPack": "errors",
     "BadRequest": "errors",
     "BadSession": "errors",
     "Cancelled": "errors",
     "ContextFull": "errors",
     "DoesNotFit": "errors",
+    "NoDevice": "errors",
 }
 
 __all__ = [
     "BadModel",
+    "BadPack",
     "BadRequest",
     "BadSession",
     "Cancelled",
@@ -61,6 +66,7 @@ __all__ = [
     "Engine",
     "LocalMimoError",
     "Message",
+    "NoDevice",
     "Run",
     "Sampling",
     "Session",
@@ -76,3 +82,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'localmimo' has no attribute {name!r}")
     return getattr(import_module(f"localmimo.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

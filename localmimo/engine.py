@@ -1,9 +1,8 @@
-"""Engine: an opened pack, ready to answer. `load` assembles it; generate, stream, chat, session and logits use it.
+"""Engine: an opened pack, ready to answer. `load` opens it; generate, stream, chat, agent, session and logits use it.
 
-The Python API. Knows every room to its left; knows nothing of terminals or HTTP.
+The Python API. Must not know terminals or HTTP.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, NoReturn, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -24,38 +23,28 @@ from localmimo.chat.tokenizer import Tokenizer
 from localmimo.decode.answer import Answer, Message
 from localmimo.decode.batch import Batch
 from localmimo.decode.constraint import Constraints
-from localmimo.decode.cuda_graphs import Graphs
-from localmimo.decode.draft_depth import Draft, depth_policy_of
+from localmimo.decode.draft_depth import Draft
 from localmimo.decode.generation import Generation, PlainTextParser
 from localmimo.decode.grammar import Grammar
-from localmimo.decode.mtp import load_heads
 from localmimo.decode.options import GenerationOptions
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.request import PromptLimits, remember
+from localmimo.decode.sampler import Sampling, sampling_of
 from localmimo.decode.session import Progress, Session
+from localmimo.decode.sessions import Sessions
 from localmimo.decode.speculative import SpeculativeSteps
 from localmimo.decode.steps import DraftStats, FinishReason, Stats, Step
-from localmimo.errors import BadModel, BadRequest, ContextFull
+from localmimo.errors import BadRequest
 from localmimo.experts.compute.cpu_runner import Record
-from localmimo.experts.compute.hybrid_runner import HybridRunner, runner_of
-from localmimo.experts.store.store import PageCounters
-from localmimo.hardware.device import out_of_memory
-from localmimo.hardware.unpack_threshold import settle
-from localmimo.kv.session_file import SessionIdentity
+from localmimo.experts.store.counters import PageCounters
 from localmimo.limits import PREFILL_CHUNK
-from localmimo.loading.embedded import embedded_pack
-from localmimo.loading.expert_cache import ExpertCache
 from localmimo.loading.options import Dtype, Kv, LoadOptions
-from localmimo.mini import NAME
-from localmimo.model.config import ModelConfig
-from localmimo.model.transformer import Transformer
-from localmimo.model.weight_shapes import check_shapes
-from localmimo.model.weights import OnDevice, OnProgress, ReportedWeights, load_weights
+from localmimo.loading.parts import EngineParts, open_parts
+from localmimo.model.weights import OnProgress
 from localmimo.tools.tool import LIMIT_S, MAX_CHARS, Tool, tools_of
-from quant import Pack
-from quant.ops.linear import backend
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Callable[..., Any] | Tool | Mapping[str, Any]]
+CLOSED = "The engine was closed: load the pack again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +72,11 @@ def load(
     trust: bool = False,
     draft: Draft = "auto",
     max_batch: int = 1,
-    hear: OnProgress = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> "Engine":
     """Open a pack; None and "mimo-mini" open the embedded model.
 
-    context: positions to make room for (default: 32,768 or the model's own limit). ram: bytes or "96GiB", for
+    context: positions of a sequence (default: 32,768 or the model's own limit). ram: bytes or "96GiB", for
     everything but the interpreter and its libraries (default: what is free, less a reserve). device: "cpu", "cuda"
     or "cuda:1"; "auto" is a GPU that can be used and is large enough, else the CPU. vram: of it, for dense weights,
     KV and the hottest experts (default: what is free). dtype: of the activations ("auto": bfloat16 on a GPU). kv:
@@ -95,53 +84,33 @@ def load(
     keys that a window layer sees, with the token itself (default: the config's). profile: name of the router
     statistics to start from and to add to when the engine closes; None keeps none. prefetch: read ahead of the
     router while that pays. trust: skip the pages' checksums. draft: tokens that the model's draft heads propose at
-    a time, 0 to 3; "auto" measures what pays; 0 does not load them. max_batch: timelines that `generate` advances
-    together, each with room for the whole context. hear: told of the dense tensors' bytes read, and of how many.
-    Raises BadPack, BadModel, NoDevice, or DoesNotFit with the numbers.
+    a time, 0 to 3; "auto" measures what pays; 0 does not load them. max_batch: sequences that `generate` advances
+    together, each with memory for the whole context. on_progress: called with the bytes of dense tensors read so
+    far, and in all. Raises BadPack, BadModel, BadRequest, NoDevice, or DoesNotFit with the numbers.
     """
-    opening = LoadOptions(
+    options = LoadOptions(
         context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv, profile=profile,
         prefetch=prefetch, trust=trust, draft=draft, max_batch=max_batch,
     )  # fmt: skip
-    pack = Pack.open(embedded_pack() if path in (None, NAME) else Path(path).expanduser())
-    config = ModelConfig.parse(pack.config, window_keys)
-    if pack.page is None or not config.moe_layers:
-        raise BadModel(
-            f"{pack.path} has no routed experts; localmimo runs MiMo-V2's mixture-of-experts models."
-        )
-    check_shapes(pack, config)
-    try:
-        return Engine(pack, config, opening, hear)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
+    return Engine(open_parts(path, options, window_keys, on_progress))
 
 
 class Engine:
     """One opened pack. Thread-safe: one generation at a time, the others wait."""
 
-    def __init__(self, pack: Pack, config: ModelConfig, opening: LoadOptions, hear: OnProgress) -> None:
-        self.pack = pack
-        self.config = config
-        opening, self.device, self.plan = opening.place(pack, config)
-        self._opening = opening
-        gpu = self.device.torch() if self.device.is_gpu else None
-        self._pager = ExpertCache(
-            pack, config, self.plan,
-            profile=opening.profile, prefetch=opening.prefetch, trust=opening.trust,
-            device=gpu, dtype=opening.activation_dtype,
-        )  # fmt: skip
-        self._store = self._pager.store
-        dense = ReportedWeights(pack, self.plan.n_drafts, hear)
-        source = dense if gpu is None else OnDevice(dense, gpu)
-        self._model = Transformer(config, load_weights(source, config), opening.activation_dtype)
-        self._unpacked_from = self._crossovers() if self.device.is_gpu else {}
-        self._experts = runner_of(self._store, self.plan.page_bytes, gpu)
-        self._graphs = Graphs(self._model, self._experts) if isinstance(self._experts, HybridRunner) else None
-        self._heads = load_heads(source, self._model, self.plan.n_drafts)
-        self._pace = depth_policy_of(opening.draft, self.plan.n_drafts)
-        self._timelines: list[Session] = []
-        self._holder: int | None = None  # the thread that is using the timeline
-        self._lock = threading.Lock()
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+        self.pack = parts.pack
+        self.config = parts.config
+        self.device = parts.device
+        self.plan = parts.plan
+        self._model = parts.model
+        self._experts = parts.experts
+        self._graphs = parts.graphs
+        self._store = parts.expert_cache.store
+        self._sessions = Sessions(parts.new_session, released=parts.expert_cache.publish)
+        self._depth_policy = parts.new_depth_policy()
+        self.limits = PromptLimits(parts.config.vocab_size, parts.plan.context, parts.config.max_context)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -158,47 +127,14 @@ class Engine:
         """The way from messages to tokens, with the memory of what was sampled."""
         return Prompts(self.template, self.tokenizer)
 
+    @cached_property
+    def _constraints(self) -> Constraints:
+        return Constraints(self.tokenizer, self.config.vocab_size)
+
     @property
     def context(self) -> int:
         """Positions of a session."""
         return self.plan.context
-
-    @cached_property
-    def identity(self) -> SessionIdentity:
-        """What a saved session must agree with."""
-        return SessionIdentity(
-            model=self.pack.name,
-            pack=self.pack.id,
-            config=hashlib.sha256(repr(self.config).encode()).hexdigest(),
-            kv=str(self._opening.kv_dtype).removeprefix("torch."),
-            dtype=str(self._opening.activation_dtype).removeprefix("torch."),
-        )
-
-    def effective(self) -> dict[str, Any]:
-        """The configuration in force, for people and for JSON."""
-        return {
-            "model": self.pack.name,
-            "pack": str(self.pack.path),
-            "pack_id": self.pack.id,
-            "experts": "+".join(self.pack.layouts),
-            "device": str(self.device),
-            "gpu": self.device.title or None,
-            "note": self.device.note or None,
-            "dtype": str(self._opening.activation_dtype).removeprefix("torch."),
-            "kv_dtype": str(self._opening.kv_dtype).removeprefix("torch."),
-            "kernels": f"triton+{backend()}" if self.device.is_gpu else backend(),
-            "graphs": None if self._graphs is None else self._graphs.refused or "on",
-            "unpacked_from": self._unpacked_from or None,
-            "threads": torch.get_num_threads(),
-            "window_keys": self.config.mtp_layer.window,
-            "context": self.context,
-            "draft": {"setting": self._opening.draft, "heads": self.plan.n_drafts},
-            "max_batch": self.plan.max_batch,
-            **self._pager.facts(),
-            "prefetch": self._opening.prefetch,
-            "trust": self._opening.trust,
-            "plan": self.plan.as_dict(),
-        }
 
     @property
     def n_slots(self) -> int:
@@ -206,17 +142,30 @@ class Engine:
         return self._store.n_slots
 
     @property
-    def traffic(self) -> PageCounters:
+    def counters(self) -> PageCounters:
         """What was asked of the expert store since the engine was opened."""
         return self._store.traffic.copy()
 
-    def ahead(self, session: Session, stats: DraftStats) -> SpeculativeSteps:
-        """Steps a session with this engine's drafts, as `stream` does, and counts them. `settle` ends it."""
-        return SpeculativeSteps(session, self._pace, stats, lambda: self._store.traffic.n_pages)
+    def effective(self) -> dict[str, Any]:
+        """The configuration in force, for people and for JSON."""
+        return self._parts.effective()
 
-    def record(self, hear: Record | None) -> None:
-        """Tell `hear` of every choice of experts from now on: layer and experts [n, k]. None ends it."""
-        self._experts.record = hear
+    def __repr__(self) -> str:
+        state = "closed" if self._sessions.is_closed else f"{self.n_slots:,} expert slots"
+        return (
+            f"<Engine {self.pack.name} from {self.pack.path} on {self.device}: "
+            f"context {self.context:,}, {state}>"
+        )
+
+    # ---- measuring ----
+
+    def speculative_steps(self, session: Session, stats: DraftStats) -> SpeculativeSteps:
+        """Steps a session with this engine's drafts, as `stream` does, and counts them. `settle` ends it."""
+        return SpeculativeSteps(session, self._depth_policy, stats, lambda: self._store.traffic.n_pages)
+
+    def record(self, observer: Record | None) -> None:
+        """Call `observer` with every choice of experts from now on: layer and experts [n, k]. None ends it."""
+        self._experts.record = observer
 
     # ---- text ----
 
@@ -245,7 +194,7 @@ class Engine:
         prompt: str | Messages,
         *,
         tokens: Sequence[int] | None = None,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         think: bool | None = None,
@@ -271,10 +220,10 @@ class Engine:
         Closing the iterator stops the generation; setting `cancel` from any thread does so within a layer.
         Raises BadRequest, ContextFull.
         """
-        chat = not isinstance(prompt, str)
+        self._sessions.demand_open()
         schemas, _ = tools_of(tools)
         options = GenerationOptions(
-            sampling=sampling or Sampling(),
+            sampling=sampling_of(sampling),
             max_tokens=max_tokens,
             stop=stop,
             think=think,
@@ -288,18 +237,29 @@ class Engine:
             cancel=cancel or threading.Event(),
             progress=progress,
         )
-        asked = self._asked(prompt, schemas, think) if tokens is None else Prompt("", list(tokens))
-        self._check_tokens(asked.tokens)
-        answer = Answer()
-        with self._borrow(session) as timeline:
+        asked = self._prompt(prompt, schemas, think) if tokens is None else Prompt("", list(tokens))
+        yield from self.answer(asked, options, chat=not isinstance(prompt, str), session=session)
+
+    def answer(
+        self, prompt: Prompt, options: GenerationOptions, *, chat: bool, session: Session | None = None
+    ) -> Iterator[Step]:
+        """`stream` for a prompt that is tokens already; the answer is remembered by its messages or its text."""
+        self._sessions.demand_open()
+        self.limits.check(prompt.tokens)
+        answer, remembered = Answer(), False
+        with self._sessions.use_one(session) as current:
             try:
-                for step in self._generation(timeline, asked.tokens, options, chat=chat).run(asked.tokens):
+                for step in self._generation(current, prompt.tokens, options, chat=chat).run(prompt.tokens):
                     answer.add(step)
+                    if (
+                        step.finish_reason is not None
+                    ):  # before it is shown: the next prompt may follow at once
+                        remembered = True
+                        self._remember(prompt, answer, options)
                     yield step
             finally:
-                if chat and tokens is None:
-                    whole = answer.finish_reason in ("stop", "tool_calls") and not stop
-                    self.prompts.remember(asked, answer.message().as_dict(), answer.tokens, whole=whole)
+                if not remembered:
+                    self._remember(prompt, answer, options)
 
     @overload
     def generate(self, prompt: str, **options: Any) -> Completion: ...
@@ -311,23 +271,25 @@ class Engine:
         A text of a list becomes what it becomes alone; the stats of expert pages are those of all together.
         """
         if isinstance(prompt, list):
+            options["sampling"] = sampling_of(options.get("sampling"))
             return self._generate_together(prompt, GenerationOptions(**options))
         return _completion(self.stream(prompt, **options))
 
     def _generate_together(self, prompts: list[str], options: GenerationOptions) -> list[Completion]:
-        tokens = [self._check_tokens(self._asked(prompt, None, None).tokens) for prompt in prompts]
+        self._sessions.demand_open()
+        tokens = [self._prompt(prompt, None, None).tokens for prompt in prompts]
+        for one_prompt in tokens:
+            self.limits.check(one_prompt)
         steps: list[list[Step]] = [[] for _ in prompts]
-        with self._borrow(None):
-            while len(self._timelines) < min(self.plan.max_batch, len(prompts)):
-                self._timelines.append(self._new_session())
+        with self._sessions.use(min(self.plan.max_batch, len(prompts))) as sessions:
             batch = Batch(
                 tokens,
-                self._timelines,
-                lambda n, timeline: self._generation(timeline, tokens[n], options, chat=False),
+                sessions,
+                lambda n, session: self._generation(session, tokens[n], options, chat=False),
             )
             for number, step in batch.run():
                 steps[number].append(step)
-        return [_completion(said) for said in steps]
+        return [_completion(given) for given in steps]
 
     def chat(self, messages: Messages, *, tools: Tools | None = None, **options: Any) -> Message:
         """The assistant's next turn; its `run_tools` runs those tools that are functions. Options as for `stream`."""
@@ -366,9 +328,9 @@ class Engine:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """The engine's timeline, for you alone until the `with` block ends: sync, step, rewind."""
-        with self._borrow(None) as timeline:
-            yield timeline
+        """The engine's session, for you alone until the `with` block ends: sync, step, rewind."""
+        with self._sessions.use_one(None) as session:
+            yield session
 
     def logits(self, tokens: Sequence[int], *, chunk: int = PREFILL_CHUNK) -> Tensor:
         """Logits float32 [n, vocab] after each of n tokens, read from an empty context `chunk` tokens at a time.
@@ -379,111 +341,50 @@ class Engine:
 
     def logit_rows(self, tokens: Sequence[int], *, chunk: int = PREFILL_CHUNK) -> Iterator[Tensor]:
         """The same logits as they are computed: float32 [at most chunk, vocab] at a time."""
-        tokens = self._check_tokens(list(tokens))
-        with self._borrow(None) as timeline:
-            yield from timeline.logits(tokens, chunk)
+        tokens = list(tokens)
+        self.limits.check(tokens)
+        with self._sessions.use_one(None) as session:
+            yield from session.logits(tokens, chunk)
 
     # ---- inside ----
 
-    def _asked(
+    def _prompt(
         self, prompt: str | Messages, tools: Sequence[Mapping[str, Any]] | None, think: bool | None
     ) -> Prompt:
         if not isinstance(prompt, str):
-            asked = self.prompts.build(prompt, tools, think)
-        elif prompt.strip():
-            asked = Prompt(prompt, self.encode(prompt))
-        else:
+            return self.prompts.build(prompt, tools, think)
+        if not prompt.strip():
             raise BadRequest("The prompt is empty: say something.")
-        return asked
-
-    def _opens_thinking(self, tokens: Sequence[int]) -> bool:
-        return self.decode(tokens[-8:]).rstrip().endswith("<think>")
-
-    def _check_tokens(self, tokens: list[int]) -> list[int]:
-        if not tokens:
-            raise BadRequest("The prompt is empty: give at least one token.")
-        if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
-            raise BadRequest(
-                f"Token {max(tokens)} is outside the model's vocabulary of {self.config.vocab_size:,}."
-            )
-        if len(tokens) > self.context:
-            raise ContextFull(
-                f"The prompt has {len(tokens):,} tokens and the context {self.context:,}: "
-                f"give a longer --context (this model: up to {self.config.max_context:,}) or a shorter prompt."
-            )
-        return tokens
+        return Prompt("", self.encode(prompt))
 
     def _generation(
-        self, timeline: Session, tokens: list[int], options: GenerationOptions, *, chat: bool
+        self, session: Session, tokens: list[int], options: GenerationOptions, *, chat: bool
     ) -> Generation:
-        thinking = chat and self._opens_thinking(tokens)
+        thinking = chat and self.decode(tokens[-8:]).rstrip().endswith("<think>")
         return Generation(
-            session=timeline,
+            session=session,
             tokenizer=self.tokenizer,
             parser=StreamParser(options.callable, thinking) if chat else PlainTextParser(),
             sampling=self._constraints.sampling(options),
             rules=options.rules,
-            traffic=lambda: self._store.traffic,
+            counters=lambda: self._store.traffic,
             cancel=options.cancel,
             progress=options.progress,
-            pace=self._pace,
+            depth_policy=self._depth_policy,
             constraint=self._constraints.follow(options, tokens, chat=chat, thinking=thinking),
         )
 
-    @cached_property
-    def _constraints(self) -> Constraints:
-        return Constraints(self.tokenizer, self.config.vocab_size)
+    def _remember(self, prompt: Prompt, answer: Answer, options: GenerationOptions) -> None:
+        remember(prompt, answer, options.stop, self.prompts, self.tokenizer)
 
-    def _crossovers(self) -> dict[str, int]:
-        """From how many tokens on packed matrices are unpacked on the GPU; with float32 activations that is fixed."""
-        if self._model.dtype != torch.bfloat16:
-            return {}
-        attention = (block.attention for block in self._model.weights.blocks)
-        return settle(
-            (q for one in attention for q in (one.qkv, one.o)), self._model.device, self.device.title
-        )
-
-    @contextmanager
-    def _borrow(self, session: Session | None) -> Iterator[Session]:
-        """The engine's own timeline, for one caller at a time: the plan counts one KV cache. Others wait.
-
-        A plain lock, not a re-entrant one: a generator may be advanced from another thread than it was begun in.
-        """
-        if session is not None and session in self._timelines and self._holder is not None:
-            yield session  # lent out by `session`, whose block is still open
-            return
-        if self._holder == threading.get_ident():
-            raise BadRequest(
-                "The engine is answering already in this thread: finish or close that answer first."
-            )
-        with self._lock:
-            self._holder = threading.get_ident()
-            if not self._timelines:
-                self._timelines.append(self._new_session())
-            try:
-                yield self._timelines[0]
-            finally:
-                self._holder = None
-                self._pager.publish()
-
-    def _new_session(self) -> Session:
-        return Session(
-            self._model,
-            self._experts,
-            self.context,
-            self._opening.kv_dtype,
-            segment_tokens=self.plan.stretch_tokens,
-            identity=self.identity,
-            heads=self._heads,
-            shrink=(self._graphs or self._experts).shrink,
-            pool=self._store.gpu,
-            graphs=self._graphs,
-        )
+    # ---- its end ----
 
     def close(self) -> None:
-        """Stop reading, save the router statistics and give the memory back."""
-        self._pager.close()
-        self._timelines.clear()
+        """Stop reading, save the router statistics and give the memory back; an answer in another thread is stopped."""
+        if self._sessions.is_closed:
+            return
+        self._sessions.close(CLOSED)
+        self._parts.close()
         if "template" in self.__dict__:
             self.template.close()
 
@@ -494,6 +395,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "An engine cannot be copied or pickled: it holds files, threads and memory. Load the pack again instead."
+        )
 
 
 def _completion(steps: Iterable[Step]) -> Completion:

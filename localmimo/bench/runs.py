@@ -179,10 +179,10 @@ class TimedSession:
 
     def cost(self, work: Callable[[], Tensor]) -> tuple[int, StepCost]:
         """The token that `work` returns, and what the work cost."""
-        position, before, start_s = self.session.position, self.engine.traffic, perf_counter()
+        position, before, start_s = self.session.position, self.engine.counters, perf_counter()
         token = int(work())
         seconds = perf_counter() - start_s
-        counters = self.engine.traffic.since(before)
+        counters = self.engine.counters.since(before)
         return token, StepCost(self.session.position - position, seconds, counters)
 
     def warm_up(self, tokens: list[int], n: int) -> None:
@@ -194,7 +194,7 @@ class TimedSession:
         self, token: int, tokens: Sequence[int], drafts: DraftStats, recorder: TraceRecorder | None
     ) -> Iterator[StepCost]:
         """Answer with `token` and as many tokens as `tokens` has after its first; yields the cost of each of these."""
-        ahead = self.engine.ahead(self.session, drafts)
+        ahead = self.engine.speculative_steps(self.session, drafts)
         try:
             for n, corpus_token in enumerate(tokens[:-1]):
                 answered = token if self.corpus.is_text else corpus_token

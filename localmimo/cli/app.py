@@ -35,7 +35,15 @@ from localmimo.cli.options import (
     complain,
     ui_of,
 )
-from localmimo.errors import BadModel, BadRequest, Cancelled, DoesNotFit, LocalMimoError
+from localmimo.errors import (
+    BadModel,
+    BadPack,
+    BadRequest,
+    Cancelled,
+    DoesNotFit,
+    LocalMimoError,
+    with_flags,
+)
 
 # Public name of nothing in typer: BadParameter's parent is the usage error, and its parent every shown error.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -218,7 +226,7 @@ def _fail(error: Exception, settings: Settings) -> int:
         traceback.print_exc()
     code = exit_code(error)
     if code is not None:
-        return complain(str(error), code)
+        return complain(with_flags(error), code)
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return complain(f"{error.strerror}{where}.", FAILED)
@@ -230,14 +238,16 @@ def exit_code(error: Exception) -> int | None:
     """The exit code of an error raised on purpose, None for any other."""
     if isinstance(error, LocalMimoError):
         known: list[tuple[type[Exception], int]] = [
-            (DoesNotFit, NO_ROOM), (BadModel, BAD_PACK), (BadRequest, USAGE), (Cancelled, INTERRUPTED)
+            (DoesNotFit, NO_ROOM), (BadModel, BAD_PACK), (BadPack, BAD_PACK), (BadRequest, USAGE),
+            (Cancelled, INTERRUPTED),
         ]  # fmt: skip
     else:
-        from quant.errors import BadCheckpoint, BadPack, BadRecipe, NoSpace, QuantError
+        from quant.errors import BadCheckpoint, BadRecipe, NoSpace, QuantError
+        from quant.errors import BadPack as QuantBadPack
 
         if not isinstance(error, QuantError):
             return None
-        known = [(NoSpace, NO_ROOM), (BadPack, BAD_PACK), (BadCheckpoint, BAD_PACK), (BadRecipe, USAGE)]
+        known = [(NoSpace, NO_ROOM), (QuantBadPack, BAD_PACK), (BadCheckpoint, BAD_PACK), (BadRecipe, USAGE)]
     return next((code for kind, code in known if isinstance(error, kind)), FAILED)
 
 

@@ -69,7 +69,7 @@ def open_engine(
             dtype=flags.dtype, kv=flags.kv,  # type: ignore[arg-type]
             profile=None if flags.profile == "none" else flags.profile,
             prefetch=flags.prefetch, trust=flags.trust, draft=flags.draft,  # type: ignore[arg-type]
-            hear=heard,
+            on_progress=heard,
         )  # fmt: skip
     finally:
         ui.status.clear()

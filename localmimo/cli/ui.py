@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
-from localmimo.errors import BadRequest
+from localmimo.errors import BadRequest, with_flags
 
 if TYPE_CHECKING:
     from localmimo.engine import Engine
@@ -55,7 +55,7 @@ class Ui:
         """How the model was fitted into the machine, and what stood in the way of a better place."""
         self.parts(str(engine.plan).split(" · "))
         if note := engine.effective().get("note"):
-            self.note(f"  The CPU computes: {note}")
+            self.note(f"  The CPU computes: {with_flags(note)}")
 
     def configuration(self, engine: Engine, *, always: bool = False) -> None:
         """What is in force, a line each, with -v or `always`; the plan is shown elsewhere."""

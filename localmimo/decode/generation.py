@@ -77,10 +77,10 @@ class Generation:
     parser: Parser
     sampling: Sampling
     rules: StopRules
-    traffic: Callable[[], PageCounters]
+    counters: Callable[[], PageCounters]
     cancel: Event = field(default_factory=Event)
     progress: Progress | None = None
-    pace: DepthPolicy = field(default_factory=lambda: FixedDepth(0))
+    depth_policy: DepthPolicy = field(default_factory=lambda: FixedDepth(0))
     constraint: Constraint | None = None
     stats: Stats = field(default_factory=Stats)
     reason: FinishReason | None = None  # why it is over; None while it goes on
@@ -100,7 +100,7 @@ class Generation:
 
     def run(self, prompt: Sequence[int]) -> Iterator[Step]:
         """Yield steps; the last one has a finish_reason. Raises ContextFull before anything is read."""
-        ahead = SpeculativeSteps(self.session, self.pace, self.stats.drafts, self._pages)
+        ahead = SpeculativeSteps(self.session, self.depth_policy, self.stats.drafts, self._pages)
         try:
             logits = self.begin(prompt)
             while True:
@@ -117,7 +117,7 @@ class Generation:
 
     def begin(self, prompt: Sequence[int]) -> Tensor:
         """Read the prompt; the logits [vocab] after it."""
-        self._began, self._before = time.perf_counter(), self.traffic().copy()
+        self._began, self._before = time.perf_counter(), self.counters().copy()
         self._seen, self._seed = list(prompt), self.sampling.new_seed()
         self.stats.prompt_tokens = len(prompt)
         logits = self.session.sync(prompt, self.progress, self.check)
@@ -197,8 +197,7 @@ class Generation:
         return self.tokenizer.token_id("</think>")
 
     def _pages(self) -> int:
-        traffic = self.traffic()
-        return traffic.ram_pages + traffic.disk_pages
+        return self.counters().n_pages
 
     def _clock(self) -> None:
         now = time.perf_counter() - self._began
@@ -208,12 +207,12 @@ class Generation:
         self._count()
 
     def _count(self) -> None:
-        traffic = self.traffic().since(self._before)
-        self.stats.pages_gpu = traffic.gpu_pages
-        self.stats.pages_ram, self.stats.pages_disk = traffic.ram_pages, traffic.disk_pages
-        self.stats.bytes_read, self.stats.read_s = traffic.disk_bytes, traffic.read_s
-        self.stats.prefetch_useful = traffic.prefetch_useful
-        self.stats.prefetch_wasted = traffic.prefetch_wasted
+        counters = self.counters().since(self._before)
+        self.stats.pages_gpu = counters.gpu_pages
+        self.stats.pages_ram, self.stats.pages_disk = counters.ram_pages, counters.disk_pages
+        self.stats.bytes_read, self.stats.read_s = counters.disk_bytes, counters.read_s
+        self.stats.prefetch_useful = counters.prefetch_useful
+        self.stats.prefetch_wasted = counters.prefetch_wasted
 
     def _steps(self, deltas: list[Delta], draw: _Draw) -> list[Step]:
         """One step per delta; a token that gives no text yet gives an empty step."""

@@ -7,7 +7,8 @@ what was drawn before, on what runs beside, or on whether a token was guessed ah
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,23 @@ class Sampling:
     def new_seed(self) -> int:
         """The seed, or one that nobody has had."""
         return secrets.randbits(64) if self.seed is None else self.seed
+
+
+def sampling_of(value: Sampling | Mapping[str, Any] | None) -> Sampling:
+    """A Sampling, also from a mapping of its fields; None is the default. Raises BadRequest naming a wrong field."""
+    if value is None or isinstance(value, Sampling):
+        return value or Sampling()
+    if not isinstance(value, Mapping):
+        raise BadRequest(f"sampling is {value!r}; give a Sampling, or a mapping of its fields.")
+    known = [field.name for field in fields(Sampling)]
+    if unknown := [name for name in value if name not in known]:
+        raise BadRequest(f"sampling has no {unknown[0]!r}; its fields are {', '.join(known)}.")
+    try:
+        return Sampling(**value)
+    except TypeError as error:
+        raise BadRequest(
+            f"sampling is {dict(value)!r}, which has a value of a wrong type: {error}."
+        ) from None
 
 
 def _demand(holds: bool, sentence: str) -> None:

@@ -67,7 +67,7 @@ class Session:
             HiddenStates(self._n_look_back + SLACK, model.config.hidden, model.device),
         )
         self._drafter = Drafter(heads, kv_dtype)
-        self._ended = ""  # why it may not be used any more
+        self.ended = ""  # why this handle may not be used any more
 
     # ---- what it holds ----
 
@@ -108,11 +108,11 @@ class Session:
 
     def end(self, why: str) -> None:
         """Refuse every change through this handle from now on, with `why` as the sentence; a pass ends too."""
-        self._ended = why
+        self.ended = self.ended or why
 
     def _demand_open(self) -> None:
-        if self._ended:
-            raise BadRequest(self._ended)
+        if self.ended:
+            raise BadRequest(self.ended)
 
     # ---- reading and stepping ----
 
@@ -211,7 +211,7 @@ class Session:
             n = saved.count("tokens")
             if not 1 <= n <= self.context:
                 raise BadSession(
-                    f"{path} holds {n:,} tokens and the context has {self.context:,}: raise --context."
+                    f"{path} holds {n:,} tokens and the context has {self.context:,}: raise context=."
                 )
             self._restore(None)
             try:
@@ -246,7 +246,7 @@ class Session:
         if n > self.context:
             raise ContextFull(
                 f"The prompt needs {n:,} positions and the context has {self.context:,}: "
-                "raise --context (up to the model's own limit) or shorten the conversation."
+                "raise context= (up to the model's own limit) or shorten the conversation."
             )
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:

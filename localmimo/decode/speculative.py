@@ -23,7 +23,7 @@ class SpeculativeSteps:
     """Steps a session, several tokens at a time where drafts come true."""
 
     session: Session
-    pace: DepthPolicy
+    depth_policy: DepthPolicy
     stats: DraftStats
     pages: Callable[[], int]  # pages asked of the experts so far
     _drafts: deque[int] = field(default_factory=deque)  # appended to the session, not drawn yet
@@ -51,7 +51,7 @@ class SpeculativeSteps:
             return
         if self._drafts:
             self.session.rewind(len(self._drafts))
-        self.pace.took(self._depth, self._seconds, self._row + 1)
+        self.depth_policy.took(self._depth, self._seconds, self._row + 1)
         self._drafts.clear()
         self._logits = None
 
@@ -60,7 +60,7 @@ class SpeculativeSteps:
 
     def _pass(self, token: int, room: int, choose: Choose, check: Callable[[], None]) -> Tensor:
         began, pages = time.perf_counter(), self.pages()
-        depth = min(self.pace.depth(), room)
+        depth = min(self.depth_policy.depth(), room)
         drafts = self.session.draft(token, depth, choose) if depth else []
         logits = self.session.extend([token, *drafts], check)
         self._logits, self._drafts, self._row, self._depth = logits, deque(drafts), 0, depth

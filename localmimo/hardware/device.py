@@ -22,7 +22,7 @@ from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 if TYPE_CHECKING:
     import torch
 
-INSTEAD = "or give --device cpu"
+INSTEAD = 'or give device="cpu"'
 RESERVE_SHARE = 32  # one part in so many of what is free stays free when the budget is automatic
 
 
@@ -90,8 +90,9 @@ def find_device(asked: str) -> Device:
 def out_of_memory(error: BaseException) -> DoesNotFit:
     """What is left to say where the GPU has no memory, and no expert there that could give way."""
     return DoesNotFit(
-        "The GPU has no memory left: end other programs that use it, or give a shorter --context, a smaller --vram, "
-        f"{INSTEAD}. ({_first_line(error)})"
+        "The GPU has no memory left: end other programs that use it, or give a shorter context=, a smaller vram=, "
+        f"{INSTEAD}. ({_first_line(error)})",
+        what="VRAM",
     )
 
 

@@ -54,7 +54,10 @@ def positions_per_slot(slot_bytes: int, row_bytes: int) -> int:
     if slot_bytes < row_bytes:
         raise DoesNotFit(
             f"An expert of this model takes {slot_bytes:,} bytes and a token's keys and values {row_bytes:,}: on a GPU "
-            "they share equal slots, which would be too small. Give --device cpu."
+            'they share equal slots, which would be too small. Give device="cpu".',
+            what="a slot of the GPU",
+            needed_bytes=row_bytes,
+            budget_bytes=slot_bytes,
         )
     n = slot_bytes // row_bytes
     return n - n % KV_ROWS if n >= KV_ROWS else n

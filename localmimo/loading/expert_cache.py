@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,25 @@ class ExpertCache:
         policy = Adaptive(self._stats, room_for_all=plan.held_slots_at(plan.context) >= plan.n_pages)
         self._pinning = None if device is None else Pinning(device)
         vram = plan.vram if device is not None else None
-        shelf = self._shelf(pack, vram, device, dtype) if device and vram and vram.n_slots else None
-        self.store = ExpertStore(
-            pack, plan.page_bytes, plan.n_slots, policy,
-            prefetch=prefetch, trust=trust, gpu=shelf, pinning=self._pinning,
-        )  # fmt: skip
         self._over = threading.Event()
         self._filling: threading.Thread | None = None
-        self._fill(self._first_pages(pack, plan), plan.gpu_slots)
-        low = low_bytes(Machine.probe().ram_bytes)
         self._n_experts = experts_of(pack)
         self._published_s = -math.inf
-        self._pressure = MemoryPressure(self.store, plan.page_bytes, low, _free_ram_bytes)
+        with ExitStack() as opened:  # what is closed, last first, where a later step fails
+            if self._pinning is not None:
+                opened.callback(self._pinning.close)
+            shelf = self._shelf(pack, vram, device, dtype) if device and vram and vram.n_slots else None
+            self.store = ExpertStore(
+                pack, plan.page_bytes, plan.n_slots, policy,
+                prefetch=prefetch, trust=trust, gpu=shelf, pinning=self._pinning,
+            )  # fmt: skip
+            opened.callback(self.store.close)
+            opened.callback(self._stop_filling)
+            self._fill(self._first_pages(pack, plan), plan.gpu_slots)
+            low = low_bytes(Machine.probe().ram_bytes)
+            pressure = MemoryPressure(self.store, plan.page_bytes, low, _free_ram_bytes)
+            opened.callback(pressure.close)
+            self._stop = opened.pop_all().close
 
     def _shelf(self, pack: Pack, vram: Vram, device: torch.device, dtype: torch.dtype) -> GpuSlots:
         """Slots for pages of the largest layout; pages of others stay in RAM."""
@@ -105,6 +112,11 @@ class ExpertCache:
         self._filling = threading.Thread(target=fill, name="gpu-fill", daemon=True)
         self._filling.start()
 
+    def _stop_filling(self) -> None:
+        self._over.set()
+        if self._filling is not None:
+            self._filling.join()
+
     def wait_until_warm(self) -> None:
         """Wait for the pages that are being read before anybody asked for them."""
         if self._filling is not None:
@@ -140,13 +152,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Stop reading, and add what was seen to the profile; a warning says where that cannot be saved."""
-        self._over.set()
-        if self._filling is not None:
-            self._filling.join()
-        self._pressure.close()
-        self.store.close()
-        if self._pinning is not None:
-            self._pinning.close()
+        self._stop()
         if self.profile is None:
             return
         placement.withdraw(self.profile)

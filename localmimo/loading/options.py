@@ -123,7 +123,10 @@ class LoadOptions:
             there = device.total_bytes if budget > device.total_bytes else device.free_bytes
             raise DoesNotFit(
                 f"The VRAM budget is {format_bytes(budget)} and {device} ({device.title}) {what} "
-                f"{format_bytes(there)}: give a smaller --vram."
+                f"{format_bytes(there)}: give a smaller vram=.",
+                what="VRAM",
+                needed_bytes=budget,
+                budget_bytes=there,
             )
         return budget
 
@@ -141,7 +144,10 @@ class LoadOptions:
         if budget > machine.ram_bytes:
             raise DoesNotFit(
                 f"The RAM budget is {format_bytes(budget)} and this machine has "
-                f"{format_bytes(machine.ram_bytes)}."
+                f"{format_bytes(machine.ram_bytes)}.",
+                what="RAM",
+                needed_bytes=budget,
+                budget_bytes=machine.ram_bytes,
             )
         return budget
 

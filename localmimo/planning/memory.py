@@ -167,7 +167,7 @@ def make_plan(
     workspace = host_workspace_bytes(config)
     least = lookup_bytes + workspace
     if ram_bytes < least + config.pages_per_token * page_bytes:
-        raise DoesNotFit(_too_small(config, least, lookup_bytes, 0, page_bytes, context, ram_bytes))
+        raise _too_small(config, least, lookup_bytes, 0, page_bytes, context, ram_bytes)
     least_there = min(n_pages, vram.n_slots - vram.kv_slots)
     wanted = max(n_pages - least_there, min(n_pages, config.pages_per_token))  # what comes is read into RAM
     slots = min(wanted, (ram_bytes - least) // page_bytes)
@@ -190,7 +190,7 @@ def _in_ram(
     least = dense_bytes + kv + workspace_bytes(config, context, PREFILL_CHUNK)
     spare = ram_bytes - least - config.pages_per_token * page_bytes
     if spare < 0:
-        raise DoesNotFit(_too_small(config, least, dense_bytes, kv, page_bytes, context, ram_bytes))
+        raise _too_small(config, least, dense_bytes, kv, page_bytes, context, ram_bytes)
     stretch = stretch_tokens(config, context, spare)
     workspace = workspace_bytes(config, context, stretch)
     slots = min(n_pages, (ram_bytes - dense_bytes - kv - workspace) // page_bytes) if n_pages else 0
@@ -215,7 +215,10 @@ def _on_gpu(
             f"This model needs {format_bytes(least)} of VRAM at the least and the budget is "
             f"{format_bytes(vram_bytes)}: dense weights {format_bytes(dense_bytes)}, KV for {context:,} tokens "
             f"{format_bytes(grown)}, workspace {format_bytes(least - dense_bytes - grown)}. "
-            f"Give --vram {-(-least // (1 << 20))}MiB, a shorter --context, or --device cpu."
+            f'Give vram={-(-least // (1 << 20))}MiB, a shorter context=, or device="cpu".',
+            what="VRAM",
+            needed_bytes=least,
+            budget_bytes=vram_bytes,
         )
     stretch = stretch_tokens(config, context, vram_bytes - least)
     workspace = device_workspace_bytes(config, context, stretch, page_bytes)
@@ -228,15 +231,18 @@ def _on_gpu(
 
 def _too_small(
     config: ModelConfig, fixed: int, dense: int, kv: int, page_bytes: int, context: int, ram_bytes: int
-) -> str:
+) -> DoesNotFit:
     experts = config.pages_per_token * page_bytes
-    return (
+    return DoesNotFit(
         f"This model needs {format_bytes(fixed + experts)} of RAM at the least and the budget is "
         f"{format_bytes(ram_bytes)}: dense weights {format_bytes(dense)}, "
         f"{f'KV for {context:,} tokens {format_bytes(kv)}, ' if kv else ''}"
         f"workspace {format_bytes(fixed - dense - kv)}, "
         f"one token's {config.pages_per_token} experts {format_bytes(experts)}. "
-        f"Give --ram {-(-(fixed + experts) // (1 << 20))}MiB{' or a shorter --context' if kv else ''}."
+        f"Give ram={-(-(fixed + experts) // (1 << 20))}MiB{' or a shorter context=' if kv else ''}.",
+        what="RAM",
+        needed_bytes=fixed + experts,
+        budget_bytes=ram_bytes,
     )
 
 

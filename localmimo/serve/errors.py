@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from localmimo.errors import BadRequest, Cancelled, ContextFull, LocalMimoError
+from localmimo.errors import BadRequest, Cancelled, ContextFull, LocalMimoError, with_flags
 
 Kind = Literal[
     "invalid",
@@ -69,15 +69,15 @@ def failure_of(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case ContextFull():
-            return ApiError("context", str(error))
+            return ApiError("context", with_flags(error))
         case BadRequest():
-            return ApiError("invalid", str(error))
+            return ApiError("invalid", with_flags(error))
         case Cancelled():
             return ApiError("loading", "The server is stopping; ask again when it is back.", retry_s=30)
         case RecursionError():
             return ApiError("invalid", "The request is nested too deeply.")
         case LocalMimoError():
-            return ApiError("broken", str(error))
+            return ApiError("broken", with_flags(error))
     return ApiError(
         "broken", f"The server failed over this request ({type(error).__name__}); its log has the details."
     )

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from localmimo.chat.prompt import Prompt
 from localmimo.decode.answer import Answer
+from localmimo.decode.options import GenerationOptions
 from localmimo.decode.steps import Stats, Step
-from localmimo.errors import BadRequest, ContextFull
+from localmimo.errors import ContextFull
 from localmimo.serve.api.parameters import Request
 from localmimo.serve.queue import Ticket
 from localmimo.serve.session_store import SessionStore
@@ -84,18 +85,16 @@ class Worker:
         return prompt
 
     def _check(self, ask: Request, tokens: list[int]) -> None:
-        vocabulary = self.engine.config.vocab_size
-        if not tokens:
-            raise BadRequest("The prompt is empty: say something.")
-        for token in (*ask.sampling.logit_bias, *(ask.tokens or ())):
-            if not 0 <= token < vocabulary:
-                raise BadRequest(f"Token {token} is outside the model's vocabulary of {vocabulary:,}.")
-        wanted = len(tokens) + (ask.max_tokens or 1)
-        if len(tokens) >= self.engine.context:
+        limits = self.engine.limits
+        limits.check_vocabulary(ask.sampling.logit_bias)
+        try:
+            limits.check(tokens, n_new=1)
+        except ContextFull:
+            wanted = len(tokens) + (ask.max_tokens or 1)
             raise ContextFull(
-                f"This model's context is {self.engine.context:,} tokens; the request has {len(tokens):,} in its "
-                f"prompt and needs {wanted:,}: shorten the conversation, or start the server with a longer --context."
-            )
+                f"This model's context is {limits.context:,} tokens; the request has {len(tokens):,} in its prompt "
+                f"and needs {wanted:,}: shorten the conversation, or start the server with a longer --context."
+            ) from None
 
     def begin(self, job: Job, place: Ticket) -> None:
         """Have the job answered when it is its turn; the place is left when the engine is through with it."""
@@ -143,9 +142,7 @@ class Worker:
 
     def _steps(self, job: Job, session: Session) -> Iterator[Step]:
         ask = job.ask
-        return self.engine.stream(
-            ask.text or "" if ask.messages is None else ask.messages,
-            tokens=job.prompt.tokens,
+        options = GenerationOptions(
             sampling=ask.sampling,
             max_tokens=ask.max_tokens,
             stop=ask.stop,
@@ -157,23 +154,14 @@ class Worker:
             response_format=ask.response_format,
             cancel=job.cancel,
             progress=job.read,
-            session=session,
         )
+        return self.engine.answer(job.prompt, options, chat=ask.messages is not None, session=session)
 
     def _close(self, job: Job) -> None:
-        """What is to be known of an answer that is complete."""
-        answer, ask = job.answer, job.ask
-        text = self.engine.decode(answer.tokens)
-        found = [(text.find(stop), stop) for stop in ask.stop if stop in text]
+        """What the client is told of an answer that is complete: the stop string that ended it."""
+        text = self.engine.decode(job.answer.tokens)
+        found = [(text.find(stop), stop) for stop in job.ask.stop if stop in text]
         job.stop_text = min(found)[1] if found else None
-        if answer.finish_reason == "cancelled":
-            return
-        if ask.text is not None and text == answer.content:
-            tokens = [*job.prompt.tokens, *answer.tokens]
-            self.engine.prompts.turn_cache.add_text(ask.text + text, tokens)
-        if ask.messages is not None:
-            whole = answer.finish_reason in ("stop", "tool_calls") and not ask.stop
-            self.engine.prompts.remember(job.prompt, answer.message().as_dict(), answer.tokens, whole=whole)
 
     async def close(self) -> None:
         """Stop what is being answered and what waits, and wait for the thread; the shelf keeps what is held."""

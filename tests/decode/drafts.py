@@ -11,11 +11,11 @@ from localmimo.engine import Engine
 
 @contextmanager
 def drafting(engine: Engine, depth: int) -> Iterator[None]:
-    before, engine._pace = engine._pace, FixedDepth(depth)
+    before, engine._depth_policy = engine._depth_policy, FixedDepth(depth)
     try:
         yield
     finally:
-        engine._pace = before
+        engine._depth_policy = before
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def test_what_is_wrong_with_a_gpu_is_a_sentence() -> None:
     [
         ({"vram": "9GiB"}, "VRAM budget is 9.7 GB and cuda:0 .* has 8.6 GB"),
         ({"vram": "5GiB"}, "VRAM budget is 5.4 GB and cuda:0 .* has free 4.3 GB"),
-        ({"vram": "1GiB"}, r"needs 1.\d GB of VRAM at the least and the budget is 1.1 GB: .*--vram \d+MiB"),
+        ({"vram": "1GiB"}, r"needs 1.\d GB of VRAM at the least and the budget is 1.1 GB: .*vram=\d+MiB"),
         ({"vram": "2GiB", "ram": "16MiB"}, "of RAM at the least"),
     ],
 )
@@ -94,7 +94,7 @@ def test_the_smallest_budget_that_is_named_works() -> None:
     with pretended.device():
         with pytest.raises(DoesNotFit) as error:
             load(device="cuda", context=256, vram="1GiB")
-        named = str(error.value).split("--vram ")[1].split(",")[0]
+        named = str(error.value).split("vram=")[1].split(",")[0]
         load(device="cuda", context=256, vram=named, profile=None).close()
 
 

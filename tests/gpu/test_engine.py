@@ -32,7 +32,7 @@ def said() -> dict[str, list[int]]:
 
 def taken(engine: Engine) -> int:
     """Slots of the GPU that hold keys and values."""
-    return sum(len(timeline._state.cache._blocks.slots) for timeline in engine._timelines)
+    return sum(len(timeline._state.cache._blocks.slots) for timeline in engine._sessions)
 
 
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
@@ -40,7 +40,7 @@ def test_answers_are_the_same(share: float, said: dict[str, list[int]]) -> None:
     with on_gpu(share) as engine:
         for text, tokens in said.items():
             assert engine.generate(text, max_tokens=N, sampling=GREEDY).tokens == tokens
-        found = engine.traffic
+        found = engine.counters
         assert (found.gpu_pages > 0) == (share > 0)
         assert (found.ram_pages + found.disk_pages > 0) == (share < 1)
 

@@ -68,7 +68,7 @@ def test_the_same_bits(share: float, kv: str) -> None:
             logits.append(session.extend([6, 7, 8]))
             assert engine.effective()["graphs"] == "on"
             found.append([*logits[:-2], *logits[-2], *logits[-1]])
-            counted = engine.traffic
+            counted = engine.counters
             assert counted.gpu_pages + counted.ram_pages + counted.disk_pages > len(STEPS) * 7 * 4
     assert max(stretches) > 1 and all(torch.equal(*both) for both in zip(*found, strict=True))
 

@@ -58,7 +58,7 @@ def test_the_plan_counts_what_the_cache_takes(dtype: torch.dtype) -> None:
 def test_too_small_is_refused_with_a_budget_that_works() -> None:
     with pytest.raises(DoesNotFit, match="one token's 376 experts 5.0 GB") as refused:
         flash_plan(8 << 30)
-    needed = parse_bytes(str(refused.value).split("--ram ")[1].split(" ")[0])
+    needed = parse_bytes(str(refused.value).split("ram=")[1].split(" ")[0])
     assert flash_plan(needed).n_slots >= 376
     with pytest.raises(DoesNotFit):
         flash_plan(needed - (2 << 20))

@@ -135,6 +135,6 @@ class Scripted:
 def scripted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
     script = Scripted(engine)
     monkeypatch.setattr(generate, "pick", script.pick)
-    monkeypatch.setattr(engine, "_pace", FixedDepth(0))  # drafts would be picked from the script too
+    monkeypatch.setattr(engine, "_depth_policy", FixedDepth(0))  # drafts would be picked from the script too
     yield script
     assert not script.texts, "the script was not said to its end"

@@ -267,7 +267,7 @@ def test_an_engine_that_fails_is_a_500_and_the_next_request_is_served(
         raise ZeroDivisionError("secret detail")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.service.engine, "stream", fail)
+        patch.setattr(server.service.engine, "answer", fail)
         for path, body in ((CHAT, MESSAGES), (BLOCKS, MESSAGES), (CHAT, MESSAGES | {"stream": True})):
             answer = server.post(path, body)
             assert (

@@ -106,7 +106,9 @@ def test_a_port_in_use_is_a_sentence() -> None:
 @pytest.mark.parametrize("draft", [0, 2])
 def test_loading_tells_how_far_it_is(draft: int, tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
-    with load(make_pack(tmp_path, seed=3), context=64, draft=draft, hear=lambda *far: heard.append(far)):
+    with load(
+        make_pack(tmp_path, seed=3), context=64, draft=draft, on_progress=lambda *far: heard.append(far)
+    ):
         pass
     assert heard == sorted(heard) and len({total for _, total in heard}) == 1
     assert heard[0][0] > 0 and heard[-1][0] == heard[-1][1]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localmimo.cli.ui import Ui
-from localmimo.errors import LocalMimoError
+from localmimo.errors import LocalMimoError, with_flags
 from localmimo.hardware.host import Machine, format_bytes
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -152,9 +152,9 @@ def _kernels() -> Findings:
 
 GPU = (
     "import json; from dataclasses import asdict; from localmimo.hardware.device import find_device; "
-    "from localmimo.errors import NoDevice\n"
+    "from localmimo.errors import NoDevice, with_flags\n"
     "try: print(json.dumps(asdict(find_device('cuda'))))\n"
-    "except NoDevice as error: print(json.dumps({'error': str(error)}))"
+    "except NoDevice as error: print(json.dumps({'error': with_flags(error)}))"
 )
 
 
@@ -366,7 +366,7 @@ def _integrity(pack: str, ui: Ui, quick: bool) -> Findings:
             return
         report = read_back(folder, ui)
     except (LocalMimoError, QuantError) as error:
-        yield Finding("pack", "fail", str(error), "Convert again, or give the folder of a pack.")
+        yield Finding("pack", "fail", with_flags(error), "Convert again, or give the folder of a pack.")
         return
     if report.ok:
         text = f"{report.name}, {format_bytes(report.n_bytes)}: every checksum holds"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from localmimo.cli.ui import Ui, rows, seconds
-from localmimo.errors import BadRequest, DoesNotFit
+from localmimo.errors import BadRequest, DoesNotFit, with_flags
 from localmimo.experts.policy.trace import Trace, read_trace
 from localmimo.hardware.bandwidth import Speeds, file_spots, measured_speeds
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
@@ -115,7 +115,7 @@ def run_plan(question: PlanOptions, ui: Ui) -> int:
         answer = desk.answer()
     except DoesNotFit as error:
         if question.as_json:
-            ui.json({"model": model.name, "fits": False, "error": str(error), **desk.needs()})
+            ui.json({"model": model.name, "fits": False, "error": with_flags(error), **desk.needs()})
         raise
     if question.as_json:
         ui.json(answer.as_dict())
@@ -221,7 +221,12 @@ class Planner:
         try:
             return self._plan_with(0, ram, context)
         except DoesNotFit as error:
-            raise DoesNotFit(f"{error} {self._smallest_change()}".strip()) from None
+            raise DoesNotFit(
+                f"{with_flags(error)} {self._smallest_change()}".strip(),
+                what=error.what,
+                needed_bytes=error.needed_bytes,
+                budget_bytes=error.budget_bytes,
+            ) from None
 
     def _plan_with(self, n_drafts: int, ram: int, context: int) -> Plan:
         return make_plan(

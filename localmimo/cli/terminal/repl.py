@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from localmimo.cli.terminal.screen import Screen, figures
 from localmimo.cli.terminal.tool_approval import ToolApproval
 from localmimo.cli.ui import Ui
-from localmimo.errors import Cancelled, ContextFull, LocalMimoError
+from localmimo.errors import Cancelled, ContextFull, LocalMimoError, with_flags
 
 if TYPE_CHECKING:
     from localmimo.cli.terminal.step_log import StepLog
@@ -200,7 +200,7 @@ class Repl:
                 self._close(turn)
         except LocalMimoError as error:
             room = " /undo or /clear makes room." if isinstance(error, ContextFull) and before > 1 else ""
-            self.ui.note(f"error: {error}{room}", style="red")
+            self.ui.note(f"error: {with_flags(error)}{room}", style="red")
         if len(self.messages) == before:
             self.messages.pop()
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from localmimo.cli.terminal.screen import figures
 from localmimo.cli.ui import fit, parse_count
-from localmimo.errors import BadRequest, LocalMimoError
+from localmimo.errors import BadRequest, LocalMimoError, with_flags
 from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def obey(repl: Repl, entry: str) -> bool:
     try:
         return command.run(repl, argument.strip()) is not False
     except (LocalMimoError, OSError) as error:
-        repl.ui.note(f"error: {error}", style="red")
+        repl.ui.note(f"error: {with_flags(error)}", style="red")
         return True
 
 

@@ -233,7 +233,7 @@ def test_mistakes_need_no_torch() -> None:
 
 
 def test_a_budget_that_is_too_small(nf4_pack: Path) -> None:
-    with pytest.raises(DoesNotFit, match=r"Give --ram \d+MiB"):
+    with pytest.raises(DoesNotFit, match=r"Give ram=\d+MiB"):
         run(small(model=str(nf4_pack), ram="1MiB"))
 
 
