@@ -1,6 +1,6 @@
 #include "activations.h"
 
-#include <cstring>
+#include "bf16.h"
 
 namespace localmimo {
 namespace {
@@ -12,10 +12,7 @@ void quantise_bf16(const Kernels& k, const uint16_t* x, int64_t cols, int top, i
   float wide[kPiece];
   for (int64_t from = 0; from < cols; from += kPiece) {
     const int64_t n = cols - from < kPiece ? cols - from : kPiece;
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t bits = static_cast<uint32_t>(x[from + i]) << 16;
-      std::memcpy(wide + i, &bits, 4);
-    }
+    for (int64_t i = 0; i < n; ++i) wide[i] = from_bf16(x[from + i]);
     k.quantise(wide, n, top, codes + from, scales + from / kBlock);
   }
 }

@@ -30,22 +30,12 @@ float* grown(std::vector<float>& memory, int64_t n) {
   return memory.data();
 }
 
-uint16_t to_bf16(float x) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-// One row of n values as it lies in the cache.
-void put(Store store, const float* from, int64_t n, uint8_t* to) {
+// Writes n values as one row of the cache.
+void store_row(const Kernels& k, Store store, const float* from, int64_t n, uint8_t* to) {
   if (store == Store::f32) {
     std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
   } else if (store == Store::bf16) {
-    for (int64_t i = 0; i < n; ++i) {
-      const uint16_t half = to_bf16(from[i]);
-      std::memcpy(to + 2 * i, &half, 2);
-    }
+    k.to_bf16(from, n, reinterpret_cast<uint16_t*>(to));
   } else {
     float most = 0.0f;
     bool finite = true;
@@ -141,9 +131,9 @@ class Call {
     for (int64_t h = 0; h < c_.kv_heads; ++h) {
       const int64_t at = h * c_.head_rows + row;
       rotate(keys + h * c_.d_k, t, turned);
-      put(c_.store, turned, c_.d_k, c_.keys + at * row_bytes(c_.store, c_.d_k));
+      store_row(k_, c_.store, turned, c_.d_k, c_.keys + at * row_bytes(c_.store, c_.d_k));
       for (int64_t i = 0; i < c_.d_v; ++i) turned[i] = values[h * c_.d_v + i] * c_.value_scale;
-      put(c_.store, turned, c_.d_v, c_.values + at * row_bytes(c_.store, c_.d_v));
+      store_row(k_, c_.store, turned, c_.d_v, c_.values + at * row_bytes(c_.store, c_.d_v));
     }
   }
 

@@ -100,7 +100,9 @@ struct Avx512 {
   }
   static LM_INLINE F nearest_bf16(F x) {
     const __m512i w = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
-    return high_half(_mm512_add_epi32(w, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
+    const __m512i up = _mm512_add_epi32(w, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return high_half(_mm512_mask_or_epi32(up, nan, w, _mm512_set1_epi32(0x00400000)));
   }
   struct ByQuads {
     struct Cell { alignas(64) int32_t v[16]; };

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "bf16.h"
 #include "compute.h"
 #include "dispatch.h"
 #include "pool.h"
@@ -43,13 +44,9 @@ void for_rows(int64_t n, int64_t width, const std::function<void(int64_t)>& row)
   }
 }
 
+// `from` and `to` may be the same.
 void round_to_bf16(const float* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, 4);
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u;
-    std::memcpy(to + i, &bits, 4);
-  }
+  for (int64_t i = 0; i < n; ++i) to[i] = from_bf16(to_bf16(from[i]));
 }
 
 void silu(float* gate, const float* up, int64_t n) {

@@ -76,18 +76,10 @@ int64_t unit_strips(int64_t n_strips, int threads, int64_t n_tokens) {
 
 int64_t strips(int64_t rows) { return ceil_div(rows, kStrip); }
 
-uint16_t to_bf16(float x) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
-
 // Puts n outputs at place `at` of y.
-void put(const float* from, int64_t n, void* y, bool half, int64_t at) {
+void put(const Kernels& k, const float* from, int64_t n, void* y, bool half, int64_t at) {
   if (half) {
-    uint16_t* to = static_cast<uint16_t*>(y) + at;
-    for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(from[i]);
+    k.to_bf16(from, n, static_cast<uint16_t*>(y) + at);
   } else {
     std::memcpy(static_cast<float*>(y) + at, from, sizeof(float) * static_cast<size_t>(n));
   }
@@ -244,7 +236,8 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, void* y) {
       k.product(w, first, static_cast<int>(last - first), s.rows.at(i), count, scratch.first, scratch.panel, on);
       for (int64_t strip = first; strip < last; ++strip)
         for (int t = 0; t < count; ++t)
-          put(scratch.first + ((strip - first) * count + t) * kStrip, std::min<int64_t>(kStrip, w.rows - strip * kStrip),
+          put(k, scratch.first + ((strip - first) * count + t) * kStrip,
+              std::min<int64_t>(kStrip, w.rows - strip * kStrip),
               y, half, (i + t) * w.rows + strip * kStrip);
     }
   }, w.rows * w.cols * n <= kAlone);

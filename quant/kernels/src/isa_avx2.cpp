@@ -145,8 +145,10 @@ struct Avx2 {
   static LM_INLINE F widen_bf16(const uint8_t* p) { return {widen_half(p), widen_half(p + 16)}; }
   static LM_INLINE __m256 nearest_bf16(__m256 x) {
     const __m256i w = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(w, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(w, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    const __m256 up = _mm256_castsi256_ps(_mm256_add_epi32(w, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))));
+    const __m256 quiet = _mm256_castsi256_ps(_mm256_or_si256(w, _mm256_set1_epi32(0x00400000)));
+    const __m256 upper_half = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+    return _mm256_and_ps(_mm256_blendv_ps(up, quiet, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)), upper_half);
   }
   static LM_INLINE F nearest_bf16(F x) { return {nearest_bf16(x.a), nearest_bf16(x.b)}; }
   struct ByQuads {  // by 16-bit numbers: sums of two products of bytes would not fit into them

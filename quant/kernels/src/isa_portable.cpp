@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bf16.h"
 #include "kernels.h"
 #include "product.h"
 
@@ -108,20 +109,11 @@ struct Portable {
 
   static constexpr int kDotRows = 1, kKeyRows = 4, kSums = 4;
   using ByPairs = TwoSteps<Portable>;
-  static LM_INLINE float as_float(uint32_t bits) {
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-  }
   static LM_INLINE F widen_bf16(const uint8_t* p) {
-    return each([&](int i) { return as_float(static_cast<uint32_t>(p[2 * i] | (p[2 * i + 1] << 8)) << 16); });
+    return each([&](int i) { return from_bf16(static_cast<uint16_t>(p[2 * i] | (p[2 * i + 1] << 8))); });
   }
   static LM_INLINE F nearest_bf16(const F& x) {
-    return each([&](int i) {
-      uint32_t bits;
-      std::memcpy(&bits, x.v + i, 4);
-      return as_float((bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u);
-    });
+    return each([&](int i) { return from_bf16(to_bf16(x.v[i])); });
   }
   struct ByQuads {
     struct Cell { int8_t v[kLanes][4]; };

@@ -71,6 +71,7 @@ struct Kernels {
   // out[r * n_experts + e] = x[r] . w[e] for rows of n floats
   void (*dots)(const float* x, const float* w, int64_t rows, int64_t experts, int64_t n, int64_t n_experts, float* out);
   void (*sigmoid)(float* x, int64_t n);  // n is a multiple of 16
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);  // see bf16.h
 };
 
 constexpr int64_t kScratchBytes = 1 << 16;  // what `product` may use per thread

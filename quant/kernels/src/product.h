@@ -315,10 +315,31 @@ uint64_t read(const uint8_t* data, size_t n) {
   return all;
 }
 
+// ---- bfloat16
+
+template <class V>
+LM_INLINE void sixteen_to_bf16(const float* x, uint16_t* out) {
+  uint32_t bits[16];
+  V::store(reinterpret_cast<float*>(bits), V::nearest_bf16(V::load(x)));
+  for (int i = 0; i < 16; ++i) out[i] = static_cast<uint16_t>(bits[i] >> 16);
+}
+
+template <class V>
+void all_to_bf16(const float* x, int64_t n, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) sixteen_to_bf16<V>(x + i, out + i);
+  if (i == n) return;
+  float rest[16] = {};
+  uint16_t rounded[16];
+  std::memcpy(rest, x + i, sizeof(float) * static_cast<size_t>(n - i));
+  sixteen_to_bf16<V>(rest, rounded);
+  std::memcpy(out + i, rounded, sizeof(uint16_t) * static_cast<size_t>(n - i));
+}
+
 template <class V>
 constexpr Kernels kernels_of(const char* name) {
   return {name, quantise<V>, product<V>, silu_mul<V>, encode<V>, read<V>,
-          attend_section<V>, merge_states<V>, finish_state<V>, dots<V>, sigmoid<V>};
+          attend_section<V>, merge_states<V>, finish_state<V>, dots<V>, sigmoid<V>, all_to_bf16<V>};
 }
 
 }  // namespace
