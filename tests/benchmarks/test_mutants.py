@@ -141,7 +141,7 @@ def test_a_mutant_that_does_not_end_is_ended(tree: Path) -> None:
     worker = mutants.Worker(tree, tree)
     tests = ["tests/pkg/test_count.py"]
     (loop,) = [m for m in mutants.mutants_of("pkg/count.py", LOOP) if m.after == "pass"]
-    worker.took[tuple(tests)] = -4.0  # so that the limit is four seconds
+    worker.took[tuple(tests)] = -1.0  # so that the limit is two seconds
     assert worker.try_mutant(loop, tests).result == "timeout"
     assert worker.run(tests, 60) == "survived"  # the copy is as it was
 

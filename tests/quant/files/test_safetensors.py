@@ -147,3 +147,25 @@ def test_a_file_that_shrinks_while_open(tmp_path: Path) -> None:
         file.truncate(stored.offset + 10)
     with pytest.raises(BadCheckpoint, match="ends 3,990 bytes early"):
         shard.read(stored.offset, stored.nbytes)
+
+
+def test_a_header_is_as_long_as_the_reader_allows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {"t": ENTRY})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    Shard(path, BadCheckpoint, max_header=length).close()
+    with pytest.raises(BadCheckpoint, match=f"{length:,} bytes; at most {length - 1:,}"):
+        Shard(path, BadCheckpoint, max_header=length - 1)
+
+
+def test_a_described_file_must_be_the_one_that_comes(tmp_path: Path) -> None:
+    """Of the same size, with another header: what is read from it would mean something else."""
+    path = write(tmp_path / "a.safetensors", {"t": ENTRY}, b"abcd")
+    header, n_bytes = path.read_bytes()[8:-4], path.stat().st_size
+    described = Shard.of_header(path, BadCheckpoint, header, n_bytes)
+    assert bytes(described.read(described.tensors["t"].offset, 4).tolist()) == b"abcd"
+    described.close()
+    for other in ({"u": ENTRY}, {"t": ENTRY, "__metadata__": {}}):
+        write(path, other, b"abcd")
+        described = Shard.of_header(path, BadCheckpoint, header, n_bytes)
+        with pytest.raises(BadCheckpoint, match="not the file whose header"):
+            described.read(described.tensors["t"].offset, 4)
