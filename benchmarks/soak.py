@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 
 from localmimo import load
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import Sampling
 from localmimo.engine import Engine
 from localmimo.serve.app import make_app
 from localmimo.serve.http.auth import AccessCheck

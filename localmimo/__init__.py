@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from localmimo.agent import Run
     from localmimo.chat.tool_call import ToolCall
     from localmimo.decode.answer import Message
-    from localmimo.decode.sampler import Sampling
+    from localmimo.decode.options import Sampling
     from localmimo.decode.session import Session
     from localmimo.decode.steps import Stats, Step
     from localmimo.engine import Completion, Engine, load
@@ -39,7 +39,7 @@ _MODULES = {
     "Run": "agent",
     "Tool": "tools.tool",
     "ToolCall": "chat.tool_call",
-    "Sampling": "decode.sampler",
+    "Sampling": "decode.options",
     "Session": "decode.session",
     "Step": "decode.steps",
     "Stats": "decode.steps",

@@ -26,9 +26,8 @@ from localmimo.decode.constraint import Constraints
 from localmimo.decode.draft_depth import Draft
 from localmimo.decode.generation import Generation, PlainTextParser
 from localmimo.decode.grammar import Grammar
-from localmimo.decode.options import GenerationOptions
+from localmimo.decode.options import GenerationOptions, Sampling, check_keywords, sampling_of
 from localmimo.decode.request import PromptLimits, remember
-from localmimo.decode.sampler import Sampling, sampling_of
 from localmimo.decode.session import Progress, Session
 from localmimo.decode.sessions import Sessions
 from localmimo.decode.speculative import SpeculativeSteps
@@ -89,10 +88,10 @@ def load(
     far, and in all. Raises BadPack, BadModel, BadRequest, NoDevice, or DoesNotFit with the numbers.
     """
     options = LoadOptions(
-        context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv, profile=profile,
-        prefetch=prefetch, trust=trust, draft=draft, max_batch=max_batch,
+        context=context, ram=ram, vram=vram, device=device, dtype=dtype, kv=kv, window_keys=window_keys,
+        profile=profile, prefetch=prefetch, trust=trust, draft=draft, max_batch=max_batch,
     )  # fmt: skip
-    return Engine(open_parts(path, options, window_keys, on_progress))
+    return Engine(open_parts(path, options, on_progress))
 
 
 class Engine:
@@ -270,6 +269,7 @@ class Engine:
 
         A text of a list becomes what it becomes alone; the stats of expert pages are those of all together.
         """
+        check_keywords(options, "generate")
         if isinstance(prompt, list):
             options["sampling"] = sampling_of(options.get("sampling"))
             return self._generate_together(prompt, GenerationOptions(**options))
@@ -297,6 +297,7 @@ class Engine:
             raise BadRequest(
                 "chat takes a list of messages; give a text to generate, or [{'role': 'user', ...}]."
             )
+        check_keywords(options, "chat")
         schemas, functions = tools_of(tools)
         return Answer.of(self.stream(messages, tools=schemas, **options)).message(functions)
 
@@ -315,6 +316,7 @@ class Engine:
 
         tools: functions. approve: asked before each call; without it every call is run. Options as for `stream`.
         """
+        check_keywords(options, "agent")
         schemas, functions = tools_of(tools)
         return run_agent(
             lambda history: self.chat(history, tools=schemas, **options),

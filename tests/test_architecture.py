@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A package imports only itself and those before it.
 ORDER = {
     "quant": "errors formats files kernels gpu ops checkpoint pack conversion",
-    "localmimo": "errors limits mini system hardware model kv chat tools experts.policy experts.tiers "
+    "localmimo": "errors limits option mini system hardware model kv chat tools experts.policy experts.tiers "
     "experts.store experts.compute planning decode loading agent engine bench serve cli",
 }
 ENTRY_POINTS = {"quant", "localmimo", "localmimo.__main__"}

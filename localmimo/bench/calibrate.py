@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import Sampling
 from localmimo.engine import load
 from localmimo.errors import BadModel
 from localmimo.experts.tiers.tiers import DiskTier, RamTier

@@ -1,6 +1,6 @@
-"""The commands, their flags, and what every failure becomes: one sentence on stderr and an exit code.
+"""The table of commands, and what an error becomes: one sentence on stderr and an exit code.
 
-Imports no torch: each command imports what it needs when it runs.
+Knows no flag. Imports no torch: each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from localmimo import __version__
-from localmimo.cli.commands._hardware import doctor, plan
-from localmimo.cli.commands._measuring import bench
-from localmimo.cli.commands._routing import replay, stats
-from localmimo.cli.commands._talking import chat, serve
+from localmimo.cli.commands.bench import bench
+from localmimo.cli.commands.chat import chat
+from localmimo.cli.commands.doctor import doctor
+from localmimo.cli.commands.perplexity import perplexity
+from localmimo.cli.commands.plan import plan
+from localmimo.cli.commands.quantize import quantize
+from localmimo.cli.commands.replay import replay
+from localmimo.cli.commands.serve import serve
+from localmimo.cli.commands.stats import stats
+from localmimo.cli.commands.verify import verify
 from localmimo.cli.options import (
     BAD_PACK,
     FAILED,
@@ -26,14 +31,8 @@ from localmimo.cli.options import (
     NO_ROOM,
     OK,
     USAGE,
-    Json,
-    Quiet,
-    Ram,
     Settings,
-    Verbose,
-    carry_out,
     complain,
-    ui_of,
 )
 from localmimo.errors import (
     BadModel,
@@ -79,120 +78,8 @@ def _root(
     pass
 
 
-@app.command()
-def quantize(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder of a MiMo-V2 checkpoint, or its name on the hub: owner/name[@revision].",
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", metavar="DIR", help="The pack's folder  [default: ./NAME-EXPERTS]"),
-    ] = None,
-    experts: Annotated[
-        str, typer.Option(metavar="CODEC", help="Codec of the experts: nf4, nf4-16, mxfp4, int8, bf16.")
-    ] = "nf4",
-    dense: Annotated[
-        str, typer.Option(metavar="CODEC", help="Codec of attention and dense layers: int8, bf16, nf4.")
-    ] = "int8",
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="A .toml file with codecs by tensor, in place of --experts and --dense."
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and checks; write nothing.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard what an earlier run began.")] = False,
-    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a long conversion.")] = False,
-    discard_source: Annotated[
-        bool,
-        typer.Option(
-            "--discard-source", help="Delete each downloaded file when nothing more is read from it."
-        ),
-    ] = False,
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Of the hub.  [default: huggingface.co]")
-    ] = None,
-    as_json: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
-    """Convert a checkpoint into a pack. Ctrl-C stops it; the same command goes on where it stopped."""
-    from localmimo.cli.commands.quantize import QuantizeOptions, run_quantize
-
-    job = QuantizeOptions(
-        source,
-        out and out.expanduser(),
-        experts,
-        dense,
-        recipe,
-        dry_run,
-        restart,
-        yes,
-        as_json,
-        discard_source,
-        endpoint,
-    )
-    return carry_out(lambda: run_quantize(job, ui_of(verbose, quiet)))
-
-
-app.command()(plan)
-app.command()(doctor)
-
-
-@app.command()
-def verify(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="Folder of a pack.")],
-    as_json: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
-    """Read a pack from end to end and compare every checksum."""
-    from localmimo.cli.commands.verify import run_verify
-
-    return carry_out(lambda: run_verify(pack.expanduser(), ui_of(verbose, quiet), as_json=as_json))
-
-
-@app.command()
-def perplexity(
-    pack: Annotated[str, typer.Argument(metavar="PACK", help="Folder of a pack, or mimo-mini.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A text file (UTF-8), or - for stdin.")],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PACK", help="Also compare, position by position, with this pack of the same model."
-        ),
-    ] = None,
-    context: Annotated[
-        str, typer.Option("-c", "--context", metavar="N", help="Tokens in a window.")
-    ] = "2048",
-    ram: Ram = None,
-    as_json: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
-    """Measure how well a pack predicts a text, and how far it strays from another pack.
-
-    The text is cut into windows of N tokens that do not overlap. Each window is read from an empty context,
-    and every token but its first is predicted from those before it in the window.
-    """
-    from localmimo.cli.commands.perplexity import PerplexityOptions, run_perplexity
-    from localmimo.cli.ui import parse_count
-
-    job = PerplexityOptions(pack, file, against, parse_count(context, "--context"), ram, as_json)
-    return carry_out(lambda: run_perplexity(job, ui_of(verbose, quiet)))
-
-
-app.command()(bench)
-app.command()(replay)
-app.command()(stats)
-
-
-app.command()(chat)
-app.command()(serve)
+for command in (quantize, plan, doctor, verify, perplexity, bench, replay, stats, chat, serve):
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

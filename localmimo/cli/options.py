@@ -8,9 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from localmimo.loading.options import LOAD_OPTIONS
 
 OK, FAILED, USAGE, NO_ROOM, BAD_PACK, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -50,7 +53,6 @@ Quiet = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
-# How a pack is opened: the same words wherever one is.
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -58,51 +60,19 @@ Model = Annotated[
     ),
 ]
 Context = Annotated[
-    str | None, typer.Option("-c", "--context", metavar="N", help="Positions of the context, such as 32k.")
+    str | None,
+    typer.Option(*LOAD_OPTIONS["context"].flags, metavar="N", help=LOAD_OPTIONS["context"].help),
 ]
 Ram = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="RAM budget, such as 96GiB.  [default: what is free]")
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="cpu, cuda or cuda:N; auto takes a GPU that can be used and is large enough."
-    ),
-]
-Vram = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Of a GPU's memory, such as 22GiB.  [default: what is free]"),
+    typer.Option(metavar="SIZE", help=f"{LOAD_OPTIONS['ram'].help}  [default: what is free]"),
 ]
-Dtype = Annotated[str, typer.Option(metavar="TYPE", help="Of activations: auto, float32, bfloat16.")]
-Kv = Annotated[
-    str, typer.Option(metavar="TYPE", help="Of the KV cache: auto, bf16, int8 (half of it), float32.")
-]
-
-Profile = Annotated[
-    str,
+Plot = Annotated[
+    Path | None,
     typer.Option(
-        metavar="NAME",
-        help='Router statistics to start from and to add to, kept with the pack; "none" keeps none.',
-    ),
-]
-NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="Do not read experts ahead.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Do not check the pages' checksums.")]
-
-
-def _check_draft(value: str) -> str:
-    if value not in ("auto", "0", "1", "2", "3"):
-        raise typer.BadParameter(f"{value} is none of auto, 0, 1, 2 and 3.")
-    return value
-
-
-Draft = Annotated[
-    str,
-    typer.Option(
-        "--draft",
-        metavar="N",
-        callback=_check_draft,
-        help="Tokens that the model's draft heads propose at a time, 0 to 3, or auto: what pays. "
-        "They change no answer.",
+        "--plot",
+        metavar="FILE",
+        help="Also draw it, .svg or .png, where matplotlib is installed (the extra: plot).",
     ),
 ]
 
@@ -113,10 +83,10 @@ def ui_of(verbose: int, quiet: bool) -> Any:
     return Ui.of_process(quiet=quiet, verbose=verbose)
 
 
-def carry_out(face: Callable[[], int]) -> int:
-    # Here and not around everything: typer turns a KeyboardInterrupt into a silent exit.
+def carry_out(work: Callable[[], int]) -> int:
+    # In each command and not around everything: typer turns a KeyboardInterrupt into a silent exit.
     try:
-        return face()
+        return work()
     except KeyboardInterrupt:
         return complain("interrupted.", INTERRUPTED)
 

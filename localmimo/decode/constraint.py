@@ -11,8 +11,7 @@ from localmimo.chat.tokenizer import Tokenizer
 from localmimo.chat.tool_call import OPEN
 from localmimo.chat.tool_choice import rules_of_calls
 from localmimo.decode.grammar import Grammar, Grammars, GrammarState, grammar_of
-from localmimo.decode.options import GenerationOptions
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import GenerationOptions, Sampling
 
 
 class Constraints:

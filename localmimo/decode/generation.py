@@ -14,7 +14,8 @@ from torch import Tensor
 from localmimo.chat.stream_parser import Delta, Kind
 from localmimo.chat.tokenizer import Decoder, Tokenizer
 from localmimo.decode.draft_depth import DepthPolicy, FixedDepth
-from localmimo.decode.sampler import Sampling, logprobs, pick
+from localmimo.decode.options import Sampling
+from localmimo.decode.sampler import logprobs, pick
 from localmimo.decode.session import Progress, Session
 from localmimo.decode.speculative import SpeculativeSteps
 from localmimo.decode.steps import FinishReason, Stats, Step

@@ -5,73 +5,16 @@ A draw is a function of the logits, the seed and the position alone: the noise o
 what was drawn before, on what runs beside, or on whether a token was guessed ahead and is drawn twice.
 """
 
-import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from localmimo.decode.options import Sampling
 from localmimo.errors import BadRequest
 
 FIRST_SORTED = 256  # tokens that are sorted at first; nearly always they hold top-p
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is drawn. Temperature 0 takes the likeliest; a seed makes draws repeatable."""
-
-    temperature: float = 0.7
-    top_k: int = 0  # 0 = all
-    top_p: float = 0.95
-    min_p: float = 0.0  # of the likeliest token's probability
-    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens seen before
-    presence_penalty: float = 0.0  # taken off the logit of a token seen before
-    frequency_penalty: float = 0.0  # taken off once for each time it was seen
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bans: Sequence[int] = ()  # tokens that are never drawn
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _demand(
-            self.temperature >= 0, f"temperature {self.temperature} is negative; 0 takes the likeliest token."
-        )
-        _demand(self.top_k >= 0, f"top-k {self.top_k} is negative; 0 keeps every token.")
-        _demand(0 < self.top_p <= 1, f"top-p {self.top_p} is not above 0 and at most 1.")
-        _demand(0 <= self.min_p <= 1, f"min-p {self.min_p} is not between 0 and 1.")
-        _demand(self.repetition_penalty > 0, f"repetition penalty {self.repetition_penalty} is not above 0.")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether a draw depends on the tokens before it."""
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
-
-    def new_seed(self) -> int:
-        """The seed, or one that nobody has had."""
-        return secrets.randbits(64) if self.seed is None else self.seed
-
-
-def sampling_of(value: Sampling | Mapping[str, Any] | None) -> Sampling:
-    """A Sampling, also from a mapping of its fields; None is the default. Raises BadRequest naming a wrong field."""
-    if value is None or isinstance(value, Sampling):
-        return value or Sampling()
-    if not isinstance(value, Mapping):
-        raise BadRequest(f"sampling is {value!r}; give a Sampling, or a mapping of its fields.")
-    known = [field.name for field in fields(Sampling)]
-    if unknown := [name for name in value if name not in known]:
-        raise BadRequest(f"sampling has no {unknown[0]!r}; its fields are {', '.join(known)}.")
-    try:
-        return Sampling(**value)
-    except TypeError as error:
-        raise BadRequest(
-            f"sampling is {dict(value)!r}, which has a value of a wrong type: {error}."
-        ) from None
 
 
 def _demand(holds: bool, sentence: str) -> None:

@@ -1,42 +1,75 @@
-"""Opening: how a pack is to be opened, checked, and the plan that follows from it on this machine.
+"""The options of opening a pack, declared once, checked, and the plan that follows from them on this machine.
 
-Facts and arithmetic; opens nothing and holds nothing.
+The keywords of `load` and the flags of chat, serve, bench and perplexity come from this class. Facts and arithmetic;
+opens nothing and holds nothing. Imports no torch before a data type is asked for: the command line shows the help.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from localmimo.decode.draft_depth import Draft, check_draft
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 from localmimo.hardware.device import CPU, Device, check_device, find_device
 from localmimo.hardware.host import Machine, format_bytes, parse_bytes
 from localmimo.limits import DEFAULT_CONTEXT, MAX_BATCH, MAX_DRAFTS, SLACK
-from localmimo.model.config import ModelConfig
+from localmimo.option import option, options_of
 from localmimo.planning.memory import Plan, make_plan
-from quant import Pack
+
+if TYPE_CHECKING:
+    import torch
+
+    from localmimo.model.config import ModelConfig
+    from quant import Pack
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Kv = Literal["auto", "bf16", "int8", "float32"]
-KV_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
+KV_DTYPES = {"bf16": "bfloat16", "int8": "int8", "float32": "float32"}  # as torch names them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
     """The keywords of `load`. Raises BadRequest where one of them makes no sense."""
 
-    context: int | None = None
-    ram: str | int | None = None
-    vram: str | int | None = None
-    device: str = "auto"
-    dtype: Dtype = "auto"
-    kv: Kv = "auto"
-    profile: str | None = "default"
-    prefetch: bool = True
-    trust: bool = False
-    draft: Draft = "auto"
-    max_batch: int = 1
+    context: int | None = option(
+        "tokens", flags=("-c", "--context"), metavar="N", help="Positions of the context, such as 32k."
+    )
+    ram: str | int | None = option(
+        "text",
+        flags=("--ram",),
+        metavar="SIZE",
+        help="RAM budget, such as 96GiB.",
+        default_help="what is free",
+    )
+    vram: str | int | None = option(
+        "text", flags=("--vram",), metavar="SIZE", help="Of a GPU's memory, such as 22GiB.",
+        default_help="what is free",
+    )  # fmt: skip
+    device: str = option(
+        "text", "auto", flags=("--device",), metavar="NAME",
+        help="cpu, cuda or cuda:N; auto takes a GPU that can be used and is large enough.",
+    )  # fmt: skip
+    dtype: Dtype = option(
+        "text", "auto", flags=("--dtype",), metavar="TYPE", help="Of activations: auto, float32, bfloat16."
+    )
+    kv: Kv = option(
+        "text", "auto", flags=("--kv",), metavar="TYPE",
+        help="Of the KV cache: auto, bf16, int8 (half of it), float32.",
+    )  # fmt: skip
+    window_keys: int | None = option("count", help="Keys that a window layer sees, with the token itself.")
+    profile: str | None = option(
+        "text", "default", flags=("--profile",), metavar="NAME",
+        help='Router statistics to start from and to add to, kept with the pack; "none" keeps none.',
+    )  # fmt: skip
+    prefetch: bool = option("switch", True, flags=("--no-prefetch",), help="Do not read experts ahead.")
+    trust: bool = option("switch", False, flags=("--trust",), help="Do not check the pages' checksums.")
+    draft: Draft = option(
+        "text", "auto", flags=("--draft",), metavar="N", choices=("auto", "0", "1", "2", "3"),
+        help="Tokens that the model's draft heads propose at a time, 0 to 3, or auto: what pays. "
+        "They change no answer.",
+    )  # fmt: skip
+    max_batch: int = option("count", 1, help="Sequences that `generate` advances together.")
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -49,25 +82,31 @@ class LoadOptions:
         if self.kv != "auto" and self.kv not in KV_DTYPES:
             raise BadRequest(f'kv is "{self.kv}"; it is one of auto, {", ".join(KV_DTYPES)}.')
         if not 1 <= self.max_batch <= MAX_BATCH:
-            raise BadRequest(f"max_batch is {self.max_batch}; it is from 1 to {MAX_BATCH} timelines.")
+            raise BadRequest(f"max_batch is {self.max_batch}; it is from 1 to {MAX_BATCH} sequences.")
         object.__setattr__(self, "draft", check_draft(self.draft))  # "2" is 2
 
-    def on(self, device: Device) -> "LoadOptions":
+    def on(self, device: Device) -> LoadOptions:
         """The same, on the device that was found: activations are bfloat16 on a GPU unless something else is asked."""
         dtype: Dtype = "bfloat16" if self.dtype == "auto" and device.is_gpu else self.dtype
         return replace(self, device=str(device), dtype=dtype, vram=self.vram if device.is_gpu else None)
 
     @property
     def activation_dtype(self) -> torch.dtype:
+        import torch
+
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
     @property
     def kv_dtype(self) -> torch.dtype:
         """Of the KV cache: bfloat16 unless the activations were asked to be float32."""
-        named = "float32" if self.dtype == "float32" else "bf16"
-        return KV_DTYPES[named if self.kv == "auto" else self.kv]
+        import torch
 
-    def place(self, pack: Pack, config: ModelConfig) -> tuple["LoadOptions", Device, Plan]:
+        named = "float32" if self.dtype == "float32" else "bf16"
+        found = getattr(torch, KV_DTYPES[named if self.kv == "auto" else self.kv])
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def place(self, pack: Pack, config: ModelConfig) -> tuple[LoadOptions, Device, Plan]:
         """Find the device and plan for it; where "auto" found a GPU that is too small, the CPU, saying so.
 
         Raises BadRequest, NoDevice, or DoesNotFit with the numbers.
@@ -86,7 +125,7 @@ class LoadOptions:
             return self.on(device), device, self.on(device).plan(pack, config, device)
 
     def plan(self, pack: Pack, config: ModelConfig, device: Device = CPU) -> Plan:
-        """What lies where. Raises BadRequest, or DoesNotFit with the numbers.
+        """What is kept in which memory. Raises BadRequest, or DoesNotFit with the numbers.
 
         Draft heads are left out where they are not asked for by number and do not fit.
         """
@@ -120,13 +159,13 @@ class LoadOptions:
         budget = device.automatic_bytes if self.vram is None else parse_bytes(self.vram)
         if budget > device.free_bytes:
             what = "has" if budget > device.total_bytes else "has free"
-            there = device.total_bytes if budget > device.total_bytes else device.free_bytes
+            n_bytes = device.total_bytes if budget > device.total_bytes else device.free_bytes
             raise DoesNotFit(
                 f"The VRAM budget is {format_bytes(budget)} and {device} ({device.title}) {what} "
-                f"{format_bytes(there)}: give a smaller vram=.",
+                f"{format_bytes(n_bytes)}: give a smaller vram=.",
                 what="VRAM",
                 needed_bytes=budget,
-                budget_bytes=there,
+                budget_bytes=n_bytes,
             )
         return budget
 
@@ -160,3 +199,6 @@ def dense_bytes(pack: Pack, n_drafts: int) -> int:
         for name, tensor in pack.tensors.items()
         if name.startswith(heads) or not name.startswith("mtp.")
     )
+
+
+LOAD_OPTIONS = options_of(LoadOptions)

@@ -113,9 +113,7 @@ class EngineParts:
         }
 
 
-def open_parts(
-    path: str | Path | None, options: LoadOptions, window_keys: int | None, on_progress: OnProgress
-) -> EngineParts:
+def open_parts(path: str | Path | None, options: LoadOptions, on_progress: OnProgress) -> EngineParts:
     """Open a pack and everything that runs it; None and "mimo-mini": the embedded model.
 
     Where a step fails, what was opened before it is closed again. Raises BadPack, BadModel, NoDevice, DoesNotFit or
@@ -124,7 +122,7 @@ def open_parts(
     with _local_errors(), ExitStack() as opened:
         folder = embedded_pack() if path is None or path == NAME else Path(path).expanduser()
         pack = opened.enter_context(Pack.open(folder))
-        config = _config(pack, window_keys)
+        config = _config(pack, options.window_keys)
         options, device, plan = options.place(pack, config)
         gpu = device.torch() if device.is_gpu else None
         expert_cache = opened.enter_context(

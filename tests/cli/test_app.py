@@ -35,7 +35,7 @@ def test_help_names_every_command() -> None:
 
 
 def test_the_defaults_in_the_help_are_the_defaults() -> None:
-    from localmimo.decode.sampler import Sampling
+    from localmimo.decode.options import Sampling
 
     out = " ".join(localmimo("chat", "--help")[1].split())
     for flag, key in (

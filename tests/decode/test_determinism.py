@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from localmimo import load
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import Sampling
 from quant import kernels
 
 PROMPT = "abc def ghi " * 20

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmimo.decode.sampler import Sampling, candidates, distribution, gumbel, logprobs, penalise, pick
+from localmimo.decode.options import Sampling
+from localmimo.decode.sampler import candidates, distribution, gumbel, logprobs, penalise, pick
 from localmimo.errors import BadRequest
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()

@@ -121,16 +121,15 @@ def test_vram_wants_a_gpu() -> None:
 def test_bench_says_what_the_gpu_held() -> None:
     import json
 
-    from localmimo.cli.commands.bench import Request, run_bench
-    from localmimo.cli.open_engine import LoadFlags
+    from localmimo.cli.commands.bench import BenchOptions, run_bench
     from tests.scripted import Capture
 
     shown = Capture()
-    opening = LoadFlags(profile=None, device="cuda", context="64", vram="2GiB")
+    opening = LoadOptions(profile=None, device="cuda", context=64, vram="2GiB")
     with pretended.device():
         assert (
             run_bench(
-                Request(prompt_tokens=8, max_tokens=2, repeat=1, opening=opening, as_json=True), shown.ui
+                BenchOptions(prompt_tokens=8, max_tokens=2, repeat=1, opening=opening, as_json=True), shown.ui
             )
             == 0
         )

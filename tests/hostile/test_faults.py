@@ -20,7 +20,7 @@ import pytest
 
 from localmimo import LocalMimoError, load
 from localmimo.chat.turn_cache import TurnCache
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import Sampling
 from localmimo.engine import Engine
 from localmimo.experts.policy.baselines import Lru
 from localmimo.experts.policy.profile import read_profile
@@ -282,7 +282,7 @@ def test_sigterm_during_a_save_leaves_a_whole_file(nf4_pack: Path, tmp_path: Pat
 TWICE = """
 import sys
 from localmimo import load
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import Sampling
 with load(sys.argv[1], context=256, ram="256MiB") as engine:
     print("open", flush=True)
     sys.stdin.readline()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import Sampling
 from localmimo.engine import Engine
 from tests.serve.running import Running, Scripted
 from tests.serve.samples import CALL, HELLO, PATH, WEATHER

@@ -11,20 +11,25 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from localmimo.cli.open_engine import LoadFlags, open_engine
-from localmimo.cli.options import INTERRUPTED
+import typer
+
+from localmimo.cli.flags import LOAD_FLAGS, Given, declared, load_options, with_defaults
+from localmimo.cli.open_engine import open_engine
+from localmimo.cli.options import INTERRUPTED, Json, Model, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.packs import EMBEDDED, folder_of, pack_folder
 from localmimo.cli.plots.bench_card import card, card_lines
 from localmimo.cli.plots.bench_plot import chart, draw
 from localmimo.cli.plots.plot import check_plot, picture
 from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
+from localmimo.decode.draft_depth import check_draft
 from localmimo.errors import BadRequest
 from localmimo.experts.policy.trace import TraceWriter
 from localmimo.hardware.bandwidth import Speeds
 from localmimo.hardware.host import Machine, format_bytes
 from localmimo.limits import DEFAULT_CONTEXT
+from localmimo.loading.options import LoadOptions
 from localmimo.model.config import ModelConfig
 from localmimo.planning.footprint import Footprint, footprint_of
 from localmimo.planning.throughput import decode_range
@@ -36,7 +41,6 @@ if TYPE_CHECKING:
     from localmimo.engine import Engine
 
 FORMATS = ("text", "md")
-DRAFTS = ("auto", "0", "1", "2", "3")
 ITEM_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}  # of the KV cache
 # Heads and widths of the table; every row is printed as soon as its depth is done.
 COLUMNS = (
@@ -55,7 +59,7 @@ class BenchOptions:
     max_tokens: int = 64
     repeat: int = 3
     draft: str | None = None
-    opening: LoadFlags = field(default_factory=lambda: LoadFlags(profile=None))  # its draft is `drafting`
+    opening: LoadOptions = field(default_factory=lambda: LoadOptions(profile=None))  # its draft is `drafting`
     cold: bool = False
     check_plan: bool = False
     record: Path | None = None
@@ -72,7 +76,7 @@ class BenchOptions:
     @property
     def context(self) -> int | None:
         """The context that was asked for."""
-        return None if self.opening.context is None else parse_count(self.opening.context, "--context")
+        return self.opening.context
 
     @property
     def drafting(self) -> str:
@@ -91,6 +95,89 @@ def parse_depths(text: str) -> tuple[int, ...]:
     if len(set(depths)) < len(depths):
         raise BadRequest(f'--depths is "{text}"; it names a depth twice.')
     return depths
+
+
+BENCH_FLAGS = with_defaults(
+    LOAD_FLAGS,
+    context=(None, "as chat, or what is needed"),
+    profile=("none", ""),
+    draft=(None, "auto; 0 with --record or --check-plan"),
+)
+
+
+@declared(opening=BENCH_FLAGS)
+def bench(
+    model: Model = None,
+    depths: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Tokens of context before the prompt, such as 0,2k,8k.")
+    ] = "0",
+    prompt_tokens: Annotated[
+        str, typer.Option("-p", "--prompt-tokens", metavar="N", help="Tokens of a prompt.")
+    ] = "512",
+    max_tokens: Annotated[
+        int, typer.Option("-n", "--max-tokens", metavar="N", help="Tokens of an answer.")
+    ] = 64,
+    repeat: Annotated[
+        int, typer.Option("-r", "--repeat", metavar="N", min=1, help="Prompts and answers at each depth.")
+    ] = 3,
+    opening: Given = {},  # noqa: B006  (replaced with flags)
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold",
+            help="Open the pack anew for each run: no expert in memory, depth and prompt read together.",
+        ),
+    ] = False,
+    check_plan: Annotated[
+        bool,
+        typer.Option(
+            "--check-plan", help="Also measure disk and memory, and say whether `plan` predicts this speed."
+        ),
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write which experts each answered token used, for `replay`."),
+    ] = None,
+    stats_json: Annotated[
+        Path | None,
+        typer.Option("--stats-json", metavar="FILE", help="Append a JSON line for each prompt and step."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw speed by depth and tiers over time into FILE.svg or FILE.png."
+        ),
+    ] = None,
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FORMAT", help="Of the table: text or md.")
+    ] = "text",
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how fast a model reads and answers here, and where its experts come from.
+
+    Reads N tokens of real text at each depth of context, answers them greedily, and does so a few times with
+    other text. Ctrl-C shows what was measured so far.
+    """
+    draft = opening.pop("draft")
+    request = BenchOptions(
+        model=model or EMBEDDED,
+        depths=parse_depths(depths),
+        prompt_tokens=parse_count(prompt_tokens, "--prompt-tokens"),
+        max_tokens=max_tokens,
+        repeat=repeat,
+        draft=draft,
+        opening=load_options(opening),
+        cold=cold,
+        check_plan=check_plan,
+        record=record and record.expanduser(),
+        stats_json=stats_json and stats_json.expanduser(),
+        plot=plot and plot.expanduser(),
+        form=output,
+        as_json=as_json,
+    )
+    return carry_out(lambda: run_bench(request, ui_of(verbose, quiet)))
 
 
 def run_bench(request: BenchOptions, ui: Ui) -> int:
@@ -118,17 +205,14 @@ def _check_early(request: BenchOptions) -> Path | None:
         raise BadRequest(
             f"--max-tokens is {request.max_tokens}; the first token comes with the prompt, so at least 2."
         )
-    _check_draft(request)
-    request.opening.check()
+    _check_drafting(request)
     if request.cold and request.opening.profile is not None:
         raise BadRequest("--cold starts from nothing: leave out --profile.")
     check_plot(request.plot)
     return None if request.model == EMBEDDED else pack_folder(request.model)
 
 
-def _check_draft(request: BenchOptions) -> None:
-    if request.draft not in (None, *DRAFTS):
-        raise BadRequest(f'--draft is "{request.draft}"; it is one of {", ".join(DRAFTS)}.')
+def _check_drafting(request: BenchOptions) -> None:
     if request.draft not in (None, "0") and (request.record or request.check_plan):
         flag = "--record" if request.record else "--check-plan"
         raise BadRequest(f"{flag} is about one token at a time: leave out --draft, or give --draft 0.")
@@ -150,8 +234,9 @@ def _context(request: BenchOptions, folder: Path | None) -> int:
 
 
 def _open(request: BenchOptions, context: int, ui: Ui) -> Engine:
-    flags = replace(request.opening, context=str(context), draft=request.drafting)
-    return open_engine(None if request.model == EMBEDDED else request.model, flags, ui)
+    draft = check_draft(request.drafting)
+    options = replace(request.opening, context=context, draft=draft)
+    return open_engine(None if request.model == EMBEDDED else request.model, options, ui)
 
 
 class BenchReport:

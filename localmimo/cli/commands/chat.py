@@ -11,14 +11,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from localmimo.cli.open_engine import LoadFlags, open_engine
+import typer
+
+from localmimo.cli.flags import GENERATION_FLAGS, LOAD_FLAGS, Given, declared, load_options
+from localmimo.cli.open_engine import open_engine
+from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.terminal.tool_approval import Ask, ToolApproval
 from localmimo.cli.ui import Ui
+from localmimo.decode.options import SAMPLING_OPTIONS
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import format_bytes
+from localmimo.loading.options import LoadOptions
 
 if TYPE_CHECKING:
     from localmimo.cli.terminal.keys import Choices
@@ -36,13 +42,14 @@ class ChatOptions:
     """The command line of `localmimo chat`."""
 
     arguments: tuple[str, ...] = ()
-    opening: LoadFlags = field(default_factory=LoadFlags)
+    opening: LoadOptions = field(default_factory=LoadOptions)
     schema: Path | None = None
     grammar: str | None = None
     system: str | None = None
     think: bool | None = None
     think_budget: int | None = None
     max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
     hide_thinking: bool = False
     stats: bool | None = None
@@ -52,7 +59,68 @@ class ChatOptions:
     stats_json: str | None = None
 
 
-Opener = Callable[[str | None, LoadFlags, Ui], "Engine"]
+Opener = Callable[[str | None, LoadOptions, Ui], "Engine"]
+
+
+@declared(generation=GENERATION_FLAGS, opening=LOAD_FLAGS)
+def chat(
+    first: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A pack's folder, or mimo-mini.", show_default=False)
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="Answer this and exit; - reads it from stdin.", show_default=False
+        ),
+    ] = None,
+    generation: Given = {},  # noqa: B006  (replaced with flags)
+    system: Annotated[
+        str | None, typer.Option("-s", "--system", metavar="TEXT|@FILE", help="System prompt.")
+    ] = None,
+    hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Do not show thinking.")] = False,
+    stats: Annotated[
+        bool | None,
+        typer.Option("--stats/--no-stats", help="Figures after an answer.  [default: in a terminal]"),
+    ] = None,
+    opening: Given = {},  # noqa: B006
+    stats_json: Annotated[
+        str | None,
+        typer.Option(
+            "--stats-json",
+            metavar="FILE",
+            help="Append a JSON line per token: pages by tier, bytes, time.",
+        ),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="No Markdown, no redrawing.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Talk with a model: localmimo chat [MODEL] [PROMPT].
+
+    Without a PROMPT it opens a conversation (/help lists its commands). With one, or with text piped in, it
+    prints the answer on stdout and exits. A single word or text that is neither a folder nor "mimo-mini" is
+    taken as the PROMPT for the small model that comes along.
+    """
+    options = ChatOptions(
+        arguments=tuple(text for text in (first, second) if text is not None),
+        opening=load_options(opening),
+        schema=generation["response_format"],
+        grammar=generation["grammar"],
+        system=system,
+        think=generation["think"],
+        think_budget=generation["think_budget"],
+        max_tokens=generation["max_tokens"],
+        stop=tuple(generation["stop"] or ()),
+        sampling={name: value for name, value in generation.items() if name in SAMPLING_OPTIONS},
+        hide_thinking=hide_thinking,
+        stats=stats,
+        plain=plain,
+        as_json=as_json,
+        tools=tuple(generation["tools"] or ()),
+        stats_json=stats_json,
+    )
+    return carry_out(lambda: run_chat(options, ui_of(verbose, quiet)))
 
 
 def run_chat(
@@ -107,7 +175,6 @@ def _looks_like_path(text: str) -> bool:
 
 def _check_early(options: ChatOptions) -> None:
     """What can be refused before the slow imports."""
-    options.opening.check()
     for path in options.tools:
         if not Path(path).expanduser().is_file():
             raise BadRequest(f"--tools: there is no file {path}.")
@@ -159,6 +226,7 @@ def _manner(options: ChatOptions, ui: Ui) -> ChatSettings:
     return ChatSettings(
         sampling=dict(options.sampling),
         max_tokens=options.max_tokens,
+        stop=options.stop,
         think=options.think,
         think_budget=options.think_budget,
         stats=stats,

@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import typer
+
+from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.ui import Ui
 from localmimo.errors import LocalMimoError, with_flags
 from localmimo.hardware.host import Machine, format_bytes
@@ -42,6 +45,25 @@ class Finding:
 
 
 Findings = Iterator[Finding]
+
+
+def doctor(
+    pack: Annotated[
+        str | None, typer.Argument(metavar="PACK", help="Also check this pack, and its disk.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Do not read the pack through; take measurements of the last week."),
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Look at this machine: software, kernels, memory, disk, GPU, a pack; each with what would mend it.
+
+    Exits with 1 where something fails; warnings do not.
+    """
+    return carry_out(lambda: run_doctor(pack, ui_of(verbose, quiet), as_json=as_json, quick=quick))
 
 
 def run_doctor(pack: str | None, ui: Ui, *, as_json: bool, quick: bool) -> int:

@@ -13,13 +13,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from localmimo.cli.flags import LOAD_FLAGS, Given, declared, load_options, without
+from localmimo.cli.open_engine import open_engine
+from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.packs import EMBEDDED, pack_folder
-from localmimo.cli.ui import Ui, bar, seconds
+from localmimo.cli.ui import Ui, bar, parse_count, seconds
 from localmimo.errors import BadRequest
+from localmimo.loading.options import LoadOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +43,7 @@ class PerplexityOptions:
     file: Path
     against: str | None = None
     context: int = 512
-    ram: str | None = None
+    opening: LoadOptions = field(default_factory=LoadOptions)
     as_json: bool = False
 
 
@@ -71,6 +77,39 @@ class Comparison:
 
     def as_dict(self) -> dict[str, float]:
         return {"mean_kl": self.kl / self.n_tokens, "top1_agreement": self.same_top / self.n_tokens}
+
+
+# A window is the context, and no token is drafted.
+PERPLEXITY_FLAGS = without(LOAD_FLAGS, "context", "draft")
+
+
+@declared(opening=PERPLEXITY_FLAGS)
+def perplexity(
+    pack: Annotated[str, typer.Argument(metavar="PACK", help="Folder of a pack, or mimo-mini.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A text file (UTF-8), or - for stdin.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACK", help="Also compare, position by position, with this pack of the same model."
+        ),
+    ] = None,
+    context: Annotated[
+        str, typer.Option("-c", "--context", metavar="N", help="Tokens in a window.")
+    ] = "2048",
+    opening: Given = {},  # noqa: B006  (replaced with flags)
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how well a pack predicts a text, and how far it strays from another pack.
+
+    The text is cut into windows of N tokens that do not overlap. Each window is read from an empty context,
+    and every token but its first is predicted from those before it in the window.
+    """
+    job = PerplexityOptions(
+        pack, file, against, parse_count(context, "--context"), load_options(opening), as_json
+    )
+    return carry_out(lambda: run_perplexity(job, ui_of(verbose, quiet)))
 
 
 def run_perplexity(job: PerplexityOptions, ui: Ui) -> int:
@@ -111,15 +150,16 @@ def _text_of(file: Path) -> str:
 def _engines(job: PerplexityOptions, ui: Ui) -> Iterator[Engine]:
     """The pack, then the other pack; two share the RAM budget in halves."""
     names = [job.pack, *([job.against] if job.against else [])]
-    folders = [None if name == EMBEDDED else pack_folder(name) for name in names]  # before torch is loaded
-    from localmimo.engine import load
+    folders = [
+        None if name == EMBEDDED else str(pack_folder(name)) for name in names
+    ]  # before torch is loaded
     from localmimo.hardware.host import Machine, parse_bytes
 
-    budget = Machine.probe().automatic_ram_bytes if job.ram is None else parse_bytes(job.ram)
-    for name, folder in zip(names, folders, strict=True):
-        ui.status.show(f" opening {name} ...", now=True)
-        engine = load(folder, context=job.context, ram=budget // len(names))
-        ui.status.clear()
+    ram = job.opening.ram
+    budget = Machine.probe().automatic_ram_bytes if ram is None else parse_bytes(ram)
+    options = replace(job.opening, context=job.context, ram=budget // len(names))
+    for folder in folders:
+        engine = open_engine(folder, options, ui)
         ui.configuration(engine)
         yield engine
 

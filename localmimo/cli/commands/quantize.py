@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from localmimo.cli.commands.verify import read_back
+from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import Machine, format_bytes
@@ -43,6 +46,64 @@ class QuantizeOptions:
     as_json: bool = False
     discard_source: bool = False
     endpoint: str | None = None
+
+
+def quantize(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of a MiMo-V2 checkpoint, or its name on the hub: owner/name[@revision].",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="DIR", help="The pack's folder  [default: ./NAME-EXPERTS]"),
+    ] = None,
+    experts: Annotated[
+        str, typer.Option(metavar="CODEC", help="Codec of the experts: nf4, nf4-16, mxfp4, int8, bf16.")
+    ] = "nf4",
+    dense: Annotated[
+        str, typer.Option(metavar="CODEC", help="Codec of attention and dense layers: int8, bf16, nf4.")
+    ] = "int8",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A .toml file with codecs by tensor, in place of --experts and --dense."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and checks; write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an earlier run began.")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a long conversion.")] = False,
+    discard_source: Annotated[
+        bool,
+        typer.Option(
+            "--discard-source", help="Delete each downloaded file when nothing more is read from it."
+        ),
+    ] = False,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of the hub.  [default: huggingface.co]")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Convert a checkpoint into a pack. Ctrl-C stops it; the same command goes on where it stopped."""
+
+    job = QuantizeOptions(
+        source,
+        out and out.expanduser(),
+        experts,
+        dense,
+        recipe,
+        dry_run,
+        restart,
+        yes,
+        as_json,
+        discard_source,
+        endpoint,
+    )
+    return carry_out(lambda: run_quantize(job, ui_of(verbose, quiet)))
 
 
 def run_quantize(job: QuantizeOptions, ui: Ui) -> int:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from localmimo.cli.options import Json, Plot, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.plots.plot import check_plot, draw_lines, picture
 from localmimo.cli.ui import Ui, parse_count, table
 from localmimo.errors import BadRequest
@@ -15,6 +18,24 @@ if TYPE_CHECKING:
     from localmimo.experts.policy.replay import Replayed
 
 MAX_SLOTS = 1 << 22
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A router trace: JSON lines.")],
+    slots: Annotated[
+        str, typer.Option("--slots", metavar="N[,N...]", help="Numbers of slots to play it with.")
+    ],
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Play a router trace through our policy, LRU, LFU and the best that is possible (Belady).
+
+    A line of a trace is {"step": 0, "layer": 1, "experts": [3, 17]}: one per token and layer, in order. With
+    --json the last line of stdout is a list: slots, requests and the hit rate of each policy.
+    """
+    return carry_out(lambda: run_replay(trace, slots, plot, ui_of(verbose, quiet), as_json=as_json))
 
 
 def run_replay(trace: Path, slots: str, plot: Path | None, ui: Ui, *, as_json: bool) -> int:

@@ -12,12 +12,17 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from localmimo.cli.open_engine import LoadFlags, open_engine
+import typer
+
+from localmimo.cli.flags import LOAD_FLAGS, Given, declared, load_options
+from localmimo.cli.open_engine import open_engine
+from localmimo.cli.options import Model, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import parse_bytes
+from localmimo.loading.options import LoadOptions
 from localmimo.serve.http.listen import is_loopback, listen
 
 if TYPE_CHECKING:
@@ -41,7 +46,60 @@ class ServeOptions:
     queue: int = 8
     sessions_dir: Path | None = None
     sessions_disk: str = "50GiB"
-    opening: LoadFlags = field(default_factory=LoadFlags)
+    opening: LoadOptions = field(default_factory=LoadOptions)
+
+
+@declared(opening=LOAD_FLAGS)
+def serve(
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; beyond this machine only with a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", metavar="KEY", help="What clients must send.  [default: LOCALMIMO_API_KEY]"
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", metavar="ORIGIN", help="A web page's origin that may call; repeat for more."),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option("--queue", metavar="N", min=0, help="Requests that may wait; more get a 429.")
+    ] = 8,
+    sessions_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--sessions-dir",
+            metavar="DIR",
+            help="Keep conversations that others push out, to take them up again.",
+        ),
+    ] = None,
+    sessions_disk: Annotated[
+        str, typer.Option("--sessions-disk", metavar="SIZE", help="Disk for them; the oldest give way.")
+    ] = "50GiB",
+    opening: Given = {},  # noqa: B006  (replaced with flags)
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page to talk with it.
+
+    Requests are answered one at a time, first come, first served. SIGTERM or Ctrl-C finishes what came in.
+    """
+    job = ServeOptions(
+        model_name(model),
+        host=host,
+        port=port,
+        api_key=api_key,
+        cors=tuple(cors or ()),
+        queue=queue,
+        sessions_dir=sessions_dir and sessions_dir.expanduser(),
+        sessions_disk=sessions_disk,
+        opening=load_options(opening),
+    )
+    return carry_out(lambda: run_serve(job, ui_of(verbose, quiet)))
 
 
 def run_serve(job: ServeOptions, ui: Ui) -> int:
@@ -69,7 +127,6 @@ def _check_early(job: ServeOptions, key: str | None) -> None:
             "or leave --host at 127.0.0.1."
         )
     parse_bytes(job.sessions_disk)
-    job.opening.check()
 
 
 async def _serve(job: ServeOptions, key: str | None, sock: socket.socket, ui: Ui) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from localmimo.cli.options import Json, Plot, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.packs import folder_of
 from localmimo.cli.plots.plot import check_plot, draw_map, picture
 from localmimo.cli.ui import Ui, table
@@ -20,6 +23,32 @@ if TYPE_CHECKING:
 
 N_HOTTEST = 4  # experts named per layer
 HOT_CODEC = "nf4-16"  # 4.5 bits
+
+
+def stats(
+    pack: Annotated[str, typer.Argument(metavar="PACK", help="Folder of a pack, or mimo-mini.")],
+    profile: Annotated[str, typer.Option(metavar="NAME", help="Whose statistics.")] = "default",
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Write a recipe that gives the hottest experts 4.5 bits."),
+    ] = None,
+    hot_share: Annotated[
+        float,
+        typer.Option("--hot-share", metavar="SHARE", help="The part of each layer's experts that it names."),
+    ] = 0.1,
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Show how often each expert of each layer was used, as earlier sessions counted it.
+
+    And where it lies now, for every process that has the pack open with this profile."""
+
+    ui = ui_of(verbose, quiet)
+    return carry_out(
+        lambda: run_stats(pack, profile, plot, ui, as_json=as_json, recipe=recipe, hot_share=hot_share)
+    )
 
 
 def run_stats(

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
 from localmimo.cli.packs import pack_folder
 from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
     from quant.pack.verify import Report
+
+
+def verify(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="Folder of a pack.")],
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Read a pack from end to end and compare every checksum."""
+
+    return carry_out(lambda: run_verify(pack.expanduser(), ui_of(verbose, quiet), as_json=as_json))
 
 
 def run_verify(pack: Path, ui: Ui, *, as_json: bool) -> int:

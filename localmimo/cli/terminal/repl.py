@@ -43,6 +43,7 @@ class ChatSettings:
 
     sampling: dict[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
     think: bool | None = None
     think_budget: int | None = None
     stats: bool = True
@@ -51,12 +52,13 @@ class ChatSettings:
 
     def stream_options(self) -> dict[str, Any]:
         """Keyword arguments of Engine.stream; raises BadRequest where a value makes no sense."""
-        from localmimo.decode.sampler import Sampling
+        from localmimo.decode.options import Sampling
 
         chosen = {key: value for key, value in self.sampling.items() if value is not None}
         return {
             "sampling": Sampling(**chosen),
             "max_tokens": self.max_tokens,
+            "stop": self.stop,
             "think": self.think,
             "think_budget": self.think_budget,
         } | ({} if self.grammar is None else {"grammar": self.grammar})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from localmimo.cli.terminal.screen import figures
 from localmimo.cli.ui import fit, parse_count
+from localmimo.decode.options import OPTIONS, SAMPLING_OPTIONS
 from localmimo.errors import BadRequest, LocalMimoError, with_flags
 from localmimo.hardware.host import format_bytes
 
@@ -96,18 +97,8 @@ def _system(repl: Repl, text: str) -> None:
         repl.ui.note("  The system prompt holds from the next message on.", style="dim")
 
 
-SETTINGS: dict[str, tuple[str, type]] = {
-    "temperature": ("temperature", float),
-    "temp": ("temperature", float),
-    "top-p": ("top_p", float),
-    "top-k": ("top_k", int),
-    "min-p": ("min_p", float),
-    "repetition-penalty": ("repetition_penalty", float),
-    "presence-penalty": ("presence_penalty", float),
-    "frequency-penalty": ("frequency_penalty", float),
-    "seed": ("seed", int),
-    "max-tokens": ("max_tokens", int),
-}
+# What /set may change: name -> option.
+SETTINGS = {name: option for option in OPTIONS.values() for name in option.set_names}
 
 
 def _set(repl: Repl, argument: str) -> None:
@@ -115,9 +106,9 @@ def _set(repl: Repl, argument: str) -> None:
         _set_one(repl, pair)
     sampling = repl.manner.stream_options()["sampling"]
     shown = {
-        name: getattr(sampling, key, repl.manner.max_tokens)
-        for name, (key, _) in SETTINGS.items()
-        if name != "temp"
+        option.set_names[0]: getattr(sampling if name in SAMPLING_OPTIONS else repl.manner, name)
+        for name, option in OPTIONS.items()
+        if option.set_names
     }
     repl.ui.parts(f"{name} {'off' if value is None else value}" for name, value in shown.items())
 
@@ -127,23 +118,24 @@ def _set_one(repl: Repl, pair: str) -> None:
     name = key.strip().lower().replace("_", "-")
     if not equals or name not in SETTINGS:
         raise BadRequest(f"/set {pair}: write name=value, the name one of {', '.join(SETTINGS)}.")
-    target, kind = SETTINGS[name]
+    option = SETTINGS[name]
+    kind = float if option.kind == "number" else int
     try:
         value = None if text.lower() in ("", "off", "none") else kind(text)
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise BadRequest(f'/set {name}: "{text}" is not {wanted}.') from None
-    if target == "max_tokens":
-        if value is not None and value < 1:
-            raise BadRequest(f"/set max-tokens: {value} is too few; it must be at least 1, or off.")
-        repl.manner.max_tokens = value
+    if option.name not in SAMPLING_OPTIONS:
+        if value is not None and option.least is not None and value < option.least:
+            raise BadRequest(f"/set {name}: {value} {option.refusal}, or off.")
+        setattr(repl.manner, option.name, value)
         return
-    before = repl.manner.sampling.get(target)
-    repl.manner.sampling[target] = value
+    before = repl.manner.sampling.get(option.name)
+    repl.manner.sampling[option.name] = value
     try:
         repl.manner.stream_options()
     except BadRequest:
-        repl.manner.sampling[target] = before
+        repl.manner.sampling[option.name] = before
         raise
 
 

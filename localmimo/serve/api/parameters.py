@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import Sampling
 from localmimo.serve.api.json_fields import Fields
 
 GREEDY_BELOW = 1e-4  # a smaller temperature overflows float32, and means the likeliest token anyway

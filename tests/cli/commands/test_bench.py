@@ -14,11 +14,11 @@ from localmimo.chat.tokenizer import Tokenizer
 from localmimo.cli import app
 from localmimo.cli.commands import bench
 from localmimo.cli.commands.bench import BenchOptions, parse_depths, run_bench
-from localmimo.cli.open_engine import LoadFlags
 from localmimo.decode.steps import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import read_trace
 from localmimo.experts.store.counters import PageCounters
+from localmimo.loading.options import LoadOptions
 from localmimo.mini import CHECKPOINT
 from quant import convert
 from tests.cli.program import localmimo
@@ -35,9 +35,9 @@ SMALL: dict[str, Any] = {
 
 def small(**given: Any) -> BenchOptions:
     """A small run, but for what is given."""
-    flags = {"context": "256", "ram": "96MiB", "profile": None}
+    flags = {"context": 256, "ram": "96MiB", "profile": None}
     opening = flags | {name: given.pop(name) for name in ("profile", "ram", "kv") if name in given}
-    return BenchOptions(**SMALL | given, opening=LoadFlags(**opening))
+    return BenchOptions(**SMALL | given, opening=LoadOptions(**opening))
 
 
 def run(request: BenchOptions, **settings: Any) -> tuple[int, Capture]:
@@ -193,7 +193,7 @@ def test_ctrl_c_shows_what_there_is(nf4_pack: Path, monkeypatch: pytest.MonkeyPa
         (("-n", "1"), 2, "error: --max-tokens is 1; the first token comes with the prompt, so at least 2."),
         (("-r", "0"), 2, "error: Invalid value for '-r' / '--repeat': "),
         (("-o", "html"), 2, 'error: --output is "html"; it is one of text, md.'),
-        (("--draft", "4"), 2, 'error: --draft is "4"; it is one of auto, 0, 1, 2, 3.'),
+        (("--draft", "4"), 2, "error: Invalid value for '--draft': 4 is none of auto, 0, 1, 2 and 3."),
         (
             ("--draft", "1", "--record", "x"),
             2,

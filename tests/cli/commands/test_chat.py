@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from localmimo.cli.commands.chat import ChatOptions, model_and_prompt, run_chat
-from localmimo.cli.open_engine import LoadFlags
+from localmimo.cli.flags import load_options
 from localmimo.errors import BadModel, BadRequest
 from tests.scripted import INTERRUPT, Capture, ScriptedEngine
 
@@ -119,12 +119,6 @@ def test_ctrl_c_keeps_what_was_said_and_exits_130() -> None:
         ((" \n",), {}, None, "The prompt is empty: say something."),
         ((), {}, Piped(""), "The prompt is empty: say something."),
         ((), {"as_json": True}, None, "--json answers one prompt: give a PROMPT, or pipe it in."),
-        (
-            ("q",),
-            {"opening": LoadFlags(context="many")},
-            None,
-            '--context is "many"; write a number such as 4096 or 32k.',
-        ),
         (("q",), {"system": "@/no/such"}, None, "--system: there is no file /no/such."),
     ],
 )
@@ -132,6 +126,12 @@ def test_senseless_requests_are_sentences(arguments: Any, options: Any, stdin: A
     with pytest.raises(BadRequest) as raised:
         chat(ScriptedEngine(), *arguments, stdin=stdin, **options)
     assert str(raised.value) == says
+
+
+def test_a_context_that_is_no_number_is_a_sentence() -> None:
+    with pytest.raises(BadRequest) as raised:
+        load_options({"context": "many"})
+    assert str(raised.value) == '--context is "many"; write a number such as 4096 or 32k.'
 
 
 def test_folders_that_are_no_packs(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_set_and_think_reach_the_engine() -> None:
 def test_set_alone_shows_what_holds() -> None:
     _, shown = converse(ScriptedEngine(), "/set")
     assert shown.err == (
-        "  temperature 0.7 · top-p 0.95 · top-k 0 · min-p 0.0 · repetition-penalty 1.0\n"
+        "  temperature 0.7 · top-k 0 · top-p 0.95 · min-p 0.0 · repetition-penalty 1.0\n"
         "  presence-penalty 0.0 · frequency-penalty 0.0 · seed off · max-tokens off\n"
     )
 

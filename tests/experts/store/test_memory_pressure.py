@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmimo import load
-from localmimo.decode.sampler import Sampling
+from localmimo.decode.options import Sampling
 from localmimo.experts.store.memory_pressure import MemoryPressure, low_bytes, slots_wanted
 from localmimo.hardware.host import _cgroup
 
