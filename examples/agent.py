@@ -1,11 +1,14 @@
-"""An agent with three tools that can do no harm: it searches and reads one folder, and runs Python in a box.
+"""An agent with tools that can do no harm: it searches and reads one folder, and runs Python programs with limits.
 
-    python examples/agent.py "Please calculate 45 - 17."    # mimo-mini, which garbles numbers: it shows the loop
+    python examples/agent.py "Please calculate 45 - 17."    # mimo-mini shows the steps; its numbers are often wrong
     python examples/agent.py --model ~/packs/flash --folder ~/src "Where is the ring buffer, and how large is it?"
 
-The folder is only read, and nothing outside it: links that lead out are not followed. Python runs in a process of
-its own, in an empty folder, with limits on time, memory and files, without this process's environment, and without
-a network where the system lets us take it away (Linux with user namespaces; the result says so where not).
+A tool is a Python function. The model reads its name, annotations and docstring, and calls it with arguments that were
+checked against the annotations. `main` below is all that an agent needs.
+
+The tools only read, and only inside the folder: links that lead out of it are not followed. A Python program runs in a
+separate process, in an empty folder, with limits on time, memory and files. It does not get this process's environment,
+and no network where the system allows that (Linux with user namespaces; elsewhere the result says so).
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class Folder:
                 pattern: a regular expression
                 glob: which files, such as **/*.py
             """
-            return "\n".join(self._matches(re.compile(pattern), glob)) or "nothing found"
+            return "\n".join(self._matching_lines(re.compile(pattern), glob)) or "nothing found"
 
         def read_file(path: str, first_line: int = 1) -> str:
             """Shows up to 200 lines of a text file of the folder.
@@ -62,7 +65,7 @@ class Folder:
         return [search, read_file]
 
     def _inside(self, path: str) -> Path:
-        """The file, if it lies in the folder once every link and .. is resolved."""
+        """The file, if it is in the folder once every link and .. is resolved. Raises PermissionError."""
         found = (self.root / path).resolve()
         if not found.is_relative_to(self.root):
             raise PermissionError(f"{path} is outside the folder.")
@@ -73,7 +76,7 @@ class Folder:
             raise ValueError(f"{path.name} is larger than 1 MiB.")
         return path.read_text("utf-8", "replace")
 
-    def _matches(self, pattern: re.Pattern[str], glob: str) -> Iterator[str]:
+    def _matching_lines(self, pattern: re.Pattern[str], glob: str) -> Iterator[str]:
         n_found = 0
         for path in sorted(self.root.glob(glob)):
             if not path.is_file() or not path.resolve().is_relative_to(self.root):
@@ -89,7 +92,7 @@ class Folder:
 
 
 def python(code: str) -> str:
-    """Runs a Python program and gives what it prints.
+    """Runs a Python program and returns what it prints.
 
     Args:
         code: the program, with print
@@ -98,18 +101,18 @@ def python(code: str) -> str:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", code],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
-            env={"PATH": os.defpath}, start_new_session=True, preexec_fn=_boxed,
+            env={"PATH": os.defpath}, start_new_session=True, preexec_fn=_limit_process,
         )  # fmt: skip
         try:
-            code_of_exit = process.wait(WALL_S)
+            exit_code = process.wait(WALL_S)
         except subprocess.TimeoutExpired:
-            code_of_exit = None
+            exit_code = None
         finally:
-            _end_group(process)
+            _kill_group(process)
         output.seek(0)
-        said = output.read(OUTPUT_BYTES).decode("utf-8", "replace")
-    ending = "took too long" if code_of_exit is None else f"exit code {code_of_exit}"
-    return said if code_of_exit == 0 else f"{said}\n[{ending}]"
+        printed = output.read(OUTPUT_BYTES).decode("utf-8", "replace")
+    ending = "took too long" if exit_code is None else f"exit code {exit_code}"
+    return printed if exit_code == 0 else f"{printed}\n[{ending}]"
 
 
 def calculator(expression: str) -> str:
@@ -119,21 +122,22 @@ def calculator(expression: str) -> str:
     return python(f"print({expression})").strip()
 
 
-def _boxed() -> None:
-    """In the new process, before Python starts: limits that it can't lift again."""
-    for what, most in (
+def _limit_process() -> None:
+    """In the new process, before Python starts: set limits that the process cannot raise again."""
+    for resource_kind, maximum in (
         (resource.RLIMIT_CPU, CPU_S),
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, OUTPUT_BYTES),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(what, (most, most))
+        resource.setrlimit(resource_kind, (maximum, maximum))
     if ctypes.CDLL(None).unshare(NEW_USER | NEW_NETWORK) != 0:
         os.write(1, b"[this system does not let us take the network away]\n")
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End the process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -143,22 +147,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Ask an agent that can only read a folder and calculate.")
     parser.add_argument("question", nargs="?", default="Please calculate 45 - 17.")
     parser.add_argument("--model", help="a pack's folder; without it mimo-mini answers")
-    parser.add_argument("--folder", type=Path, default=Path(), help="what may be read (default: here)")
-    parser.add_argument("--steps", type=int, default=8, help="answers at most")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="what may be read (default: the current one)"
+    )
+    parser.add_argument("--steps", type=int, default=8, help="the most answers before it stops (default: 8)")
     options = parser.parse_args()
 
-    def show(call: localmimo.ToolCall) -> bool:
+    def approve(call: localmimo.ToolCall) -> bool:
+        """Show each call and allow it. A program whose tools can do harm would ask the user first."""
         print(f"  {call.name}({call.arguments})", file=sys.stderr)
-        return True  # here a program that asks would ask
+        return True
 
-    # mimo-mini has seen calculators only; a real model gets the folder and Python too.
+    # mimo-mini was trained with calculators only. A real model gets the folder and Python too.
     tools = [calculator, *([*Folder(options.folder).tools(), python] if options.model else [])]
     with localmimo.load(options.model) as engine:
         run = engine.agent(
             [{"role": "user", "content": options.question}],
             tools,
             max_steps=options.steps,
-            approve=show,
+            approve=approve,
             sampling=localmimo.Sampling(temperature=0),
             max_tokens=1000,
         )

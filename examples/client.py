@@ -1,22 +1,30 @@
-"""Talk to a running server with OpenAI's own client: start `localmimo serve` first, then run this.
+"""Ask a running server with OpenAI's Python client, and print the answer as it comes.
 
+localmimo serve                                     # in another terminal
+pip install openai
 python examples/client.py [http://127.0.0.1:8080/v1]
 """
 
-import json
 import sys
 
 from openai import OpenAI
 
-client = OpenAI(base_url=sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8080/v1", api_key="none")
-messages = [{"role": "user", "content": "Tell me about rivers."}]
+url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8080/v1"
+client = OpenAI(
+    base_url=url, api_key="none"
+)  # the client wants a key; the server asks for none on this machine
 
-for chunk in client.chat.completions.create(
-    model="any", messages=messages, max_tokens=60, stream=True, stream_options={"include_usage": True}
-):
+stream = client.chat.completions.create(
+    model="any",  # the server has one model and ignores the name
+    messages=[{"role": "user", "content": "Tell me about rivers."}],
+    max_tokens=60,
+    stream=True,
+    stream_options={"include_usage": True},
+)
+for chunk in stream:
     for choice in chunk.choices:
-        thought = getattr(choice.delta, "reasoning_content", None)
-        print(thought or choice.delta.content or "", end="", flush=True)
-    if chunk.usage:
-        cached = chunk.usage.prompt_tokens_details.cached_tokens
-        print(f"\n{json.dumps({'read': chunk.usage.prompt_tokens - cached, 'in the cache': cached})}")
+        thinking = getattr(choice.delta, "reasoning_content", None)
+        print(thinking or choice.delta.content or "", end="", flush=True)
+    if chunk.usage:  # in the last chunk
+        n_cached = chunk.usage.prompt_tokens_details.cached_tokens
+        print(f"\n[{chunk.usage.prompt_tokens} tokens of prompt, {n_cached} of them in the cache]")

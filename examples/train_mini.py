@@ -1,11 +1,11 @@
-"""train_mini: trains the embedded miniature from scratch, or goes on where a folder left off, and exports it.
+"""Training of the embedded model mimo-mini: from scratch, or from where a folder stopped, up to its export.
 
     python examples/train_mini.py --out DIR --minutes 90
 
-Fetches the openly licensed sources with pip (exact versions), builds the text mix and the tokenizer, then
-trains with one process per core; processes share weights and gradients through memory. The learning rate is
-flat until 75 % of the time and then falls to zero, and the draft (MTP) blocks are trained in the last minutes
-with the trunk at rest.
+Fetches the openly licensed sources with pip (exact versions), builds the mix of texts and the tokenizer, then
+trains with one process per core. The processes share weights and gradients through memory. The learning rate is
+constant for 75 % of the time and then falls to zero. The draft (MTP) blocks are trained in the last minutes, while
+the other weights stay fixed.
 """
 
 # ruff: noqa: E402 (the imports follow the settings that they need)
@@ -173,8 +173,8 @@ def worker(rank: int, run: Run, shared: Shared, barrier, state: dict) -> None:  
     net = Network(shape, run.compiled)
     silent = state["silent"]
     mixer = Mixer(run.out / "data", build.SHARES, silent, run.seed * 10 + rank + 1 + 1000 * state["restarts"])
-    mine = shares(shared.master, run.processes)[rank]
-    optimizer = Optimizer(shared.master, mine)
+    own_names = shares(shared.master, run.processes)[rank]
+    optimizer = Optimizer(shared.master, own_names)
     if state["optimizers"]:
         optimizer.load(state["optimizers"][rank])
         mixer.resume(state["positions"][rank])
@@ -213,7 +213,7 @@ def worker(rank: int, run: Run, shared: Shared, barrier, state: dict) -> None:  
         loss.backward()
         shared.loss[rank] = loss.detach()
         barrier.wait()
-        update(run, shared, optimizer, mine, rank, phase, progress, step)
+        update(run, shared, optimizer, own_names, rank, phase, progress, step)
         step += 1
         if clock is not None:
             clock.note(shared, step, phase)
@@ -227,7 +227,7 @@ def update(
     run: Run,
     shared: Shared,
     optimizer: Optimizer,
-    mine: list[str],
+    own_names: list[str],
     rank: int,
     phase: str,
     progress: float,
@@ -235,18 +235,18 @@ def update(
 ) -> None:
     """Average the gradients of this process's names and step; process 0 also nudges the routers' balance."""
     if phase == "trunk":
-        names = [n for n in mine if not n.startswith("mtp.")]
+        names = [n for n in own_names if not n.startswith("mtp.")]
         scale = schedule(progress, step)
     elif run.joint:
-        names, scale = mine, 0.3 * max(0.03, min(1.0, (2 - progress) / 0.4))
+        names, scale = own_names, 0.3 * max(0.03, min(1.0, (2 - progress) / 0.4))
     else:
         wanted = ("mtp.0.",) if progress < 1.5 else ("mtp.",)
-        names = [n for n in mine if n.startswith(wanted)]
+        names = [n for n in own_names if n.startswith(wanted)]
         scale = 0.5 if progress < 1.5 else 0.3 * max(0.03, (2 - progress) / 0.5)
     grads = {n: averaged([g[n] for g in shared.grads]) for n in names}
     optimizer.names = names
     optimizer.step(grads, scale)
-    optimizer.names = mine
+    optimizer.names = own_names
     for name in names:
         shared.half[name].copy_(shared.master[name])
     if rank == 0 and phase == "trunk":

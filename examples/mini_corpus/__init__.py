@@ -1,1 +1,1 @@
-"""The text that trains the embedded miniature: hand-made templates and a few openly licensed sources."""
+"""The text that trains the embedded model: hand-made templates and a few openly licensed sources."""

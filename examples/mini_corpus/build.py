@@ -1,7 +1,7 @@
-"""build: the whole mix, its tokenizer, and one flat token array per kind of text.
+"""Builder of the training text: the whole mix, its tokenizer, and one flat token array per kind of text.
 
 Knows the proportions and the file layout; it must not know the model. Arrays are uint16: the low 15 bits are
-the token id, the top bit marks tokens with full loss (the assistant speaks). Conversations start at
+the token id, the top bit is set for tokens with full loss (those of the assistant). Conversations start at
 `<name>.starts.npy` (int64 offsets, with the total at the end).
 """
 

@@ -1,7 +1,7 @@
 """Conversation: messages, tools and the thinking flag, and how they become training text in MiMo's format.
 
 Knows the chat format only; it must not know where the text comes from or how it is tokenised.
-The text is cut into spans with a flag: True where the assistant speaks (full loss), False elsewhere.
+The text is cut into spans with a flag: True for the text of the assistant (full loss), False elsewhere.
 """
 # ruff: noqa: E501 (the fixed texts of the format)
 

@@ -87,9 +87,9 @@ def _cut(run: list[str]) -> list[Conversation]:
 
 
 def chatterbot(folder: Path) -> list[Conversation]:
-    """The English question and answer files of chatterbot-corpus (rooms that fit a small polite model)."""
+    """The English question and answer files of chatterbot-corpus (subjects that fit a small polite model)."""
     talks = []
-    rooms = (
+    subjects = (
         "ai",
         "computers",
         "food",
@@ -103,8 +103,8 @@ def chatterbot(folder: Path) -> list[Conversation]:
         "money",
         "history",
     )
-    for room in rooms:
-        path = folder / f"chatterbot_corpus/chatterbot_corpus/data/english/{room}.yml"
+    for subject in subjects:
+        path = folder / f"chatterbot_corpus/chatterbot_corpus/data/english/{subject}.yml"
         turns: list[list[str]] = []
         for line in path.read_text(encoding="utf-8").split("conversations:")[1].splitlines():
             if line.startswith("- - "):

@@ -1,5 +1,4 @@
-"""Stories: little tales from a grammar (somebody, a place, a wish, an obstacle, a friend, an ending), and
-small poems.
+"""Stories from a grammar (somebody, a place, a wish, an obstacle, a friend, an ending), and short poems.
 
 Knows only words; every choice comes from the random generator that it is given.
 """

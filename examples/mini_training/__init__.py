@@ -1,1 +1,1 @@
-"""Training, export and evaluation of the embedded miniature (see examples/train_mini.py)."""
+"""Training, export and evaluation of the embedded model (see examples/train_mini.py)."""

@@ -1,4 +1,4 @@
-"""Batches: rows of whole conversations drawn from the token arrays of every kind, in shares that shift over
+"""Batches: rows of whole conversations, drawn from the token arrays of every kind in shares that change over
 time.
 
 Knows the arrays that mini_corpus.build writes; it must not know the model.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 ID_BITS = 0x7FFF
-OTHER_WEIGHT = 0.3  # loss weight of tokens that the assistant does not say
+OTHER_WEIGHT = 0.3  # loss weight of tokens that the assistant does not write
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Card: measures an exported checkpoint and writes its model card.
+"""Model card: measures an exported checkpoint and writes its figures.
 
 Everything is measured on the exported (FP8, dequantised) weights. Knows the training folder and the
 checkpoint; it must not change either.
@@ -54,19 +54,19 @@ class Measured:
 def held_rows(folder: Path, kind: str) -> tuple[Tensor, Tensor]:
     """Held-out conversations packed into rows: raw tokens [B, 512] and document numbers."""
     raw, starts = np.load(folder / f"{kind}.held.npy"), np.load(folder / f"{kind}.held.starts.npy")
-    rows, documents, row, mark = [], [], [], []
+    rows, documents, row, numbers = [], [], [], []
     for n in range(len(starts) - 1):
         talk = raw[starts[n] : starts[n + 1]][:ROW].tolist()
         if len(row) + len(talk) > ROW:
             rows.append(row + [0] * (ROW - len(row)))
-            documents.append(mark + [-1] * (ROW - len(mark)))
-            row, mark = [], []
+            documents.append(numbers + [-1] * (ROW - len(numbers)))
+            row, numbers = [], []
         if len(rows) * ROW >= MAX_HELD_TOKENS:
             break
-        row, mark = row + talk, mark + [n] * len(talk)
+        row, numbers = row + talk, numbers + [n] * len(talk)
     if row and len(rows) * ROW < MAX_HELD_TOKENS:
         rows.append(row + [0] * (ROW - len(row)))
-        documents.append(mark + [-1] * (ROW - len(mark)))
+        documents.append(numbers + [-1] * (ROW - len(numbers)))
     return torch.tensor(rows), torch.tensor(documents)
 
 

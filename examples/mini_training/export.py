@@ -1,4 +1,4 @@
-"""Export: trained parameters -> a checkpoint folder in the layout in which MiMo-V2-Flash is released.
+"""Export of trained parameters as a checkpoint folder in the released layout of MiMo-V2-Flash.
 
 FP8 e4m3 in blocks of 128 x 128 with `weight_scale_inv` in float32, split q/k/v on the plain row // 128 grid,
 one tensor per expert, bfloat16 for embeddings, head, o_proj, eh_proj, norms and sinks, float32 for the
@@ -62,48 +62,50 @@ def listing(shape: Shape, p: Params, biases: dict[str, Tensor]) -> list[Stored]:
         Stored("model.norm.weight", "bf16", p["norm"]),
     ]
     for n in range(shape.n_layers):
-        ours, theirs = f"layers.{n}", f"model.layers.{n}"
-        out += _attention(p, ours, theirs)
-        out.append(Stored(f"{theirs}.post_attention_layernorm.weight", "bf16", p[f"{ours}.mlp_norm"]))
-        out += _mlp(p, ours, theirs) if n == 0 else _experts(shape, p, biases, ours, theirs)
+        trained, released = f"layers.{n}", f"model.layers.{n}"
+        out += _attention(p, trained, released)
+        out.append(Stored(f"{released}.post_attention_layernorm.weight", "bf16", p[f"{trained}.mlp_norm"]))
+        out += _mlp(p, trained, released) if n == 0 else _experts(shape, p, biases, trained, released)
     for k in range(shape.n_mtp):
-        ours, theirs = f"mtp.{k}", f"model.mtp.layers.{k}"
+        trained, released = f"mtp.{k}", f"model.mtp.layers.{k}"
         names = (
             ("embed_norm", "enorm"),
             ("hidden_norm", "hnorm"),
             ("mlp_norm", "pre_mlp_layernorm"),
             ("final_norm", "final_layernorm"),
         )
-        out += [Stored(f"{theirs}.{b}.weight", "bf16", p[f"{ours}.{a}"]) for a, b in names]
-        out.append(Stored(f"{theirs}.eh_proj.weight", "bf16", p[f"{ours}.proj"]))
-        out += _attention(p, ours, theirs) + _mlp(p, ours, theirs)
+        out += [Stored(f"{released}.{b}.weight", "bf16", p[f"{trained}.{a}"]) for a, b in names]
+        out.append(Stored(f"{released}.eh_proj.weight", "bf16", p[f"{trained}.proj"]))
+        out += _attention(p, trained, released) + _mlp(p, trained, released)
     return out
 
 
-def _attention(p: Params, ours: str, theirs: str) -> list[Stored]:
-    out = [Stored(f"{theirs}.input_layernorm.weight", "bf16", p[f"{ours}.attn_norm"])]
-    out += [Stored(f"{theirs}.self_attn.{x}_proj.weight", "fp8", p[f"{ours}.attn.{x}"]) for x in "qkv"]
-    out.append(Stored(f"{theirs}.self_attn.o_proj.weight", "bf16", p[f"{ours}.attn.o"]))
-    if f"{ours}.attn.sink" in p:
-        out.append(Stored(f"{theirs}.self_attn.attention_sink_bias", "bf16", p[f"{ours}.attn.sink"]))
+def _attention(p: Params, trained: str, released: str) -> list[Stored]:
+    out = [Stored(f"{released}.input_layernorm.weight", "bf16", p[f"{trained}.attn_norm"])]
+    out += [Stored(f"{released}.self_attn.{x}_proj.weight", "fp8", p[f"{trained}.attn.{x}"]) for x in "qkv"]
+    out.append(Stored(f"{released}.self_attn.o_proj.weight", "bf16", p[f"{trained}.attn.o"]))
+    if f"{trained}.attn.sink" in p:
+        out.append(Stored(f"{released}.self_attn.attention_sink_bias", "bf16", p[f"{trained}.attn.sink"]))
     return out
 
 
-def _mlp(p: Params, ours: str, theirs: str) -> list[Stored]:
-    gate, up = p[f"{ours}.mlp.gate_up"].chunk(2)
-    parts = (("gate", gate), ("up", up), ("down", p[f"{ours}.mlp.down"]))
-    return [Stored(f"{theirs}.mlp.{name}_proj.weight", "fp8", value) for name, value in parts]
+def _mlp(p: Params, trained: str, released: str) -> list[Stored]:
+    gate, up = p[f"{trained}.mlp.gate_up"].chunk(2)
+    parts = (("gate", gate), ("up", up), ("down", p[f"{trained}.mlp.down"]))
+    return [Stored(f"{released}.mlp.{name}_proj.weight", "fp8", value) for name, value in parts]
 
 
-def _experts(shape: Shape, p: Params, biases: dict[str, Tensor], ours: str, theirs: str) -> list[Stored]:
+def _experts(shape: Shape, p: Params, biases: dict[str, Tensor], trained: str, released: str) -> list[Stored]:
     out = [
-        Stored(f"{theirs}.mlp.gate.weight", "f32", p[f"{ours}.router.weight"]),
-        Stored(f"{theirs}.mlp.gate.e_score_correction_bias", "f32", biases[f"{ours}.router.bias"]),
+        Stored(f"{released}.mlp.gate.weight", "f32", p[f"{trained}.router.weight"]),
+        Stored(f"{released}.mlp.gate.e_score_correction_bias", "f32", biases[f"{trained}.router.bias"]),
     ]
     for e in range(shape.n_experts):
-        gate, up = p[f"{ours}.experts.gate_up"][e].chunk(2)
-        parts = (("gate", gate), ("up", up), ("down", p[f"{ours}.experts.down"][e]))
-        out += [Stored(f"{theirs}.mlp.experts.{e}.{name}_proj.weight", "fp8", value) for name, value in parts]
+        gate, up = p[f"{trained}.experts.gate_up"][e].chunk(2)
+        parts = (("gate", gate), ("up", up), ("down", p[f"{trained}.experts.down"][e]))
+        out += [
+            Stored(f"{released}.mlp.experts.{e}.{name}_proj.weight", "fp8", value) for name, value in parts
+        ]
     return out
 
 

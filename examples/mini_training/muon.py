@@ -1,4 +1,4 @@
-"""Optimizer: Muon for matrices, Adam for the rest, over named float32 parameters, divisible between
+"""Optimizer of named float32 parameters: Muon for matrices, Adam for the rest. Its work can be divided between
 processes.
 
 Muon: momentum, then the nearest orthogonal matrix by five Newton-Schulz steps (Jordan et al. 2024, public
@@ -44,7 +44,7 @@ def _matrices(name: str, x: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """State and step of the parameters whose names it is given; `params` are updated in place."""
+    """State and step of the parameters with the given names. `params` are updated in place."""
 
     def __init__(self, params: dict[str, Tensor], names: list[str]) -> None:
         self.params, self.names, self.steps = params, names, 0
@@ -78,15 +78,15 @@ class Optimizer:
         self.params[name].addcdiv_(first, (second / c2).sqrt_().add_(1e-8), value=-lr / c1)
 
     def state(self) -> dict[str, object]:
-        """What a checkpoint needs."""
+        """The state to save in a checkpoint."""
         return {"steps": self.steps, "first": self.first, "second": self.second}
 
     def load(self, state: dict[str, object]) -> None:
-        """Take over a saved state where names and shapes agree."""
+        """Copy a saved state, whose names and shapes must be the same."""
         self.steps = state["steps"]  # type: ignore[assignment]
-        for mine, theirs in ((self.first, state["first"]), (self.second, state["second"])):
-            for name in mine:
-                mine[name].copy_(theirs[name])  # type: ignore[index]
+        for own, saved in ((self.first, state["first"]), (self.second, state["second"])):
+            for name in own:
+                own[name].copy_(saved[name])  # type: ignore[index]
 
 
 def shares(params: dict[str, Tensor], parts: int) -> list[list[str]]:

@@ -1,7 +1,7 @@
-"""Network: the miniature's shape, its parameters by name, and its training forward pass.
+"""Network of the embedded model: its shape, its parameters by name, and its forward pass for training.
 
-The maths is localmimo's (rms_norm, rope_table, rotate, route, and attend for the check); what is written anew
-here is only faster for whole batches. It must not know files, tokenizers or optimizers.
+The maths is localmimo's (rms_norm, rope_table, rotate, route, and attend for the check); what is written
+again is only faster for whole batches. It must not know files, tokenizers or optimizers.
 """
 
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ def init_biases(shape: Shape) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What all layers share for one batch: rotations, and who sees whom (documents never see each other)."""
+    """What all layers share for one batch: rotations, and which tokens attend to which (only within a document)."""
 
     cos_global: Tensor
     sin_global: Tensor

@@ -1,6 +1,6 @@
-"""Sampling: greedy or seeded answers from the trainer's own weights, for a look during training.
+"""Sampling of answers from the weights in training, greedy or seeded, to follow the progress.
 
-Knows the network and the tokenizer; slow on purpose (no cache), it is not how the model is used.
+Knows the network and the tokenizer; slow, since it has no cache. localmimo itself runs the finished model.
 """
 
 from pathlib import Path
