@@ -8,7 +8,7 @@ The first run packs mimo-mini, which takes a few seconds. For another model, giv
 from localmimo import Sampling, load
 
 with load(context=1024) as engine:  # context: the most tokens of prompt and answer together
-    print(engine.plan)  # how the model was placed in memory, and the speed to expect
+    print(engine.plan)  # how the model was placed in memory
 
     prompt = "The moon is"
     result = engine.generate(

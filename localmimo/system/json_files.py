@@ -51,7 +51,8 @@ class JsonLines:
                 rest = rest[self._file.write(rest) or 0 :]
         except OSError as error:
             with suppress(OSError):
-                self._file.truncate(start)  # without half a line, the lines before it can be read
+                self._file.seek(start)
+                self._file.truncate()  # without half a line, the lines before it can be read
             raise self._refused(error) from None
 
     def _refused(self, error: OSError) -> BadRequest:
