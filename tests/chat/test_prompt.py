@@ -1,5 +1,6 @@
 """Messages to tokens: what merely spells a special token stays text, and answers come back as they were sampled."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,29 @@ def test_so_is_a_tools_result_and_a_tools_description(tokenizer: Tokenizer, text
         token for token in special(tokenizer, tokenizer.encode(text)) if token not in tokenizer.control
     ]
     assert sorted(special(tokenizer, write(text))) == sorted(special(tokenizer, write("x")) + allowed)
+
+
+@pytest.mark.parametrize("token", [bpe.CONTROL[1], bpe.CONTROL[2], "<think>", "</think>", "<tool_call>"])
+@pytest.mark.parametrize("pattern", ["{}", "{}{}", "{}a", "a{}", "a\n{}", "{}\na", " {}", "{} "])
+def test_spellings_at_both_ends_of_every_field_stay_text(
+    tokenizer: Tokenizer, token: str, pattern: str
+) -> None:
+    """Each field is a text of its own: a spelling at its start or end is escaped, and none of its bytes is lost."""
+    text = pattern.replace("{}", token)
+    tool = {"name": "clock", "description": text, "parameters": {"type": "object", "properties": {text: {}}}}
+    call = {"id": "c", "function": {"name": "clock", "arguments": {"k": "x"}}}
+    said = [
+        {"role": "system", "content": text},
+        {"role": "user", "content": [{"type": "text", "text": text}, {"type": "text", "text": text}]},
+        {"role": "assistant", "content": "x", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": text},
+        {"role": "user", "content": text},
+    ]
+    plain = json.loads(json.dumps([said, [tool]]).replace(json.dumps(text)[1:-1], "x"))
+    made = prompts(tokenizer)
+    tokens = made.build(said, [tool], think=False).tokens
+    assert special(tokenizer, tokens) == special(tokenizer, made.build(*plain, think=False).tokens)
+    assert tokenizer.decode(tokens) == made.render(said, [tool], think=False)
 
 
 def test_an_assistants_own_tags_are_tokens(tokenizer: Tokenizer) -> None:

@@ -221,6 +221,21 @@ def test_a_call_that_is_cut_off_is_shown_after_all() -> None:
     assert list(grown(deltas).values()) == ['{"path": "a.txt", "lines": ']
 
 
+@pytest.mark.parametrize("ending", ["", "\n", "\n<", "\n</function", "\n<parameter=lines>"])
+def test_a_call_that_is_cut_off_behind_a_closed_parameter_is_no_call(ending: str) -> None:
+    """More parameters might have come: it must not run with those that did."""
+    text = "<tool_call>\n<function=write>\n<parameter=path>a.txt</parameter>" + ending
+    for pieces in ([text], list(text)):
+        assert joined(parse(pieces)) == [("answer", text, text, None)]
+
+
+def test_a_call_without_its_last_tag_is_one() -> None:
+    for ending in ("</function>", "</function>\n", "</function>\n</tool_"):
+        text = "<tool_call><function=write><parameter=path>a.txt</parameter>" + ending
+        calls = parse_message(text, TOOLS)[2]
+        assert [call.arguments for call in calls] == ([{"path": "a.txt"}] if ending[-1] != "_" else [])
+
+
 def test_a_parameter_given_twice_makes_no_call() -> None:
     text = WRITE.replace("</function>", "<parameter=path>b</parameter></function>")
     assert parse_message(text, TOOLS) == (text, "", [])

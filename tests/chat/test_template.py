@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from localmimo.chat.messages import check_messages
 from localmimo.chat.template import ChatTemplate, family
 from localmimo.errors import BadModel, BadRequest
-from localmimo.system.helper_process import HelperProcess
+from localmimo.system.helper_process import HelperLost, HelperProcess
 
 GOLDEN = Path(__file__).with_name("golden")
 FAMILY = ("mimo-v2-flash", "mimo-v2.5", "mimo-v2.6")
@@ -207,6 +208,85 @@ def test_the_templates_program_needs_nothing_of_ours() -> None:
     assert child.request({"source": "{{ 1 + 1 }}", "values": {}}, 60) == {"text": "2"}
     assert child.request({"source": "{% if %}"}, 60)["line"] == 1
     child.close()
+
+
+LIMITS = """
+import sys
+from localmimo.chat import template_sandbox as sandbox
+
+sandbox.MAX_MEMORY_BYTES, sandbox.MAX_CPU_S, sandbox.MAX_PROMPT_CHARS = 300 << 20, 1, 1000
+{before}
+sandbox.main()
+"""
+
+
+@pytest.fixture
+def limited(request: pytest.FixtureRequest) -> Iterator[Callable[..., HelperProcess]]:
+    """The sandbox's own program with small limits, and with a line that runs before it."""
+    started: list[HelperProcess] = []
+
+    def start(before: str = "") -> HelperProcess:
+        started.append(HelperProcess([sys.executable, "-c", LIMITS.format(before=before)]))
+        return started[-1]
+
+    yield start
+    for helper in started:
+        helper.close()
+
+
+def test_the_sandbox_limits_its_own_memory(limited: Callable[..., HelperProcess]) -> None:
+    ask = {"source": "{{ 'x' * n }}", "values": {"n": 1 << 30}}
+    assert limited().request(ask, 60) == {"refused": "it needs more than 300 MiB of memory"}
+
+
+def test_the_sandbox_limits_the_text(limited: Callable[..., HelperProcess]) -> None:
+    helper = limited()
+    source = "{% for _ in range(n) %}{{ 'x' * 100 }}{% endfor %}"
+    assert helper.request({"source": source, "values": {"n": 10}}, 60) == {"text": "x" * 1000}
+    refused = helper.request({"source": source, "values": {"n": 11}}, 60)
+    assert refused == {"refused": "it writes more than 1,000 characters"}
+
+
+def test_the_sandbox_limits_the_processor_time_of_each_request(
+    limited: Callable[..., HelperProcess],
+) -> None:
+    """Its owner may be gone, so that nobody would end it."""
+    helper = limited()
+    with pytest.raises(HelperLost) as lost:
+        helper.request({"source": ENDLESS, "values": {}}, 60)
+    assert not lost.value.timed_out
+    busy = limited("import time\nwhile time.process_time() < 1.2: pass")  # more than a request may take
+    some = "{% for a in range(20) %}{% for b in range(99999) %}{% endfor %}{% endfor %}ok"
+    assert busy.request({"source": some, "values": {}}, 60) == {"text": "ok"}
+
+
+WRITING = """
+import signal
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+compile_template = sandbox.compile_template
+
+def write(path):
+    try:
+        Path(path).write_text("x")
+    except OSError as error:
+        return error.strerror
+
+def compile_with_write(source):
+    template = compile_template(source)
+    template.globals["strftime_now"] = write
+    return template
+
+sandbox.compile_template = compile_with_write
+"""
+
+
+def test_the_sandbox_cannot_write_files(limited: Callable[..., HelperProcess], tmp_path: Path) -> None:
+    """Even where a template could call a function that does."""
+    path = tmp_path / "written"
+    values = {"source": "{{ strftime_now(path) }}", "values": {"path": str(path)}}
+    assert limited(WRITING).request(values, 60) == {"text": "File too large"}
+    assert path.read_bytes() == b""
 
 
 def test_a_broken_template_is_a_bad_model() -> None:

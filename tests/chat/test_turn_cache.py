@@ -1,4 +1,4 @@
-"""A turn that was said here goes back into the history as it was, however the client sends it."""
+"""An answered turn returns into the conversation as it was sampled, however the client sends it."""
 
 from typing import Any
 
@@ -71,6 +71,44 @@ def test_a_turn_of_another_conversation_is_not_used() -> None:
     made = turns(PLAIN)
     assert "reasoning_content" not in second(made, sent(PLAIN), {"role": "user", "content": "Other?"})
     assert "reasoning_content" in second(made, sent(PLAIN))
+
+
+def test_the_least_recently_used_turn_is_dropped_first() -> None:
+    """Each way of finding a turn counts as its use; being kept first does not."""
+    answer = Message("word " * 100).as_dict()
+
+    def question(number: int) -> dict[str, Any]:
+        return {"role": "user", "content": str(number)}
+
+    def held(cache: TurnCache) -> set[int]:
+        return {number for number in range(9) if f"text {number}" in by_text(cache)}
+
+    def by_text(cache: TurnCache) -> set[str]:
+        texts = {f"text {number}" for number in range(9)}
+        return {text for text in texts if cache.longest_prefix(text)[0] == len(text)}
+
+    for use in ("longest_prefix", "restore"):
+        cache = TurnCache(max_bytes=7000)  # four of these turns
+        for number in range(4):
+            cache.add([question(number)], answer, f"text {number}", [number])
+        assert len(cache) == 4
+        if use == "longest_prefix":
+            assert cache.longest_prefix("text 0 and more") == (6, [0])
+        else:
+            assert cache.restore([question(0), answer])[1] is not answer
+        cache.add([question(4)], answer, "text 4", [4])
+        assert len(cache) == 4 and held(cache) == {0, 2, 3, 4}, use
+
+
+def test_a_turn_that_does_not_match_is_not_used() -> None:
+    cache = TurnCache(max_bytes=7000)
+    answers = [Message(f"{number} " + "word " * 100).as_dict() for number in range(5)]
+    for number in range(4):
+        cache.add([{"role": "user", "content": str(number)}], answers[number], f"text {number}", [number])
+    cache.restore([{"role": "user", "content": "0"}, {"role": "assistant", "content": "another answer"}])
+    cache.longest_prefix("text 9")
+    cache.add([USER], answers[4])
+    assert cache.longest_prefix("text 0") == (0, []) and cache.longest_prefix("text 1") == (6, [1])
 
 
 def test_memory_is_bounded() -> None:

@@ -40,7 +40,9 @@ def test_a_line_that_does_not_fit_leaves_nothing_of_itself(tmp_path: Path) -> No
     with JsonLines(tmp_path / "log", "--log", append=False) as log:
         log.write({"n": 1})
         log._file = ShortWrites(log._file, limit=20)  # type: ignore[assignment]
-        with pytest.raises(BadRequest, match=r"^--log: .*log cannot be written \(No space left on device\)\.$"):
+        with pytest.raises(
+            BadRequest, match=r"^--log: .*log cannot be written \(No space left on device\)\.$"
+        ):
             log.write({"n": "x" * 100})
         log.write({"n": 3})  # a small one fits
     assert (tmp_path / "log").read_text() == '{"n": 1}\n{"n": 3}\n'
