@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from quant import Pack, QTensor, Source, convert, verify
 from quant.errors import BadPack
 from quant.formats.page import PageLayout
+from quant.pack.pack import experts_of
 from quant.pack.verify import verify_steps
 from tests import tiny
 
@@ -258,6 +259,25 @@ def test_shape_that_contradicts_the_file(pack_folder: Path) -> None:
         pack.tensor("head")
 
 
+def test_a_shape_of_the_same_size_that_contradicts_the_file(tmp_path: Path) -> None:
+    folder = make(tmp_path, dense="bf16")
+    edit(folder, lambda m: m["tensors"]["head"]["shape"].reverse())
+    with Pack.open(folder) as pack, pytest.raises(BadPack, match="head.* should be bf16"):
+        pack.tensor("head")
+
+
+@pytest.mark.parametrize(("layer", "expert"), [(2, -1), (2, 8), (0, 0), (99, 0)])
+def test_there_is_no_such_page(made: Path, layer: int, expert: int) -> None:
+    with Pack.open(made) as pack, pytest.raises(BadPack, match=f"no expert {expert} in layer {layer}"):
+        pack.page_at(layer, expert)
+
+
+def test_layers_are_in_their_order_whatever_the_manifest_says(pack_folder: Path) -> None:
+    edit(pack_folder, lambda m: m.update(layers=dict(reversed(m["layers"].items()))))
+    with Pack.open(pack_folder) as pack:
+        assert list(experts_of(pack)) == sorted(experts_of(pack)) and len(experts_of(pack)) > 1
+
+
 def flip(path: Path, at: int) -> None:
     with path.open("r+b") as file:
         file.seek(at)
@@ -322,3 +342,7 @@ def test_a_mixed_pack(tmp_path: Path) -> None:
             expected = weights[f"layers.2.experts.{expert}.down"]
             assert (down - expected).norm() < TOLERANCE[codec] * expected.norm()
     assert verify(folder).ok
+    page = pack.page
+    small = PageLayout("nf4", page.hidden, page.inner)
+    edit(folder, lambda m: m["page"].update(codec="nf4", bytes=small.bytes))  # the largest page is larger
+    refused(folder, f"layers.2 has a page above {small.bytes} bytes")
