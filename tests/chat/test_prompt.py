@@ -168,6 +168,30 @@ def test_what_was_sampled_comes_back(
     )
 
 
+def test_a_snapshot_of_a_conversation_brings_its_answers_back(tokenizer: Tokenizer) -> None:
+    """Two answers as they were sampled, a letter each; another process reads them from what was saved."""
+    first, second = prompts(tokenizer), prompts(tokenizer)
+    messages: list[dict[str, Any]] = []
+    for number in range(2):
+        messages.append({"role": "user", "content": f"question {number}"})
+        asked = first.build(messages, think=False)
+        turn = answer(in_letters(tokenizer, "the river"), "the river")
+        first.remember(asked, turn.message().as_dict(), turn.tokens, whole=True)
+        messages.append(turn.message().as_dict())
+    digest, tokens, ends = first.snapshot(messages, None)
+    assert len(ends) == 2 and 0 < ends[0] < ends[1] <= len(tokens)
+    following = [*messages, {"role": "user", "content": "and"}]
+    expected = first.build(following, think=False).tokens
+    assert second.build(following, think=False).tokens != expected
+    assert not second.restore(messages[:-1], None, digest, tokens, ends)
+    assert not second.restore(messages, None, digest, tokens, ends[:1])
+    assert second.build(following, think=False).tokens != expected
+    assert second.restore(messages, None, digest, tokens, ends)
+    assert second.build(following, think=False).tokens == expected
+    assert second.build(messages[:3], think=False).tokens == first.build(messages[:3], think=False).tokens
+    assert second.snapshot(messages, None) == (digest, tokens, ends)
+
+
 def test_the_published_prompt_gives_the_published_ids() -> None:
     real = prompts(Tokenizer(bpe.real(bpe.ranks_of_the_prompt())))
     assert real.build([{"role": "user", "content": "Hello"}], think=False).tokens == [

@@ -103,6 +103,30 @@ def test_ours_keeps_what_is_used_always_and_what_comes_next() -> None:
     assert set(order[-6:]) == {(layer, expert) for layer in LAYERS for expert in (0, 1 + 40 % 7)}
 
 
+@pytest.mark.parametrize("name", ["lru", "lfu", "ours"])
+def test_a_page_that_must_stay_is_never_named(name: str) -> None:
+    policy = fed(POLICIES[name]([]), [(1, expert) for expert in range(6)])
+    keep = {(1, expert) for expert in range(0, 6, 2)}
+    assert sorted(policy.victims(9, keep)) == [(1, 1), (1, 3), (1, 5)]
+    assert policy.victims(1, [(1, expert) for expert in range(6)]) == []
+    assert len(policy.victims(9, ())) == 6
+
+
+def test_a_policy_with_a_slot_for_every_page_learns_once_slots_are_taken_away() -> None:
+    """Until then it only counts; what it names afterwards follows what is used afterwards."""
+    policy = Adaptive(RouterStats([1], 4), room_for_all=True)
+    for expert in range(4):
+        policy.request(1, [expert])
+        policy.admit((1, expert))
+    assert len(policy.victims(1, ())) == 1
+    for _ in range(30):
+        policy.request(1, [1, 3])
+    assert set(policy.victims(2, ())) == {(1, 0), (1, 2)}
+    for _ in range(60):
+        policy.request(1, [0, 2])
+    assert set(policy.victims(2, ())) == {(1, 1), (1, 3)}
+
+
 def test_traffic_that_forgets_is_served_as_lru_would() -> None:
     """Experts that stay for a while and then all change: how often a page was used once is of no use."""
     rng = np.random.default_rng()
