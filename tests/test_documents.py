@@ -157,7 +157,7 @@ def check(words: list[str]) -> None:
             named = re.findall(r"\[([\w,]+)\]", " ".join(rest))
             unknown = {extra for names in named for extra in names.split(",")} - set(extras)
         case ["curl", *rest]:
-            from localmimo.serve.app import PATHS
+            from localmimo.serve.endpoints import PATHS
 
             urls = [word for word in rest if word.startswith("http://127.0.0.1:8080")]
             unknown = {url for url in urls if url.removeprefix("http://127.0.0.1:8080") not in PATHS}

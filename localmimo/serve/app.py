@@ -6,7 +6,7 @@ Knows HTTP and which dialect has which path; the dialects know the rest.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,24 +15,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from localmimo.serve.api.anthropic_messages import CountTokens, Messages
+from localmimo.serve.api.anthropic_messages import CountTokens
 from localmimo.serve.api.json_fields import Fields
-from localmimo.serve.api.openai_chat import Chat, openai_failure
-from localmimo.serve.api.openai_completions import Completions
-from localmimo.serve.api.openai_responses import Responses
+from localmimo.serve.api.openai_chat import openai_failure
+from localmimo.serve.endpoints import DIALECTS, GETS, PATHS, Get, json_response
 from localmimo.serve.errors import ApiError
-from localmimo.serve.http import static as pages
+from localmimo.serve.http import static
 from localmimo.serve.http.auth import AccessCheck, body_limit, read_body
-from localmimo.serve.openapi import description
-from localmimo.serve.response import KEEP_ALIVE_S, StreamingResponse, reported, respond, to_json
+from localmimo.serve.response import KEEP_ALIVE_S, StreamingResponse, reported, respond
 from localmimo.serve.service import Service
-
-MODEL = "/v1/models/{model}"
-DIALECTS = (Chat, Completions, Responses, Messages, CountTokens)
 
 
 class Endpoint:
@@ -57,7 +52,7 @@ class Endpoint:
         body = await read_body(scope, receive, body_limit(service.engine.context))
         dialect = await asyncio.to_thread(self._read, body)
         if isinstance(dialect, CountTokens):
-            return _json(
+            return json_response(
                 dialect.counted((await asyncio.to_thread(service.worker.prompt, dialect.ask)).tokens)
             )
         job, place = await service.begin(dialect.ask)
@@ -94,19 +89,6 @@ class AccessMiddleware:
         await self._app(scope, receive, counted)
 
 
-PATHS = frozenset(
-    {
-        *(dialect.path for dialect in DIALECTS),
-        *pages.FILES,
-        "/health",
-        "/metrics",
-        "/v1/models",
-        MODEL,
-        "/openapi.json",
-    }
-)
-
-
 def shape(path: str, failure: ApiError) -> dict[str, Any]:
     """The failure as the clients of this path expect it."""
     found = next((dialect for dialect in DIALECTS if dialect.path == path), None)
@@ -116,48 +98,28 @@ def shape(path: str, failure: ApiError) -> dict[str, Any]:
 def make_app(service: Service, guard: AccessCheck, keep_alive_s: float = KEEP_ALIVE_S) -> Starlette:
     """The application over one service."""
 
-    async def health(request: Request) -> Response:
-        state = service.state
-        known = state == "loading" and service.loaded is not None
-        far = {"progress": service.loaded} if known else {}
-        return _json({"status": state, **far}, 200 if state in ("ok", "busy") else 503)
-
-    async def metrics(request: Request) -> Response:
-        return PlainTextResponse(service.exposition(), media_type="text/plain; version=0.0.4")
-
-    async def models(request: Request) -> Response:
-        return _json(_models(service))
-
-    async def model(request: Request) -> Response:
-        name = request.path_params["model"]
-        if name != service.model:
-            raise ApiError("missing", f"There is no model {name[:80]!r} here; there is {service.model!r}.")
-        return _json(_model(service))
-
-    async def described(request: Request) -> Response:
-        return _json(description())
-
     async def refused(request: Request, error: Exception) -> Response:
         failure = _refusal(error, request)
-        return _json(shape(request.url.path, failure), failure.status, failure.headers)
+        return json_response(shape(request.url.path, failure), failure.status, failure.headers)
 
     routes = [
         Route(dialect.path, Endpoint(service, dialect, keep_alive_s), methods=["POST"])
         for dialect in DIALECTS
     ]
-    routes += [
-        Route("/health", health),
-        Route("/metrics", metrics),
-        Route("/v1/models", models),
-        Route(MODEL, model),
-        Route("/openapi.json", described),
-        *pages.ROUTES,
-    ]
+    routes += [Route(get.path, _handler(get, service)) for get in GETS]
+    routes += static.ROUTES
     middleware = [Middleware(AccessMiddleware, guard=guard, service=service)]
     if guard.cors:
         middleware.insert(0, _cors(guard))
     handlers: Mapping[Any, Any] = {HTTPException: refused, ApiError: refused}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+def _handler(get: Get, service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        return get.respond(service, request)
+
+    return handle
 
 
 def _cors(guard: AccessCheck) -> Middleware:
@@ -177,35 +139,3 @@ def _refusal(error: Exception, request: Request) -> ApiError:
     if isinstance(error, HTTPException) and error.status_code == 405:
         return ApiError("method", f"{path} is not to be had with {method}.")
     return ApiError("missing", f"There is no {path} here; see /openapi.json.")
-
-
-def _models(service: Service) -> dict[str, Any]:
-    name = service.model
-    data = [_model(service)]
-    return {"object": "list", "data": data, "has_more": False, "first_id": name, "last_id": name}
-
-
-def _model(service: Service) -> dict[str, Any]:
-    """The one model, in a shape that the clients of both OpenAI and Anthropic read."""
-    name = service.model
-    return {
-        "id": name,
-        "object": "model",
-        "type": "model",
-        "display_name": name,
-        "created": service.began,
-        "created_at": _date(service.began),
-        "owned_by": "localmimo",
-        "context_length": service.engine.context,
-    }
-
-
-def _date(seconds: int) -> str:
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _json(value: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    body = to_json(value).encode("utf-8", "replace")
-    return Response(body, status, headers, media_type="application/json")

@@ -9,11 +9,11 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from localmimo.chat.prompt import Prompt
 from localmimo.decode.answer import Answer
-from localmimo.decode.options import GenerationOptions
 from localmimo.decode.steps import Stats, Step
 from localmimo.errors import ContextFull
 from localmimo.serve.api.parameters import Request
@@ -74,7 +74,9 @@ class Worker:
         """The prompt to answer. Raises BadRequest, ContextFull."""
         prompts = self.engine.prompts
         if ask.messages is not None:
-            prompt = prompts.build(prompts.turn_cache.restore(ask.messages), ask.tools, ask.think)
+            prompt = prompts.build(
+                prompts.turn_cache.restore(ask.messages), ask.options.tools, ask.options.think
+            )
         elif ask.tokens is not None:
             prompt = Prompt("", ask.tokens)
         else:
@@ -86,11 +88,11 @@ class Worker:
 
     def _check(self, ask: Request, tokens: list[int]) -> None:
         limits = self.engine.limits
-        limits.check_vocabulary(ask.sampling.logit_bias)
+        limits.check_vocabulary(ask.options.sampling.logit_bias)
         try:
             limits.check(tokens, n_new=1)
         except ContextFull:
-            wanted = len(tokens) + (ask.max_tokens or 1)
+            wanted = len(tokens) + (ask.options.max_tokens or 1)
             raise ContextFull(
                 f"This model's context is {limits.context:,} tokens; the request has {len(tokens):,} in its prompt "
                 f"and needs {wanted:,}: shorten the conversation, or start the server with a longer --context."
@@ -142,25 +144,13 @@ class Worker:
 
     def _steps(self, job: Job, session: Session) -> Iterator[Step]:
         ask = job.ask
-        options = GenerationOptions(
-            sampling=ask.sampling,
-            max_tokens=ask.max_tokens,
-            stop=ask.stop,
-            think_budget=ask.think_budget,
-            tools=ask.tools,
-            tool_choice=ask.tool_choice,
-            parallel_tool_calls=ask.parallel_tool_calls,
-            logprobs=ask.logprobs,
-            response_format=ask.response_format,
-            cancel=job.cancel,
-            progress=job.read,
-        )
+        options = replace(ask.options, cancel=job.cancel, progress=job.read)
         return self.engine.answer(job.prompt, options, chat=ask.messages is not None, session=session)
 
     def _close(self, job: Job) -> None:
         """What the client is told of an answer that is complete: the stop string that ended it."""
         text = self.engine.decode(job.answer.tokens)
-        found = [(text.find(stop), stop) for stop in job.ask.stop if stop in text]
+        found = [(text.find(stop), stop) for stop in job.ask.options.stop if stop in text]
         job.stop_text = min(found)[1] if found else None
 
     async def close(self) -> None:

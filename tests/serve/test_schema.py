@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from localmimo.engine import Engine
-from localmimo.serve.app import PATHS
+from localmimo.serve.endpoints import PATHS, description
 from localmimo.serve.http import static as pages
-from localmimo.serve.openapi import description
 from tests.serve.running import Running
 
 

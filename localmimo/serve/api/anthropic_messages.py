@@ -15,7 +15,20 @@ from localmimo.chat.stream_parser import Kind
 from localmimo.decode.steps import Step
 from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
-from localmimo.serve.api.parameters import Request, forced, read_sampling, read_thinking
+from localmimo.serve.api.parameters import Request, forced, read_options, read_thinking
+from localmimo.serve.api.schema import (
+    COMMON,
+    FLAG,
+    OBJECT,
+    TEXT,
+    TEXT_PARTS,
+    THINKING,
+    either,
+    list_of,
+    object_of,
+    option_fields,
+    typed,
+)
 from localmimo.serve.context import ServerContext
 from localmimo.serve.errors import ApiError
 from localmimo.serve.errors import Kind as FailureKind
@@ -33,11 +46,50 @@ ERROR_TYPES: dict[FailureKind, str] = {
     "broken": "api_error",
 }
 
+# The body, as /openapi.json describes it.
+BLOCK = either(
+    typed("text", "text", text=TEXT),
+    typed("thinking", "thinking", thinking=TEXT, signature=TEXT),
+    typed("tool_use", "name", id=TEXT, name=TEXT, input=OBJECT),
+    typed("tool_result", "tool_use_id", tool_use_id=TEXT, content=either(TEXT, TEXT_PARTS), is_error=FLAG),
+)
+MESSAGES = object_of(
+    COMMON
+    | option_fields("messages")
+    | THINKING
+    | {
+        "max_tokens": {"type": "integer", "minimum": 1},
+        "messages": list_of(
+            object_of(
+                {
+                    "role": {"enum": ["user", "assistant"]},
+                    "content": either(TEXT, list_of(BLOCK, minItems=1)),
+                },
+                "role",
+                "content",
+            ),
+            minItems=1,
+        ),
+        "system": either(TEXT, TEXT_PARTS),
+        "tools": list_of(object_of({"name": TEXT, "description": TEXT, "input_schema": OBJECT}, "name")),
+        "tool_choice": either(
+            object_of({"type": {"enum": ["auto", "none", "any"]}, "disable_parallel_tool_use": FLAG}),
+            typed("tool", "name", name=TEXT, disable_parallel_tool_use=FLAG),
+        ),
+    },
+    "messages",
+    "max_tokens",
+)
+COUNTED = MESSAGES | {"required": ["messages"]}
+
 
 class Messages:
     """One request, and the answer's events or object."""
 
     path = "/v1/messages"
+    summary = "Answer a conversation (Anthropic's messages)."
+    body = MESSAGES
+    error_schema = "AnthropicError"
 
     def __init__(self, fields: Fields, desk: ServerContext) -> None:
         fields.needed("max_tokens")
@@ -99,6 +151,9 @@ class CountTokens:
     """POST /v1/messages/count_tokens: how long the prompt would be."""
 
     path = "/v1/messages/count_tokens"
+    summary = "Tokens of a conversation."
+    body = COUNTED
+    error_schema = "AnthropicError"
 
     def __init__(self, fields: Fields, desk: ServerContext) -> None:
         self.ask = read_messages(fields)
@@ -121,18 +176,16 @@ def read_messages(fields: Fields) -> Request:
     messages = [{"role": "system", "content": system}] if system else []
     for message in fields.objects("messages"):
         messages += _read_message(message)
-    return Request(
-        messages=messages,
+    options = read_options(
+        fields,
+        "messages",
         tools=_read_tools(fields),
         tool_choice=choice,
         parallel_tool_calls=parallel,
-        sampling=read_sampling(fields),
-        max_tokens=fields.count("max_tokens", 1),
-        stop=fields.texts("stop_sequences"),
         think=think,
         think_budget=budget,
-        stream=bool(fields.flag("stream")),
     )
+    return Request(messages, options=options, stream=bool(fields.flag("stream")))
 
 
 def _read_message(message: Fields) -> list[dict[str, Any]]:

@@ -12,15 +12,29 @@ from typing import Any
 
 from localmimo.chat.partial_call import PartialCall
 from localmimo.chat.tokenizer import Tokenizer
+from localmimo.decode.options import MAX_LOGPROBS
 from localmimo.decode.steps import FinishReason, Stats, Step
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.parameters import (
-    MOST_LOGPROBS,
     Request,
-    read_sampling,
+    read_options,
     read_thinking,
     read_tool_choice,
     refuse_several,
+)
+from localmimo.serve.api.schema import (
+    COMMON,
+    FLAG,
+    OBJECT,
+    TEXT,
+    TEXT_PARTS,
+    THINKING,
+    TOOL_CHOICE,
+    either,
+    list_of,
+    object_of,
+    option_fields,
+    typed,
 )
 from localmimo.serve.context import ServerContext
 from localmimo.serve.errors import ApiError
@@ -31,11 +45,53 @@ REASONS: dict[FinishReason, str] = {"context": "length", "cancelled": "stop"}
 ERROR_TYPES = {"key": "authentication_error", "forbidden": "permission_error", "full": "rate_limit_error"}
 CODES = {"context": "context_length_exceeded", "key": "invalid_api_key", "full": "queue_full"}
 
+# The body, as /openapi.json describes it.
+FUNCTION = object_of({"name": TEXT, "description": TEXT, "parameters": OBJECT}, "name")
+CALL = object_of(
+    {"id": TEXT, "type": TEXT, "function": object_of({"name": TEXT, "arguments": TEXT}, "name")}, "function"
+)
+MESSAGE = object_of(
+    {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": either(TEXT, TEXT_PARTS),
+        "reasoning_content": {"type": ["string", "null"]},
+        "tool_calls": list_of(CALL),
+        "tool_call_id": TEXT,
+    },
+    "role",
+    "content",
+)
+CHAT = object_of(
+    COMMON
+    | option_fields("chat")
+    | THINKING
+    | {
+        "messages": list_of(MESSAGE, minItems=1),
+        "n": {"const": 1},
+        "logprobs": FLAG,
+        "tools": list_of(typed("function", "function", function=FUNCTION)),
+        "tool_choice": either(
+            TOOL_CHOICE, typed("function", "function", function=object_of({"name": TEXT}, "name"))
+        ),
+        "parallel_tool_calls": FLAG,
+        "response_format": either(
+            {"type": "null"},
+            object_of({"type": {"enum": ["text", "json_object"]}}, "type"),
+            typed("json_schema", "json_schema", json_schema=object_of({"schema": OBJECT}, "schema")),
+        ),
+        "stream_options": object_of({"include_usage": FLAG}),
+    },
+    "messages",
+)
+
 
 class Chat:
     """One chat request, and the answer's chunks or object."""
 
     path = "/v1/chat/completions"
+    summary = "Answer a conversation (OpenAI's chat)."
+    body = CHAT
+    error_schema = "OpenAiError"
 
     def __init__(self, fields: Fields, desk: ServerContext) -> None:
         self.ask = read_chat(fields)
@@ -60,7 +116,7 @@ class Chat:
         if not self.ask.stream:
             self._steps.append(step)
             return
-        logprobs = self._logprobs([step]) if self.ask.logprobs is not None else None
+        logprobs = self._logprobs([step]) if self.ask.options.logprobs is not None else None
         if step.call_part is not None:
             yield self._chunk({"tool_calls": [self._call_delta(step.call_part)]}, logprobs=logprobs)
         elif step.text or logprobs:
@@ -112,7 +168,7 @@ class Chat:
             message["reasoning_content"] = reply.reasoning
         if reply.tool_calls:
             message["tool_calls"] = [call.as_dict() for call in reply.tool_calls]
-        logprobs = self._logprobs(self._steps) if self.ask.logprobs is not None else None
+        logprobs = self._logprobs(self._steps) if self.ask.options.logprobs is not None else None
         choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(job)}
         return self._object("chat.completion", [choice]) | {
             "usage": usage(job),
@@ -141,21 +197,18 @@ def read_chat(fields: Fields) -> Request:
     fields.needed("messages")
     refuse_several(fields, "n")
     think, budget = read_thinking(fields)
-    most = fields.count("max_completion_tokens", 1)
-    return Request(
-        messages=fields.items("messages"),
+    options = read_options(
+        fields,
+        "chat",
         tools=read_tools(fields),
         tool_choice=read_tool_choice(fields),
         parallel_tool_calls=fields.flag("parallel_tool_calls") is not False,
-        sampling=read_sampling(fields),
-        max_tokens=fields.count("max_tokens", 1) if most is None else most,
-        stop=fields.texts("stop"),
         think=think,
         think_budget=budget,
         logprobs=_read_logprobs(fields),
         response_format=read_format(fields, "response_format"),
-        stream=bool(fields.flag("stream")),
     )
+    return Request(fields.items("messages"), options=options, stream=bool(fields.flag("stream")))
 
 
 def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
@@ -166,7 +219,7 @@ def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
 
 
 def _read_logprobs(fields: Fields) -> int | None:
-    top = fields.count("top_logprobs", 0, MOST_LOGPROBS)
+    top = fields.count("top_logprobs", 0, MAX_LOGPROBS)
     return top or 0 if fields.flag("logprobs") else None
 
 

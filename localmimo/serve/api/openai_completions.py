@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from localmimo.decode.steps import Step
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import finish_reason, openai_failure, usage
-from localmimo.serve.api.parameters import MOST_LOGPROBS, Request, read_sampling, refuse_several
+from localmimo.serve.api.parameters import Request, read_options, refuse_several
+from localmimo.serve.api.schema import COMMON, FLAG, TEXT, either, list_of, object_of, option_fields
 from localmimo.serve.context import ServerContext
 from localmimo.serve.errors import ApiError
 from localmimo.serve.response import Event
@@ -21,28 +23,38 @@ from localmimo.serve.worker import Job
 
 DEFAULT_TOKENS = 16  # as OpenAI has it
 
+# The body, as /openapi.json describes it.
+COMPLETION = object_of(
+    COMMON
+    | option_fields("completions")
+    | {
+        "prompt": either(TEXT, list_of({"type": "integer", "minimum": 0}, minItems=1)),
+        "n": {"const": 1},
+        "echo": FLAG,
+        "stream_options": object_of({"include_usage": FLAG}),
+    },
+    "prompt",
+)
+
 
 class Completions:
     """One text to continue, and its continuation."""
 
     path = "/v1/completions"
+    summary = "Continue a text (OpenAI's completions)."
+    body = COMPLETION
+    error_schema = "OpenAiError"
 
     def __init__(self, fields: Fields, desk: ServerContext) -> None:
         text, tokens = _read_prompt(fields)
-        self.ask = Request(
-            text=text,
-            tokens=tokens,
-            sampling=read_sampling(fields),
-            max_tokens=fields.count("max_tokens", 1) or DEFAULT_TOKENS,
-            stop=fields.texts("stop"),
-            logprobs=fields.count("logprobs", 0, MOST_LOGPROBS),
-            stream=bool(fields.flag("stream")),
-        )
+        options = read_options(fields, "completions")
+        options = replace(options, max_tokens=options.max_tokens or DEFAULT_TOKENS)
+        self.ask = Request(text=text, tokens=tokens, options=options, stream=bool(fields.flag("stream")))
         refuse_several(fields, "n", "best_of")
         if fields.text("suffix"):
             fields.wrong("suffix", "empty: this model continues a text, it does not fill gaps")
-        options = fields.object("stream_options")
-        self._usage_wanted = bool(options and options.flag("include_usage"))
+        stream_options = fields.object("stream_options")
+        self._usage_wanted = bool(stream_options and stream_options.flag("include_usage"))
         self._tokenizer = desk.tokenizer
         self._echo = _echo(fields, self.ask, desk)
         self._steps: list[Step] = []
@@ -134,6 +146,6 @@ def _echo(fields: Fields, ask: Request, desk: ServerContext) -> str:
     """What the prompt said, where it is wanted again before its continuation."""
     if not fields.flag("echo"):
         return ""
-    if ask.logprobs is not None:
+    if ask.options.logprobs is not None:
         fields.wrong("echo", "false where logprobs are wanted: those of the prompt are not computed")
     return ask.text if ask.text is not None else desk.tokenizer.decode(ask.tokens or ())

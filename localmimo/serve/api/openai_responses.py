@@ -14,7 +14,20 @@ from localmimo.decode.steps import Step
 from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import openai_failure
-from localmimo.serve.api.parameters import Request, read_sampling, read_thinking, read_tool_choice
+from localmimo.serve.api.parameters import Request, read_options, read_thinking, read_tool_choice
+from localmimo.serve.api.schema import (
+    COMMON,
+    FLAG,
+    OBJECT,
+    TEXT,
+    THINKING,
+    TOOL_CHOICE,
+    either,
+    list_of,
+    object_of,
+    option_fields,
+    typed,
+)
 from localmimo.serve.context import ServerContext
 from localmimo.serve.errors import ApiError
 from localmimo.serve.response import Event
@@ -23,11 +36,55 @@ from localmimo.serve.worker import Job
 INCOMPLETE = {"length": "max_output_tokens", "context": "max_output_tokens", "cancelled": "cancelled"}
 TEXT_PARTS = ("input_text", "output_text", "text")
 
+# The body, as /openapi.json describes it.
+RESULT_OUTPUT = either(TEXT, list_of(typed("input_text", "text", text=TEXT)))
+RESPONSE = object_of(
+    COMMON
+    | option_fields("responses")
+    | THINKING
+    | {
+        "input": either(
+            TEXT,
+            list_of(
+                either(
+                    object_of(
+                        {"role": {"enum": ["user", "assistant", "system", "developer"]}, "content": TEXT},
+                        "role",
+                        "content",
+                    ),
+                    typed("reasoning", "summary", summary=list_of(typed("summary_text", "text", text=TEXT))),
+                    typed("function_call", "name", name=TEXT, call_id=TEXT, arguments=TEXT),
+                    typed("function_call_output", "call_id", call_id=TEXT, output=RESULT_OUTPUT),
+                ),
+                minItems=1,
+            ),
+        ),
+        "instructions": {"type": ["string", "null"]},
+        "previous_response_id": {"type": ["string", "null"]},
+        "tools": list_of(typed("function", "name", name=TEXT, description=TEXT, parameters=OBJECT)),
+        "tool_choice": either(TOOL_CHOICE, typed("function", "name", name=TEXT)),
+        "parallel_tool_calls": FLAG,
+        "text": object_of(
+            {
+                "format": either(
+                    object_of({"type": {"enum": ["text", "json_object"]}}, "type"),
+                    typed("json_schema", "schema", name=TEXT, schema=OBJECT),
+                )
+            }
+        ),
+        "store": FLAG,
+    },
+    "input",
+)
+
 
 class Responses:
     """One request, and the answer's events or object."""
 
     path = "/v1/responses"
+    summary = "Answer items (OpenAI's responses)."
+    body = RESPONSE
+    error_schema = "OpenAiError"
 
     def __init__(self, fields: Fields, desk: ServerContext) -> None:
         self._id = f"resp_{uuid.uuid4().hex}"
@@ -127,7 +184,7 @@ class Responses:
             "output": output,
             "error": None,
             "incomplete_details": None,
-            "parallel_tool_calls": self.ask.parallel_tool_calls,
+            "parallel_tool_calls": self.ask.options.parallel_tool_calls,
             "store": self._kept,
             "usage": None if job is None else _usage(job),
             **figures,
@@ -178,18 +235,17 @@ def _read_ask(fields: Fields, messages: list[dict[str, Any]]) -> Request:
     instructions = fields.text("instructions")
     if instructions:
         messages = [{"role": "system", "content": instructions}, *messages]
-    return Request(
-        messages=messages,
+    options = read_options(
+        fields,
+        "responses",
         tools=_read_tools(fields),
         tool_choice=read_tool_choice(fields),
         parallel_tool_calls=fields.flag("parallel_tool_calls") is not False,
-        sampling=read_sampling(fields),
-        max_tokens=fields.count("max_output_tokens", 1),
         think=think,
         think_budget=budget,
         response_format=_read_format(fields),
-        stream=bool(fields.flag("stream")),
     )
+    return Request(messages, options=options, stream=bool(fields.flag("stream")))
 
 
 def _read_input(fields: Fields) -> list[dict[str, Any]]:

@@ -1,56 +1,67 @@
-"""Ask: what a client wants, whatever dialect it wrote it in; and the fields that several dialects share.
+"""The request of a client, in whatever dialect it was written, and readers of the fields that dialects share.
 
 Knows the engine's options; nothing of HTTP or of how an answer is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from localmimo.decode.options import Sampling
+from localmimo.decode.options import GENERATION_OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Sampling
+from localmimo.option import Dialect, Option
 from localmimo.serve.api.json_fields import Fields
 
 GREEDY_BELOW = 1e-4  # a smaller temperature overflows float32, and means the likeliest token anyway
-MOST_LOGPROBS = 20
 EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 8192}  # of thinking; high and more: no limit
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A conversation to answer, or a text or tokens to continue, with the engine's options."""
+    """A conversation to answer, or a text or tokens to continue, with the options of the generation."""
 
     messages: list[dict[str, Any]] | None = None
     text: str | None = None
     tokens: list[int] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] = "auto"
-    parallel_tool_calls: bool = True
-    sampling: Sampling = field(default_factory=Sampling)
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    think: bool | None = None
-    think_budget: int | None = None
-    logprobs: int | None = None
-    response_format: Mapping[str, Any] | None = None
+    options: GenerationOptions = field(default_factory=GenerationOptions)
     stream: bool = False
 
 
-def read_sampling(fields: Fields) -> Sampling:
-    """How tokens are drawn; what is not given has the engine's default."""
-    given: dict[str, Any] = {
-        "temperature": fields.number("temperature", 0, 100),
-        "top_k": fields.count("top_k", -1, 1 << 31),
-        "top_p": fields.number("top_p", 0, 1),
-        "min_p": fields.number("min_p", 0, 1),
-        "repetition_penalty": fields.number("repetition_penalty", 0.01, 100),
-        "presence_penalty": fields.number("presence_penalty", -2, 2),
-        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "seed": fields.count("seed", -(1 << 63)),
-        "logit_bias": _bias(fields),
-    }
-    given = {key: value for key, value in given.items() if value is not None}
+def read_options(fields: Fields, dialect: Dialect, **read: Any) -> GenerationOptions:
+    """The options of a request: those that a dialect has `read` by itself, and the rest as they are declared.
+
+    What is not given has the engine's default.
+    """
+    for name, option in GENERATION_OPTIONS.items():
+        if name not in read and option.kind in ("count", "texts"):
+            value = read_option(fields, option, dialect)
+            if value is not None:
+                read[name] = value
+    return GenerationOptions(sampling=read_sampling(fields, dialect), **read)
+
+
+def read_option(fields: Fields, option: Option, dialect: Dialect) -> Any:
+    """The first of a dialect's fields for an option that is given; None where none is."""
+    least, most = option.http_range
+    for name in option.http.get(dialect, ()):
+        match option.kind:
+            case "number":
+                value: Any = fields.number(name, least, most)
+            case "count":
+                value = fields.count(name, int(least), int(most))
+            case "mapping":
+                value = _token_numbers(fields, name, least, most)
+            case _:
+                value = fields.texts(name) or None
+        if value is not None:
+            return value
+    return None
+
+
+def read_sampling(fields: Fields, dialect: Dialect) -> Sampling:
+    """How tokens are drawn."""
+    found = {name: read_option(fields, option, dialect) for name, option in SAMPLING_OPTIONS.items()}
+    given = {name: value for name, value in found.items() if value is not None}
     if given.get("temperature", 1) < GREEDY_BELOW:
         given["temperature"] = 0.0
     if given.get("top_k") == -1:  # how some clients write "all"
@@ -61,15 +72,16 @@ def read_sampling(fields: Fields) -> Sampling:
     return Sampling(**given)
 
 
-def _bias(fields: Fields) -> dict[int, float] | None:
-    biases = fields.object("logit_bias")
-    if biases is None:
+def _token_numbers(fields: Fields, name: str, least: float, most: float) -> dict[int, float] | None:
+    """An object of token ids and numbers."""
+    numbers = fields.object(name)
+    if numbers is None:
         return None
     found = {}
-    for token in biases.values:
+    for token in numbers.values:
         if not (token.isascii() and token.isdigit() and len(token) < 10):
-            fields.wrong("logit_bias", f"an object of token ids, and {token[:20]!r} is none")
-        found[int(token)] = biases.number(token, -100, 100) or 0.0
+            fields.wrong(name, f"an object of token ids, and {token[:20]!r} is none")
+        found[int(token)] = numbers.number(token, least, most) or 0.0
     return found
 
 
