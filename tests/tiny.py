@@ -433,7 +433,7 @@ class _Oracle:
 
     def _spread(self, scales: torch.Tensor, n: int) -> torch.Tensor:
         """One scale per column block -> one per column."""
-        return torch.stack([scales[col // self._block()] for col in range(n)])
+        return scales[torch.arange(n) // self._block()]
 
     def _block(self) -> int:
         return self.config["quantization_config"]["weight_block_size"][0]
