@@ -72,6 +72,11 @@ def test_rows_without_a_token_decode_to_a_replacement(tokenizer: Tokenizer) -> N
     assert tokenizer.decode([tokenizer.vocab_size + 7]) == "\N{REPLACEMENT CHARACTER}"
 
 
+@pytest.mark.parametrize("token", [-1, -(1 << 40), 1 << 40])
+def test_numbers_that_are_no_tokens_decode_to_a_replacement(tokenizer: Tokenizer, token: int) -> None:
+    assert tokenizer.decode([token]) == "\N{REPLACEMENT CHARACTER}"
+
+
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadRequest, match=r"^The text cannot be encoded: "):
         tokenizer.encode("\ud800")

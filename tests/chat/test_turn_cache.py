@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from localmimo.chat.tool_call import ToolCall
-from localmimo.chat.turn_cache import TurnCache
+from localmimo.chat.turn_cache import MAX_ENDING_TOKENS, Turn, TurnCache
 from localmimo.decode.answer import Message
 from localmimo.errors import BadRequest
 
@@ -142,3 +142,51 @@ def test_the_same_conversation_takes_no_more_room() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(BadRequest):
         TurnCache().restore([{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("session", "held"),
+    [
+        (list(range(100, 150)), True),
+        (list(range(100, 170)), True),
+        (list(range(100, 150 - MAX_ENDING_TOKENS)), True),
+        (list(range(100, 150 - MAX_ENDING_TOKENS - 1)), False),
+        ([*range(100, 149), 7, 8], False),
+        ([100], False),
+        ([], False),
+    ],
+)
+def test_a_session_holds_a_turn_but_for_its_ending(session: list[int], held: bool) -> None:
+    made = TurnCache()
+    made.add_text("a text", list(range(100, 150)))
+    assert len(made.held_by(session)) == held
+
+
+def test_a_turn_of_few_tokens_is_not_held_by_an_empty_session() -> None:
+    made = TurnCache()
+    made.add_text("a", [5])
+    assert made.held_by([]) == [] and len(made.held_by([5])) == 1
+
+
+def test_a_continued_text_is_found_by_its_beginning() -> None:
+    made = TurnCache()
+    made.add_text("once upon a time", [7, 8, 9])
+    assert made.longest_prefix("once upon a time there") == (len("once upon a time"), [7, 8, 9])
+    assert made.longest_prefix("once upon") == (0, [])
+
+
+@pytest.mark.parametrize("n_held", [0, 40, 50, 60])
+def test_a_turn_is_the_same_after_it_was_written_beside_its_session(n_held: int) -> None:
+    """The session's file has the first tokens; the turn brings its own ending."""
+    tokens = list(range(100, 150))
+    made, other = TurnCache(), TurnCache()
+    message = {"role": "assistant", "content": "Hello.", "reasoning_content": "They say hello."}
+    made.add([USER], message, "<user>Hi.<answer>Hello.", tokens)
+    (turn,) = made.held_by(tokens)
+    held = [*tokens, *range(10)][:n_held]
+    assert turn.as_dict(n_held)["ending"] == tokens[n_held:]
+    other.put(Turn.of_dict(turn.as_dict(n_held), held))
+    assert other.longest_prefix("<user>Hi.<answer>Hello.") == (len("<user>Hi.<answer>Hello."), tokens)
+    dropped = [USER, {"role": "assistant", "content": "Hello."}]
+    assert other.restore(dropped) == made.restore(dropped)
+    assert other.restore(dropped)[1]["reasoning_content"] == "They say hello."
