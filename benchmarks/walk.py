@@ -37,7 +37,7 @@ class Generated(Shard):
     """A file of a described checkpoint whose tensors are made up when they are read, the same each time."""
 
     def __init__(self, described: Shard) -> None:
-        self.path, self.blame, self._fd = described.path, BadCheckpoint, -1
+        self.path, self.error_class, self._fd = described.path, BadCheckpoint, -1
         self.tensors, self.n_bytes, self.digest = described.tensors, described.n_bytes, described.digest
         self._by_offset = sorted(self.tensors.values(), key=lambda t: t.offset)
         self._starts = [t.offset for t in self._by_offset]

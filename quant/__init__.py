@@ -1,7 +1,7 @@
-"""Checkpoint in, pack out: codecs, kernels and bytes of quantised MiMo-V2 weights.
+"""The quantizer: makes packs of MiMo-V2 checkpoints, and holds the codecs and kernels of packed weights.
 
-Everything up to the bytes of a pack, nothing of how a model runs. Names load on first use; `import quant`
-brings in no torch.
+It must not know how a model runs, nor import `localmimo`. The public names are loaded at their first use, so that
+`import quant` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What can go wrong between a checkpoint and a pack. Messages are sentences; the CLI maps classes to exit
-codes."""
+"""The errors that this package raises. Messages are sentences; the command line gives each class an exit code."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ class NoSpace(QuantError):
 
 
 class NotWritable(QuantError):
-    """The target can not be written, or is in use."""
+    """The output folder can not be written, or another process uses it."""
 
 
 class Unreachable(QuantError):
-    """The hub, or a file on it, can not be reached or may not be read."""
+    """The hub can not be reached, or a file on it may not be read."""

@@ -161,10 +161,10 @@ def _start(cuda: Any) -> None:
 
 
 def _check_capability(title: str, found: tuple[int, int]) -> None:
-    from quant.gpu import LEAST_CAPABILITY
+    from quant.gpu import MIN_CAPABILITY
 
-    if found < LEAST_CAPABILITY:
-        has, needs = (".".join(map(str, pair)) for pair in (found, LEAST_CAPABILITY))
+    if found < MIN_CAPABILITY:
+        has, needs = (".".join(map(str, pair)) for pair in (found, MIN_CAPABILITY))
         raise NoDevice(
             f"The {title} has compute capability {has}, and the kernels need {needs} or more (from 2020 on): "
             f"{INSTEAD[3:]}."
@@ -194,12 +194,12 @@ def _triton_version() -> str:
 
 
 def _check_triton_version(found: str) -> None:
-    from quant.gpu import LEAST_TRITON
+    from quant.gpu import MIN_TRITON
 
     numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers and tuple(map(int, numbers.groups())) < LEAST_TRITON:
+    if numbers and tuple(map(int, numbers.groups())) < MIN_TRITON:
         raise NoDevice(
-            f"triton {found} is installed and the GPU kernels need {'.'.join(map(str, LEAST_TRITON))} or more, which "
+            f"triton {found} is installed and the GPU kernels need {'.'.join(map(str, MIN_TRITON))} or more, which "
             f"comes with torch 2.7: pip install -U torch, {INSTEAD}."
         )
 

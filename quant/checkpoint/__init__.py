@@ -1,1 +1,1 @@
-"""What others made: a Hugging Face checkpoint's names and encodings become canonical names and values."""
+"""Hugging Face checkpoints: their tensors, readable under canonical names."""

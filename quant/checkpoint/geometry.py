@@ -1,8 +1,6 @@
-"""The dimensions of a MiMo-V2 checkpoint, from its config.json: enough to know every tensor's shape, nothing
-more.
+"""The dimensions of a MiMo-V2 checkpoint, from its config.json: what the shapes of its tensors follow from.
 
-How the model computes is none of this package's business; keys that only change the maths are copied, not
-read.
+It must not know how the model computes: keys that only change the maths are copied to the pack, not read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A checkpoint on the Hugging Face hub: its files' sizes and headers at once, the files themselves one by one.
 
-Headers come by range requests, so a model of a terabyte is priced for a few megabytes. A file is fetched through
-huggingface_hub (its cache, its resumption, its token), then held against the size and the SHA-256 that the hub's
-listing gives. In a folder of our own, files can be discarded again. It must not know tensors, recipes or packs.
+Headers are read by range requests, so that the size of a pack of a terabyte is known after a few megabytes. A file is
+fetched through huggingface_hub (its cache, its resumption, its token), then compared with the size and the SHA-256 of
+the hub's listing. Files in a folder of the conversion can be discarded again. It must not know tensors, recipes or
+packs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from quant.errors import BadCheckpoint, NoSpace, Unreachable
 from quant.files.atomic import written_aside
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # owner/name, perhaps @revision
-SMALL_BYTES = 64 << 20  # whatever is larger than this and no safetensors file is not ours
-HEADER_GUESS = 1 << 20
-HEADER_MOST = 100_000_000
+MAX_SMALL_BYTES = 64 << 20  # larger files that are no safetensors files are not fetched
+FIRST_READ_BYTES = 1 << 20
+MAX_HEADER_BYTES = 100_000_000
 N_TRIES = 5
 PAUSE_S = 2.0
 LISTING = "listing.json"
@@ -63,17 +64,17 @@ class Hub:
         self.repository, _, revision = repository.partition("@")
         self.folder = folder
         self._endpoint, self._token, self._cache, self._pause_s = endpoint, token, cache, pause_s
-        self._flying: dict[str, Future[Path]] = {}
+        self._fetching: dict[str, Future[Path]] = {}
         self.commit, self.files = self._listing(revision or None)
 
-    # ---- what there is ----
+    # ---- listing and headers ----
 
     def _listing(self, revision: str | None) -> tuple[str, dict[str, HubFile]]:
         """Commit and files. A folder that was begun keeps its commit: a newer one would be another checkpoint."""
         begun = self.folder / LISTING if self.folder else None
         if begun and begun.is_file() and (had := _read_listing(begun, self.repository)):
             return had
-        commit, files = self._patiently(lambda: self._ask(revision), "The list of files")
+        commit, files = self._with_retries(lambda: self._request_listing(revision), "The list of files")
         if begun:
             begun.parent.mkdir(parents=True, exist_ok=True)
             facts = {"repository": self.repository, "commit": commit, "files": [*map(asdict, files.values())]}
@@ -81,7 +82,7 @@ class Hub:
                 file.write(json.dumps(facts).encode())
         return commit, files
 
-    def _ask(self, revision: str | None) -> tuple[str, dict[str, HubFile]]:
+    def _request_listing(self, revision: str | None) -> tuple[str, dict[str, HubFile]]:
         from huggingface_hub import HfApi
 
         info = HfApi(endpoint=self._endpoint, token=self._token).model_info(
@@ -100,20 +101,21 @@ class Hub:
 
     def header(self, name: str) -> bytes:
         """The header of a safetensors file, read by a range request or two; without its length."""
-        head = self._range(name, 0, min(HEADER_GUESS, self.files[name].n_bytes))
+        head = self._range(name, 0, min(FIRST_READ_BYTES, self.files[name].n_bytes))
         length = int.from_bytes(head[:8], "little")
         if 8 + length > self.files[name].n_bytes:
-            raise BadCheckpoint(f"{name} of {self.repository} claims a header larger than itself.")
-        if length > HEADER_MOST:
+            raise BadCheckpoint(f"{name} of {self.repository} has a header length larger than the file.")
+        if length > MAX_HEADER_BYTES:
             raise BadCheckpoint(
-                f"{name} of {self.repository} claims a header of {length:,} bytes; at most {HEADER_MOST:,} are allowed."
+                f"{name} of {self.repository} has a header of {length:,} bytes; "
+                f"at most {MAX_HEADER_BYTES:,} are allowed."
             )
         if len(head) < 8 + length:
             head += self._range(name, len(head), 8 + length)
         return head[8 : 8 + length]
 
     def _range(self, name: str, start: int, stop: int) -> bytes:
-        return self._patiently(lambda: self._get(name, start, stop), f"The header of {name}")
+        return self._with_retries(lambda: self._get(name, start, stop), f"The header of {name}")
 
     def _get(self, name: str, start: int, stop: int) -> bytes:
         from huggingface_hub import hf_hub_url
@@ -124,42 +126,42 @@ class Hub:
             "Range": f"bytes={start}-{stop - 1}",
             "Accept-Encoding": "identity",
         }
-        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30) as answer:
-            hf_raise_for_status(answer)
-            if answer.status_code != 206 and start:
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206 and start:
                 raise OSError(f"the server ignores ranges of {name}")
-            return _take(answer.iter_bytes(), stop - start)
+            return _take(response.iter_bytes(), stop - start)
 
     # ---- the files ----
 
     def fetch(self, name: str) -> Path:
-        """The file, here and checked. Raises Unreachable, NoSpace, or BadCheckpoint where it keeps coming wrong."""
-        flying = self._flying.pop(name, None)
-        return flying.result() if flying else self._fetch(name)
+        """The file, downloaded and checked. Raises Unreachable, NoSpace, or BadCheckpoint if it arrives wrong twice."""
+        fetching = self._fetching.pop(name, None)
+        return fetching.result() if fetching else self._fetch(name)
 
     def expect(self, names: Iterable[str]) -> None:
-        """Begin to fetch files that will be asked for next, one after the other, beside what is going on."""
-        wanted = [name for name in names if name not in self._flying and not self.has(name)]
+        """Begin to fetch the files that are needed next, one after the other, in a thread."""
+        wanted = [name for name in names if name not in self._fetching and not self.has(name)]
         for name in wanted:
-            self._flying[name] = Future()
+            self._fetching[name] = Future()
         if wanted:
-            flying = {name: self._flying[name] for name in wanted}
+            fetching = {name: self._fetching[name] for name in wanted}
             # A daemon: a stopped conversion must not wait for a download that it will take up again.
-            threading.Thread(target=self._fetch_all, args=(flying,), daemon=True).start()
+            threading.Thread(target=self._fetch_all, args=(fetching,), daemon=True).start()
 
-    def _fetch_all(self, flying: dict[str, Future[Path]]) -> None:
-        for name, future in flying.items():
+    def _fetch_all(self, fetching: dict[str, Future[Path]]) -> None:
+        for name, future in fetching.items():
             try:
                 future.set_result(self._fetch(name))
             except BaseException as error:
                 future.set_exception(error)
 
     def has(self, name: str) -> bool:
-        """Whether the file lies in our folder, whole."""
+        """Whether the whole file is in the conversion's folder."""
         return self.folder is not None and (self.folder / name).is_file()
 
     def discard(self, name: str) -> None:
-        """Delete a file from our folder; the hub's cache is never touched."""
+        """Delete a file from the conversion's folder; the hub's cache is never touched."""
         if self.folder is not None:
             (self.folder / name).unlink(missing_ok=True)
 
@@ -174,7 +176,7 @@ class Hub:
         for file in self.files.values():
             if (
                 not file.name.endswith((".safetensors", *SKIPPED))
-                and file.n_bytes <= SMALL_BYTES
+                and file.n_bytes <= MAX_SMALL_BYTES
                 and not self.has(file.name)
             ):
                 self.fetch(file.name)
@@ -184,7 +186,7 @@ class Hub:
         if expected is None:
             raise BadCheckpoint(f"{self.repository} has no file {name} at {self.commit[:12]}.")
         for last in (False, True):
-            path = self._patiently(lambda: self._download(name), name)
+            path = self._with_retries(lambda: self._download(name), name)
             problem = _wrong(path, expected)
             if problem is None:
                 return path
@@ -210,11 +212,11 @@ class Hub:
             )
         )
 
-    def _patiently(self, ask: Callable[[], T], what: str) -> T:
-        """Ask again after a dropped connection, five times in all, each pause twice as long."""
+    def _with_retries(self, request: Callable[[], T], what: str) -> T:
+        """Try again after a dropped connection: five attempts in all, each pause twice as long."""
         for attempt in range(N_TRIES):
             try:
-                return ask()
+                return request()
             except Exception as error:
                 final = _sentence(error, self.repository, what)
                 if final is not None:
@@ -230,7 +232,7 @@ class Hub:
 
 
 def _sentence(error: Exception, repository: str, what: str) -> Exception | None:
-    """What trying again would not mend, as an error of ours."""
+    """An error that another attempt would not change, as one of this package's; else None."""
     import errno
 
     from huggingface_hub import errors

@@ -1,4 +1,4 @@
-"""Published tensor names and layouts -> canonical matrices. The only room that knows both.
+"""Published tensor names and layouts -> canonical matrices. The only module that knows both.
 
 Every tensor that the config implies is looked up, its shape and dtype checked, and what is left over is
 named. Must not read weights and must not import torch.
@@ -53,55 +53,59 @@ class Names:
             yield from self._mtp_block(k)
 
     def _layer(self, layer: int) -> Iterator[Matrix]:
-        g, ours, theirs = self.geometry, f"layers.{layer}", f"model.layers.{layer}"
+        g, canonical, published = self.geometry, f"layers.{layer}", f"model.layers.{layer}"
         for name, stored in LAYER_NORMS.items():
-            yield self._vector(f"{ours}.{name}", f"{theirs}.{stored}.weight", g.hidden)
-        yield from self._attention(f"{ours}.attn", f"{theirs}.self_attn", g.heads(layer))
+            yield self._vector(f"{canonical}.{name}", f"{published}.{stored}.weight", g.hidden)
+        yield from self._attention(f"{canonical}.attn", f"{published}.self_attn", g.heads(layer))
         if not g.moe[layer]:
-            yield from self._mlp(f"{ours}.mlp", f"{theirs}.mlp", g.inner_dense)
+            yield from self._mlp(f"{canonical}.mlp", f"{published}.mlp", g.inner_dense)
             return
-        yield self._matrix(f"{ours}.router.weight", f"{theirs}.mlp.gate", (g.n_experts, g.hidden))
-        yield self._vector(f"{ours}.router.bias", f"{theirs}.mlp.gate.e_score_correction_bias", g.n_experts)
+        yield self._matrix(f"{canonical}.router.weight", f"{published}.mlp.gate", (g.n_experts, g.hidden))
+        yield self._vector(
+            f"{canonical}.router.bias", f"{published}.mlp.gate.e_score_correction_bias", g.n_experts
+        )
         for expert in range(g.n_experts):
-            yield from self._mlp(f"{ours}.experts.{expert}", f"{theirs}.mlp.experts.{expert}", g.inner_expert)
+            yield from self._mlp(
+                f"{canonical}.experts.{expert}", f"{published}.mlp.experts.{expert}", g.inner_expert
+            )
 
     def _mtp_block(self, k: int) -> Iterator[Matrix]:
-        g, ours, theirs = self.geometry, f"mtp.{k}", f"model.mtp.layers.{k}"
+        g, canonical, published = self.geometry, f"mtp.{k}", f"model.mtp.layers.{k}"
         for name, stored in MTP_NORMS.items():
-            yield self._vector(f"{ours}.{name}", f"{theirs}.{stored}.weight", g.hidden)
-        yield self._matrix(f"{ours}.proj", f"{theirs}.eh_proj", (g.hidden, 2 * g.hidden))
-        yield from self._attention(f"{ours}.attn", f"{theirs}.self_attn", g.window_heads)
-        yield from self._mlp(f"{ours}.mlp", f"{theirs}.mlp", g.inner_dense)
+            yield self._vector(f"{canonical}.{name}", f"{published}.{stored}.weight", g.hidden)
+        yield self._matrix(f"{canonical}.proj", f"{published}.eh_proj", (g.hidden, 2 * g.hidden))
+        yield from self._attention(f"{canonical}.attn", f"{published}.self_attn", g.window_heads)
+        yield from self._mlp(f"{canonical}.mlp", f"{published}.mlp", g.inner_dense)
 
-    def _mlp(self, ours: str, theirs: str, inner: int) -> Iterator[Matrix]:
+    def _mlp(self, canonical: str, published: str, inner: int) -> Iterator[Matrix]:
         hidden = self.geometry.hidden
-        yield self._matrix(f"{ours}.gate", f"{theirs}.gate_proj", (inner, hidden))
-        yield self._matrix(f"{ours}.up", f"{theirs}.up_proj", (inner, hidden))
-        yield self._matrix(f"{ours}.down", f"{theirs}.down_proj", (hidden, inner))
+        yield self._matrix(f"{canonical}.gate", f"{published}.gate_proj", (inner, hidden))
+        yield self._matrix(f"{canonical}.up", f"{published}.up_proj", (inner, hidden))
+        yield self._matrix(f"{canonical}.down", f"{published}.down_proj", (hidden, inner))
 
     # attention
 
-    def _attention(self, ours: str, theirs: str, heads: AttentionHeads) -> Iterator[Matrix]:
+    def _attention(self, canonical: str, published: str, heads: AttentionHeads) -> Iterator[Matrix]:
         hidden = self.geometry.hidden
-        pieces = self._fused(theirs, heads) if self.geometry.fused else self._split(theirs, heads)
+        pieces = self._fused(published, heads) if self.geometry.fused else self._split(published, heads)
         dtypes = {self._dtype(piece) for piece in pieces}
         if len(dtypes) > 1:
             raise BadCheckpoint(
-                f"{theirs}: Q, K and V are stored as {' and '.join(sorted(dtypes))}, not alike."
+                f"{published}: Q, K and V are stored as {' and '.join(sorted(dtypes))}, not alike."
             )
-        yield Matrix(f"{ours}.qkv", (heads.rows, hidden), dtypes.pop(), tuple(pieces))
-        yield self._matrix(f"{ours}.o", f"{theirs}.o_proj", (hidden, heads.q * heads.v_dim))
-        if f"{theirs}.attention_sink_bias" in self._stored:
-            yield self._vector(f"{ours}.sink", f"{theirs}.attention_sink_bias", heads.q)
+        yield Matrix(f"{canonical}.qkv", (heads.rows, hidden), dtypes.pop(), tuple(pieces))
+        yield self._matrix(f"{canonical}.o", f"{published}.o_proj", (hidden, heads.q * heads.v_dim))
+        if f"{published}.attention_sink_bias" in self._stored:
+            yield self._vector(f"{canonical}.sink", f"{published}.attention_sink_bias", heads.q)
 
-    def _fused(self, theirs: str, heads: AttentionHeads) -> list[Piece]:
+    def _fused(self, published: str, heads: AttentionHeads) -> list[Piece]:
         """Tensor-parallel shards [Q_r | K_r | V_r] one below the other; the scale grid restarts in each.
 
         Concatenating the Q of all shards, then the K, then the V gives the heads in their natural order.
         """
-        weight = self._weight(f"{theirs}.qkv_proj", (heads.rows, self.geometry.hidden))
+        weight = self._weight(f"{published}.qkv_proj", (heads.rows, self.geometry.hidden))
         shard_rows = heads.rows // heads.shards
-        grids = self._shard_grids(f"{theirs}.qkv_proj", weight, shard_rows, heads.shards)
+        grids = self._shard_grids(f"{published}.qkv_proj", weight, shard_rows, heads.shards)
         pieces, start = [], 0
         for n_rows in (
             heads.q_rows // heads.shards,
@@ -121,24 +125,24 @@ class Names:
         block = self.geometry.scale_block
         return [Grid(scales, block, shard * shard_rows, shard * per_shard) for shard in range(shards)]
 
-    def _split(self, theirs: str, heads: AttentionHeads) -> list[Piece]:
+    def _split(self, published: str, heads: AttentionHeads) -> list[Piece]:
         hidden = self.geometry.hidden
-        q = self._plain(f"{theirs}.q_proj", (heads.q_rows, hidden))
-        groups = self._joint_groups(theirs, heads)
+        q = self._plain(f"{published}.q_proj", (heads.q_rows, hidden))
+        groups = self._joint_groups(published, heads)
         if groups:
-            return [q, *self._joint(theirs, heads, groups)]
-        k = self._plain(f"{theirs}.k_proj", (heads.k_rows, hidden))
-        v = self._plain(f"{theirs}.v_proj", (heads.v_rows, hidden))
+            return [q, *self._joint(published, heads, groups)]
+        k = self._plain(f"{published}.k_proj", (heads.k_rows, hidden))
+        v = self._plain(f"{published}.v_proj", (heads.v_rows, hidden))
         return [q, k, v]
 
-    def _joint_groups(self, theirs: str, heads: AttentionHeads) -> int:
+    def _joint_groups(self, published: str, heads: AttentionHeads) -> int:
         """Over how many groups [K_g | V_g] the scales of K and V were computed jointly; 0: plain grids.
 
         V2-Flash quantised K and V of its global layers as one matrix per KV head (per tensor-parallel shard,
         which is the same there). Only the number of scale rows tells; where it fits a plain grid, it is one.
         """
-        k_scale = self._stored.get(f"{theirs}.k_proj.weight_scale_inv")
-        v_scale = self._stored.get(f"{theirs}.v_proj.weight_scale_inv")
+        k_scale = self._stored.get(f"{published}.k_proj.weight_scale_inv")
+        v_scale = self._stored.get(f"{published}.v_proj.weight_scale_inv")
         if not k_scale or not v_scale or not k_scale.stored.shape or not v_scale.stored.shape:
             return 0
         found = (k_scale.stored.shape[0], v_scale.stored.shape[0])
@@ -156,15 +160,15 @@ class Names:
         all_blocks = ceil_div((heads.k_rows + heads.v_rows) // groups, side)
         return groups * k_blocks, groups * (all_blocks - k_blocks)
 
-    def _joint(self, theirs: str, heads: AttentionHeads, groups: int) -> list[Piece]:
+    def _joint(self, published: str, heads: AttentionHeads, groups: int) -> list[Piece]:
         """K then V by groups. The last scale row of a group's K also covers the first rows of its V."""
         g, (side, _) = self.geometry, self.geometry.scale_block
         k_scale_rows, v_scale_rows = self._joint_scale_rows(heads, groups)
         cols = ceil_div(g.hidden, g.scale_block[1])
-        k_weight = self._weight(f"{theirs}.k_proj", (heads.k_rows, g.hidden))
-        v_weight = self._weight(f"{theirs}.v_proj", (heads.v_rows, g.hidden))
-        k_scales = self._fp8_scales(f"{theirs}.k_proj", k_weight, (k_scale_rows, cols))
-        v_scales = self._fp8_scales(f"{theirs}.v_proj", v_weight, (v_scale_rows, cols))
+        k_weight = self._weight(f"{published}.k_proj", (heads.k_rows, g.hidden))
+        v_weight = self._weight(f"{published}.v_proj", (heads.v_rows, g.hidden))
+        k_scales = self._fp8_scales(f"{published}.k_proj", k_weight, (k_scale_rows, cols))
+        v_scales = self._fp8_scales(f"{published}.v_proj", v_weight, (v_scale_rows, cols))
         assert k_scales is not None and v_scales is not None
         k_rows, v_rows = heads.k_rows // groups, heads.v_rows // groups
         k_blocks, v_blocks = k_scale_rows // groups, v_scale_rows // groups
@@ -188,29 +192,29 @@ class Names:
 
     # single tensors
 
-    def _matrix(self, ours: str, theirs: str, shape: tuple[int, int]) -> Matrix:
-        exponents = self._stored.get(f"{theirs}.weight_scale")
+    def _matrix(self, canonical: str, published: str, shape: tuple[int, int]) -> Matrix:
+        exponents = self._stored.get(f"{published}.weight_scale")
         if exponents is not None:
-            return self._mxfp4(ours, theirs, shape)
-        piece = self._plain(theirs, shape)
-        return Matrix(ours, shape, self._dtype(piece), (piece,))
+            return self._mxfp4(canonical, published, shape)
+        piece = self._plain(published, shape)
+        return Matrix(canonical, shape, self._dtype(piece), (piece,))
 
-    def _plain(self, theirs: str, shape: tuple[int, int]) -> Piece:
-        weight = self._weight(theirs, shape)
-        scales = self._fp8_scales(theirs, weight, plain_grid(shape, self.geometry.scale_block))
+    def _plain(self, published: str, shape: tuple[int, int]) -> Piece:
+        weight = self._weight(published, shape)
+        scales = self._fp8_scales(published, weight, plain_grid(shape, self.geometry.scale_block))
         return Piece(weight, 0, shape[0], Grid(scales, self.geometry.scale_block) if scales else None)
 
-    def _mxfp4(self, ours: str, theirs: str, shape: tuple[int, int]) -> Matrix:
+    def _mxfp4(self, canonical: str, published: str, shape: tuple[int, int]) -> Matrix:
         rows, cols = shape
         if cols % 32:
-            raise BadCheckpoint(f"{theirs}.weight is MXFP4, but its {cols} columns are no multiple of 32.")
-        weight = self._take(f"{theirs}.weight", (rows, cols // 2), ("U8",))
-        exponents = self._take(f"{theirs}.weight_scale", (rows, cols // 32), ("U8", "F8_E8M0"))
-        return Matrix(ours, shape, "mxfp4", (Piece(weight, 0, rows, exponents=exponents),))
+            raise BadCheckpoint(f"{published}.weight is MXFP4, but its {cols} columns are no multiple of 32.")
+        weight = self._take(f"{published}.weight", (rows, cols // 2), ("U8",))
+        exponents = self._take(f"{published}.weight_scale", (rows, cols // 32), ("U8", "F8_E8M0"))
+        return Matrix(canonical, shape, "mxfp4", (Piece(weight, 0, rows, exponents=exponents),))
 
-    def _vector(self, ours: str, theirs: str, length: int) -> Matrix:
-        place = self._take(theirs, (length,), ("BF16", "F16", "F32"))
-        return Matrix(ours, (length,), DTYPES[place.stored.dtype], (Piece(place, 0, length),))
+    def _vector(self, canonical: str, published: str, length: int) -> Matrix:
+        vector = self._take(published, (length,), ("BF16", "F16", "F32"))
+        return Matrix(canonical, (length,), DTYPES[vector.stored.dtype], (Piece(vector, 0, length),))
 
     def _weight(self, name: str, shape: tuple[int, int]) -> Location:
         return self._take(f"{name}.weight", shape, tuple(DTYPES))
@@ -225,17 +229,19 @@ class Names:
         return None
 
     def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Location:
-        place = self._stored.get(name)
-        if place is None:
+        location = self._stored.get(name)
+        if location is None:
             raise BadCheckpoint(f"The checkpoint has no tensor {name}, which config.json implies.")
-        where = f"{name} in {place.shard.path.name}"
-        if place.stored.shape != shape:
-            found = list(place.stored.shape)
+        where = f"{name} in {location.shard.path.name}"
+        if location.stored.shape != shape:
+            found = list(location.stored.shape)
             raise BadCheckpoint(f"{where} has shape {found}, but config.json implies {list(shape)}.")
-        if place.stored.dtype not in dtypes:
-            raise BadCheckpoint(f"{where} is stored as {place.stored.dtype}; expected {' or '.join(dtypes)}.")
+        if location.stored.dtype not in dtypes:
+            raise BadCheckpoint(
+                f"{where} is stored as {location.stored.dtype}; expected {' or '.join(dtypes)}."
+            )
         self._used.add(name)
-        return place
+        return location
 
     @staticmethod
     def _dtype(piece: Piece) -> str:

@@ -1,7 +1,7 @@
 """A canonical matrix as runs of rows of stored tensors, each with its own window into a grid of FP8 scales.
 
-This is where the layouts stop mattering: a plain matrix is one piece, a fused or jointly quantised one is
-several. It must not know tensor names. Rows are read one range at a time; torch is imported only for that.
+Readers need not know layouts: a plain matrix is one piece, a fused or jointly quantised one is several. It must not
+know tensor names. Rows are read one range at a time; torch is imported only for that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A stored tensor and the file it lies in."""
+    """A stored tensor and its file."""
 
     shard: Shard
     stored: Stored

@@ -1,8 +1,8 @@
 """Every tensor that a published MiMo-V2 checkpoint stores, from its config.json alone: name, dtype, shape.
 
-The inverse of `names`: it prices a model before a byte of it is here. Must not read files and must not import
-torch. The layouts are those of the published checkpoints (see `names`); V2.5's towers are listed so that the
-totals can be held against the published ones, and no more is known of them here than their sizes.
+The inverse of `names`: from it the size of a pack is computed before anything is downloaded. It must not read files,
+nor import torch. The layouts are those of the published checkpoints (see `names`); V2.5's towers are listed so that the
+totals can be compared with the published ones; only their sizes are known.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _sizes(config: Mapping[str, Any], tower: str, keys: str) -> dict[str, Any]:
     return found
 
 
-# V2.5's other senses. Their sizes reproduce the published totals: 459 tensors, 989,721,600 elements.
+# V2.5's vision and audio towers. Their sizes reproduce the published totals: 459 tensors, 989,721,600 elements.
 
 
 def _vision(config: Mapping[str, Any]) -> Tensors:

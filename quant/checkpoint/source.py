@@ -1,4 +1,4 @@
-"""Source: a MiMo-V2 checkpoint folder, opened and checked, its tensors readable under canonical names.
+"""An open MiMo-V2 checkpoint, in a folder or on the hub: checked, its tensors readable under canonical names.
 
 Opening reads config.json, the index and every header, but no weight, and imports no torch. It must not know
 codecs or packs.
@@ -69,12 +69,12 @@ class Source:
         config_text = _read(config_file, CONFIG_BYTES)
         Geometry.parse(
             _parse_json(config_text, config_file)
-        )  # before the shards: the clearest complaint first
+        )  # before the shards: its message is the clearest
         return cls(path, config_text, _open_shards(path))
 
     @classmethod
     def described(cls, config: bytes | Mapping[str, Any], name: str) -> Source:
-        """The published checkpoint with this config.json, of which nothing is here: it can be priced, not read."""
+        """The published checkpoint of this config.json, without its files: sizes are known, weights can not be read."""
         text = config if isinstance(config, bytes) else json.dumps(config).encode()
         stored: dict[str, Stored] = {}
         offset = 0
@@ -86,7 +86,7 @@ class Source:
 
     @classmethod
     def on_hub(cls, hub: Hub) -> Source:
-        """A checkpoint that is still on the hub: every header is here, each file comes when it is asked for."""
+        """A checkpoint on the hub: every header is read now, each file is downloaded when it is needed."""
         hub.fetch_small()
         path = hub.path()
         config_text = _read(path / "config.json", CONFIG_BYTES)
@@ -109,11 +109,11 @@ class Source:
     def files_of(self, names: Iterable[str]) -> set[str]:
         """The files that these tensors are read from."""
         return {
-            place.shard.path.name
+            location.shard.path.name
             for name in names
             for piece in self.matrices[name].pieces
-            for place in (piece.weight, piece.grid.scales if piece.grid else None, piece.exponents)
-            if place is not None
+            for location in (piece.weight, piece.grid.scales if piece.grid else None, piece.exponents)
+            if location is not None
         }
 
     @property
@@ -121,7 +121,7 @@ class Source:
         return {name: shard.n_bytes for name, shard in self._shards.items()}
 
     def release(self, file: str) -> None:
-        """Close a file that nothing more is read from, and discard it where it came from the hub into our folder."""
+        """Close a file that is not read any more. One that was downloaded for the conversion is deleted."""
         self._shards[file].close()
         if self.hub is not None:
             self.hub.discard(file)

@@ -1,4 +1,4 @@
-"""Source times recipe -> pack, unit by unit, resumable, in bounded memory.
+"""The conversion of a checkpoint into a pack: unit by unit, resumable, in bounded memory.
 
 `convert` checks everything that can be checked beforehand, then returns an iterator of Progress. A unit is
 one file of the pack: the experts of one layer, or up to a gibibyte of dense tensors. Closing the iterator
@@ -140,7 +140,7 @@ class _Job:
         had, done = read_journal(partial)
         if had is not None:
             check_settings(partial, had, self.settings, "Add --restart to begin again.")
-        elif partial.exists() and not (partial / MANIFEST).exists() and not _only_ours(partial):
+        elif partial.exists() and not (partial / MANIFEST).exists() and not _only_leftovers(partial):
             raise NotWritable(f"{partial} is in the way and was not made by an earlier run. Move it away.")
         self._check_space(
             sum(record["bytes"] for record in done.values()), complete=(partial / MANIFEST).exists()
@@ -166,14 +166,14 @@ class _Job:
 
     def _check_space(self, finished: int, *, complete: bool) -> None:
         needed = 0 if complete else self.listing.total_bytes - finished + self._small_bytes()
-        place = existing_parent(self.out)
-        if not os.access(place, os.W_OK):
-            raise NotWritable(f"{place} can not be written: it is read-only for you. Choose another --out.")
-        if shutil.disk_usage(place).free < needed:
+        parent = existing_parent(self.out)
+        if not os.access(parent, os.W_OK):
+            raise NotWritable(f"{parent} can not be written: it is read-only for you. Choose another --out.")
+        if shutil.disk_usage(parent).free < needed:
             raise no_space(partial_path(self.out), needed)
 
     def _small_bytes(self) -> int:
-        """Room for what is written beside the weights: the copied files, journal, card and manifest."""
+        """Bytes written beside the weights: the copied files, journal, card and manifest."""
         copied = sum(len(content) for _, content in copied_files(self.source))
         return copied + NOTES_BYTES * len(self.listing.entries) + (1 << 16)
 
@@ -302,7 +302,7 @@ def _first_layer(file: FilePlan) -> tuple[int, int]:
     return min(layers, default=-1), 0 if file.layer is None else 1
 
 
-def _only_ours(partial: Path) -> bool:
+def _only_leftovers(partial: Path) -> bool:
     """Whether a folder holds nothing but what a run leaves that was killed before its first journal line."""
     return partial.is_dir() and all(p.name == JOURNAL or p.suffix == ".tmp" for p in partial.iterdir())
 
@@ -311,7 +311,11 @@ def _discard(partial: Path) -> None:
     """Remove what an earlier run left, unless it is still running or something else."""
     if not partial.exists():
         return
-    if not (partial / JOURNAL).exists() and not (partial / MANIFEST).exists() and not _only_ours(partial):
+    if (
+        not (partial / JOURNAL).exists()
+        and not (partial / MANIFEST).exists()
+        and not _only_leftovers(partial)
+    ):
         raise NotWritable(f"{partial} is in the way and was not made by an earlier run. Move it away.")
     with locked(partial):
         shutil.rmtree(partial)

@@ -1,8 +1,6 @@
-"""Listing: a recipe carried out on paper. Every tensor, every file of the pack, every byte, before anything
-is written.
+"""The listing of a conversion: every tensor, every file of the pack and its exact size, before anything is written.
 
-Imports no torch. The converter executes a listing; the sizes it prints are the sizes that the files will
-have.
+The conversion follows the listing, so its sizes are those that the files will have. It must not import torch.
 """
 
 from __future__ import annotations

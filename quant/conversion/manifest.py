@@ -1,7 +1,6 @@
-"""What is written beside the weights: the manifest, the copied files, the model card. The same input, the
-same bytes.
+"""The small files of a pack: the manifest, the copied files, the model card.
 
-No clock, no host name, no path: two conversions of one checkpoint by one version are equal.
+They hold no time, host name or path: two conversions of a checkpoint by the same version give the same bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One tensor or one expert of a source, packed: band by band into a file, or as a page.
+"""The packing of one dense tensor into a file, or of one expert into a page.
 
-Big matrices pass through in bands of rows, so that memory does not grow with the model; what is stored in the
-very values of the codec is rearranged, never rounded again. It must not know folders, journals or progress.
+Large matrices are packed in bands of rows, so that memory does not grow with the model. Values that the codec can hold
+exactly are rearranged, never rounded a second time. It must not know folders, journals or progress.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Recipe: which codec each canonical tensor gets. Resolving it against a source gives a listing with exact
-bytes.
+"""The recipe: which codec each canonical tensor gets.
 
-Imports no torch: a dry run prices a whole model from headers. It must not write anything.
+It must not write anything, nor import torch: a dry run computes the size of a whole model from headers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""In which order the units of a conversion are made when the source comes file by file, and how much lies about.
+"""The order in which a conversion makes its units while source files are downloaded one by one, and the disk it needs.
 
-A unit can start when all files that it reads are here; a file can go when all units that read it are done. Pure: names
-and sizes only.
+A unit can start when all files that it reads are on the disk; a file can be deleted when all units that read it are
+done. It must not touch files: it works with names and sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ScheduleStep:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All units in order. `peak_bytes`: of source files here at a time, with the next step's fetched ahead."""
+    """All units in order. `peak_bytes`: source files on the disk at a time, those of the next step included."""
 
     steps: tuple[ScheduleStep, ...]
     peak_bytes: int
@@ -29,7 +29,7 @@ class Schedule:
 
 
 def make_schedule(reads: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> Schedule:
-    """Order units so that few source bytes lie on disk at a time.
+    """Order units so that few source bytes are on the disk at a time.
 
     reads: unit -> the files it reads, units in model order; sizes: file -> bytes. The best of three orders: always the
     unit that needs the fewest new bytes; along the files; along the model.
@@ -43,10 +43,10 @@ def make_schedule(reads: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) 
 
 
 def _thrifty(reads: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> list[str]:
-    left, here, order = dict(reads), set[str](), []
+    left, on_disk, order = dict(reads), set[str](), []
     while left:
-        unit = min(left, key=lambda name: sum(sizes[file] for file in set(left[name]) - here))
-        here |= set(left.pop(unit))
+        unit = min(left, key=lambda name: sum(sizes[file] for file in set(left[name]) - on_disk))
+        on_disk |= set(left.pop(unit))
         order.append(unit)
     return order
 
@@ -59,19 +59,19 @@ def _carried_out(
     order: Sequence[str], reads: Mapping[str, Sequence[str]], sizes: Mapping[str, int]
 ) -> Schedule:
     last = {file: unit for unit in order for file in reads[unit]}
-    here: set[str] = set()
+    on_disk: set[str] = set()
     steps: list[ScheduleStep] = []
     for unit in order:
-        fetch = tuple(sorted(set(reads[unit]) - here))
-        here |= set(fetch)
-        discard = tuple(sorted(file for file in here if last[file] == unit))
-        here -= set(discard)
+        fetch = tuple(sorted(set(reads[unit]) - on_disk))
+        on_disk |= set(fetch)
+        discard = tuple(sorted(file for file in on_disk if last[file] == unit))
+        on_disk -= set(discard)
         steps.append(ScheduleStep(unit, fetch, discard))
     return Schedule(tuple(steps), _peak(steps, sizes), sum(sizes[file] for file in last))
 
 
 def _peak(steps: Sequence[ScheduleStep], sizes: Mapping[str, int]) -> int:
-    """Files of a step are here while it runs, and those of the next step that fetches anything arrive meanwhile."""
+    """The files of a step are kept while it runs; those of the next step are downloaded meanwhile."""
     held = peak = 0
     for i, step in enumerate(steps):
         if i == 0:

@@ -1,4 +1,4 @@
-"""PackWriter: sole owner of a pack's bytes while it is made, and of the journal that lets it be resumed.
+"""The pack writer: owns the bytes of a pack while it is made, and the journal from which a conversion resumes.
 
 Everything is written in OUT.partial, a sibling folder. A file is written aside, flushed to the disk, renamed,
 and only then entered in the journal; a run that was killed anywhere leaves finished files, journal lines that
@@ -70,13 +70,13 @@ def _on_disk(folder: Path, record: Record) -> bool:
         return False
 
 
-def check_settings(place: Path, had: Settings, asked: Settings, way_out: str) -> None:
+def check_settings(place: Path, had: Settings, requested: Settings, way_out: str) -> None:
     """Refuse when a folder was begun with other settings; names the first that differs, with both values."""
-    for key in asked:
-        if had.get(key) != asked[key]:
+    for key in requested:
+        if had.get(key) != requested[key]:
             raise BadRecipe(
                 f"{place} was made with {key} = {_show(had.get(key))}, "
-                f"now {key} = {_show(asked[key])} is asked. {way_out}"
+                f"now {key} = {_show(requested[key])} is asked. {way_out}"
             )
 
 
@@ -147,8 +147,8 @@ class PackWriter:
         with self._disk_errors():
             sync_folder(self.folder)
             (self.folder / JOURNAL).unlink(missing_ok=True)
-            for stray in self.folder.glob("*.tmp"):
-                stray.unlink()
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
             sync_folder(self.folder)
             self.folder.rename(self.out)
             sync_folder(self.out.parent)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 @contextmanager
 def written_aside(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file to write, which takes the name `path` when the block ends well; else nothing changes. Raises OSError.
+    """A file to write, which gets the name `path` if the block ends without an error. Raises OSError.
 
     What killed processes left of earlier attempts is deleted first.
     """
@@ -36,10 +36,10 @@ def written_aside(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def _clear(path: Path) -> None:
-    """Delete the asides that nobody writes any more: a lock says that somebody does, and ends with its process."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+\.partial")
+    """Delete unfinished files that no process writes any more: a writer holds a lock, which ends with its process."""
+    left_behind = re.compile(rf"\.{re.escape(path.name)}\.\d+\.partial")
     for other in path.parent.iterdir():
-        if ours.fullmatch(other.name):
+        if left_behind.fullmatch(other.name):
             with suppress(OSError), other.open("rb") as file:
                 if _lock(file.fileno()):
                     other.unlink()

@@ -1,8 +1,8 @@
-"""Memory for what is read over and over: in huge pages where the system has them. Knows bytes only.
+"""Memory in huge pages, where the system has them, for weights that are read over and over. It knows bytes only.
 
-A stream through pages of 4 KiB stops at each of their ends for a translation, and prefetchers stop with it: on Zen 4
-one core reads 18 GB/s that way, 26 to 30 from pages of 2 MiB. Small pieces, as a matrix's scales are, share a mapping,
-which lasts as long as one of them does.
+Reading through pages of 4 KiB, a core waits at the end of each for an address translation, and prefetchers stop: on Zen
+4 one core reads 18 GB/s that way, 26 to 30 from pages of 2 MiB. Small tensors, as a matrix's scales are, share a
+mapping, which is kept as long as one of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 SHARED_BYTES = 8 << 20  # a mapping for small pieces
-LEAST_BYTES = SHARED_BYTES // 2  # from here on a piece has its own: hardly a huge page lies at its ends
+MIN_OWN_BYTES = (
+    SHARED_BYTES // 2
+)  # from this size on a tensor has a mapping of its own: little of it is wasted
 LINE = 64
 
 
@@ -24,10 +26,12 @@ class _Shared:
     """The mapping that small pieces are cut from, one after the other, and how much of it is taken."""
 
     def __init__(self) -> None:
-        self.lock, self.memory, self.taken = Lock(), None, SHARED_BYTES
+        self.lock = Lock()
+        self.memory: mmap.mmap | None = None
+        self.taken = SHARED_BYTES
 
     def cut(self, nbytes: int) -> tuple[mmap.mmap, int]:
-        """A mapping, and where in it nbytes are free."""
+        """A mapping, and the offset of nbytes in it that are free."""
         with self.lock:
             if self.memory is None or self.taken + nbytes > SHARED_BYTES:
                 self.memory, self.taken = mapping(SHARED_BYTES), 0
@@ -44,7 +48,7 @@ def allocate(nbytes: int) -> torch.Tensor:
 
     if nbytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
-    memory, at = (mapping(nbytes), 0) if nbytes >= LEAST_BYTES else _shared.cut(nbytes)
+    memory, at = (mapping(nbytes), 0) if nbytes >= MIN_OWN_BYTES else _shared.cut(nbytes)
     return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=at)
 
 

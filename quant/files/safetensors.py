@@ -2,7 +2,7 @@
 advance.
 
 Headers and offsets are handled without torch; tensors are read into fresh memory, never mapped, so that
-resident memory is what was asked for. It must not know what the tensors mean.
+resident memory is what was requested. It must not know what the tensors mean.
 
 Format (safetensors README): 8 bytes little-endian header length, a JSON header, then the data. `data_offsets`
 count from the end of the header, leave no holes and do not overlap.
@@ -53,15 +53,15 @@ class Stored:
 class Shard:
     """One safetensors file, open for reading."""
 
-    def __init__(self, path: Path, blame: type[Exception], *, max_header: int = MAX_HEADER) -> None:
-        """Read and check the header; what is wrong is raised as `blame`, a sentence that names the file."""
+    def __init__(self, path: Path, error_class: type[Exception], *, max_header: int = MAX_HEADER) -> None:
+        """Read and check the header; what is wrong is raised as `error_class`, a sentence that names the file."""
         self.path = path
-        self.blame = blame
+        self.error_class = error_class
         self.max_header = max_header
         try:
             self._fd = open_regular(path)
         except OSError as error:
-            raise blame(f"{path} can not be opened: {error.strerror}.") from error
+            raise error_class(f"{path} can not be opened: {error.strerror}.") from error
         try:
             self.n_bytes = os.fstat(self._fd).st_size
             header = self._header_bytes()
@@ -74,18 +74,18 @@ class Shard:
 
     @classmethod
     def absent(
-        cls, path: Path, blame: type[Exception], tensors: dict[str, Stored], n_bytes: int, digest: str
+        cls, path: Path, error_class: type[Exception], tensors: dict[str, Stored], n_bytes: int, digest: str
     ) -> Shard:
-        """A file that is described but not here, or not yet: it is opened when something is read from it."""
+        """A described file that need not exist yet: it is opened when something is read from it."""
         shard = cls.__new__(cls)
-        shard.path, shard.blame, shard._fd = path, blame, -1
+        shard.path, shard.error_class, shard._fd = path, error_class, -1
         shard.tensors, shard.n_bytes, shard.digest = tensors, n_bytes, digest
         return shard
 
     @classmethod
-    def of_header(cls, path: Path, blame: type[Exception], header: bytes, n_bytes: int) -> Shard:
+    def of_header(cls, path: Path, error_class: type[Exception], header: bytes, n_bytes: int) -> Shard:
         """The same from the header's text (without its length), checked like a file's."""
-        shard = cls.absent(path, blame, {}, n_bytes, hashlib.sha256(header).hexdigest())
+        shard = cls.absent(path, error_class, {}, n_bytes, hashlib.sha256(header).hexdigest())
         shard.data_offset = 8 + len(header)
         shard.tensors = shard._parse(header)
         return shard
@@ -98,10 +98,12 @@ class Shard:
     def _descriptor(self) -> int:
         """The open file; one that was absent must have become what its header said."""
         if self._fd < 0:
-            here = Shard(self.path, self.blame)
-            if (here.digest, here.n_bytes) != (self.digest, self.n_bytes):
-                raise self.blame(f"{self.path} is not the file whose header was read before: get it again.")
-            self._fd, here._fd = here._fd, -1
+            reopened = Shard(self.path, self.error_class)
+            if (reopened.digest, reopened.n_bytes) != (self.digest, self.n_bytes):
+                raise self.error_class(
+                    f"{self.path} is not the file whose header was read before: get it again."
+                )
+            self._fd, reopened._fd = reopened._fd, -1
         return self._fd
 
     def __del__(self) -> None:
@@ -121,11 +123,11 @@ class Shard:
             try:
                 got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
             except OSError as error:
-                raise self.blame(
+                raise self.error_class(
                     f"{self.path} can not be read at byte {offset + done:,}: {error.strerror}."
                 ) from error
             if not got:
-                raise self.blame(
+                raise self.error_class(
                     f"{self.path} ends {nbytes - done:,} bytes early: it was cut off while being read."
                 )
             done += got
@@ -138,14 +140,14 @@ class Shard:
 
     def _header_bytes(self) -> bytes:
         if self.n_bytes < 8:
-            raise self.blame(f"{self.path} has {self.n_bytes} bytes and can not be a safetensors file.")
+            raise self.error_class(f"{self.path} has {self.n_bytes} bytes and can not be a safetensors file.")
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
         if length > self.max_header:
-            raise self.blame(
-                f"{self.path} claims a header of {length:,} bytes; at most {self.max_header:,} are allowed."
+            raise self.error_class(
+                f"{self.path} has a header of {length:,} bytes; at most {self.max_header:,} are allowed."
             )
         if 8 + length > self.n_bytes:
-            raise self.blame(
+            raise self.error_class(
                 f"{self.path} is cut off: its header needs {8 + length:,} bytes, it has {self.n_bytes:,}."
             )
         return os.pread(self._fd, length, 8)
@@ -154,9 +156,9 @@ class Shard:
         try:
             entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
         except (ValueError, RecursionError) as error:
-            raise self.blame(f"The header of {self.path} is not JSON: {error}.") from error
+            raise self.error_class(f"The header of {self.path} is not JSON: {error}.") from error
         if not isinstance(entries, dict):
-            raise self.blame(f"The header of {self.path} is not a JSON object.")
+            raise self.error_class(f"The header of {self.path} is not a JSON object.")
         self.metadata = self._metadata(entries.pop("__metadata__", {}))
         found = {name: self._entry(name, entry) for name, entry in entries.items()}
         self._check_contiguous(found)
@@ -164,7 +166,7 @@ class Shard:
 
     def _metadata(self, found: object) -> dict[str, str]:
         if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-            raise self.blame(f"{self.path}: the header's __metadata__ is no object of strings.")
+            raise self.error_class(f"{self.path}: the header's __metadata__ is no object of strings.")
         return found
 
     def _entry(self, name: str, entry: object) -> Stored:
@@ -173,29 +175,31 @@ class Shard:
             case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
                 pass
             case _:
-                raise self.blame(f"{wrong} is malformed.")
+                raise self.error_class(f"{wrong} is malformed.")
         if dtype not in DTYPE_BITS:
-            raise self.blame(f"{wrong} has the unknown dtype {_short(dtype)}.")
+            raise self.error_class(f"{wrong} has the unknown dtype {_short(dtype)}.")
         if len(shape) > MAX_AXES:
-            raise self.blame(f"{wrong} has {len(shape):,} axes; at most {MAX_AXES} are allowed.")
+            raise self.error_class(f"{wrong} has {len(shape):,} axes; at most {MAX_AXES} are allowed.")
         if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-            raise self.blame(f"{wrong} has an impossible shape {_short(shape)}.")
+            raise self.error_class(f"{wrong} has an impossible shape {_short(shape)}.")
         nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
         if not 0 <= start <= stop < 1 << 63:
-            raise self.blame(f"{wrong} spans impossible bytes: {_short([start, stop])}.")
+            raise self.error_class(f"{wrong} spans impossible bytes: {_short([start, stop])}.")
         if stop - start != nbytes:
-            raise self.blame(f"{wrong} spans {stop - start:,} bytes, but {dtype} {shape} needs {nbytes:,}.")
+            raise self.error_class(
+                f"{wrong} spans {stop - start:,} bytes, but {dtype} {shape} needs {nbytes:,}."
+            )
         return Stored(name, dtype, tuple(shape), self.data_offset + start, nbytes)
 
     def _check_contiguous(self, tensors: dict[str, Stored]) -> None:
         expected = self.data_offset
         for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
             if tensor.offset != expected:
-                raise self.blame(f"{self.path}: {tensor.name} leaves a hole or overlaps its neighbour.")
+                raise self.error_class(f"{self.path}: {tensor.name} leaves a hole or overlaps its neighbour.")
             expected += tensor.nbytes
         if expected != self.n_bytes:
             kind = "is cut off" if expected > self.n_bytes else "has bytes that belong to no tensor"
-            raise self.blame(
+            raise self.error_class(
                 f"{self.path} {kind}: its header describes {expected:,} bytes, it has {self.n_bytes:,}."
             )
 
@@ -215,8 +219,8 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A safetensors file before it exists: its header and where each tensor will lie. Offsets are
-    absolute."""
+    """A safetensors file before it exists: its header and the offset of each tensor, counted from its
+    start."""
 
     file: str
     header: bytes

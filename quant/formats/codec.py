@@ -1,7 +1,7 @@
 """Codecs as arithmetic: which parts a packed matrix has, in which layout, and how many bytes they take.
 
-Knows shapes and bytes only. It must not import torch: recipes and dry runs price whole models with it. The
-values are made in `qtensor.py`.
+Knows shapes and bytes only. It must not import torch: recipes and dry runs compute the size of whole models with it.
+The values are made in `qtensor.py`.
 
 Four-bit layout, shared by nf4, nf4-16 and mxfp4 so that one kernel serves them. Rows are padded to 16,
 columns to 32. For row group g and column block b of 32 columns `codes[g, b]` are 256 bytes, four vectors v of

@@ -38,7 +38,7 @@ FP4_CODES = (*FP4_VALUES, *(-v for v in FP4_VALUES))
 
 CHUNK = 1 << 16  # weights in flight per thread: a few float32 arrays of this size fit a level-2 cache
 N_CELLS = 1024  # of the lookup table that finds the nearest code; narrower than half the closest two values
-NF4_TOP = 256.0  # the tensor scale puts the largest magnitude here; e4m3 reaches 448, room for candidates
+NF4_TOP = 256.0  # the tensor scale puts the largest magnitude here; e4m3 reaches 448, which leaves larger candidates
 LARGEST_E4M3 = 126  # byte 127 is NaN
 # Candidates as steps of e4m3 from the scale that just covers the block. Three above, the largest weight lands
 # on the second largest value instead. On Gaussian weights these four, in both signs, give a relative error of
@@ -119,8 +119,8 @@ def encode(codec: Codec, weight: Tensor, scale: float) -> tuple[dict[str, Tensor
 
     def chunk(group: int) -> float:
         rows = weight[group * ROW_GROUP : (group + step) * ROW_GROUP]
-        there = slice(group, group + step)
-        return _encode_chunk(codec, rows, scale, codes[there], scales[there])
+        groups = slice(group, group + step)
+        return _encode_chunk(codec, rows, scale, codes[groups], scales[groups])
 
     squared_error = sum(_in_threads(chunk, range(0, codes.shape[0], step)))
     parts = {"codes": codes, "scales": scales, "scale": torch.tensor([scale], dtype=torch.float32)}
@@ -219,7 +219,7 @@ def _cells(table: Book, ratio: Tensor) -> Tensor:
 
 
 def _sum_rows(x: Tensor) -> Tensor:
-    """[block, N] -> [N] by halving: element-wise additions only, so that the order of summation is ours.
+    """[block, N] -> [N] by halving: element-wise additions only, so that the order of summation is fixed.
 
     Overwrites `x`.
     """

@@ -37,7 +37,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one part of one matrix lies inside the page."""
+    """The position of one part of one matrix in the page."""
 
     matrix: str
     part: str

@@ -1,4 +1,4 @@
-"""QTensor: one packed matrix in memory, and its rows and values. Knows codecs; no files, no names, no kernels."""
+"""A packed matrix in memory, its rows and values. Knows codecs; no files, no names, no kernels."""
 
 from __future__ import annotations
 

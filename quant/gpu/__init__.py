@@ -1,11 +1,9 @@
-"""y = x W^T and routed experts on the GPU, straight from packed bytes: the checked face of the Triton
-kernels.
+"""The Triton kernels: y = x W^T, routed experts and attention on the GPU, with their arguments checked.
 
-Every tensor is compared with its layout here, before an address reaches a kernel; wrong sizes raise
-ValueError. The bytes are those of the pack: nothing is repacked. The same call on the same device gives the
-same bits. No function asks the device for a value, so all can be captured in a CUDA graph once they have run
-(`prepare`, then one call of each shape). Triton is imported at first use only. It must not know packs, models
-or tiers.
+Every tensor is compared with its layout before its address reaches a kernel; wrong sizes raise ValueError. The bytes
+are those of the pack: nothing is repacked. The same call on the same device gives the same bits. No function asks the
+device for a value, so all can be captured in a CUDA graph once they have run (`prepare`, then one call of each shape).
+Triton is imported at first use only. It must not know packs, models or tiers.
 """
 
 from __future__ import annotations
@@ -41,10 +39,10 @@ PARTS = {
 GEMV_TOKENS = {torch.bfloat16: 2, torch.float32: 8}  # beyond, bfloat16 goes to the tensor cores
 # Tokens in bfloat16 from which W is unpacked and the library multiplies, unless `unpack_from` says otherwise.
 UNPACK_FROM = 257
-VERSION = 1  # of these kernels, for whoever keeps what was measured of them
+VERSION = 1  # of these kernels; a saved measurement belongs to one version
 DECODE_TOKENS = 8  # up to here an expert kernel runs one program per token and expert
-LEAST_CAPABILITY = (8, 0)
-LEAST_TRITON = (3, 3)  # the first whose functions return tuples of tuples; torch 2.7 brings it
+MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 3)  # the first whose functions return tuples of tuples; torch 2.7 brings it
 ALIGNMENT = 16  # of an address, for the widest loads
 _unpacked_from: dict[tuple[torch.device, str], int] = {}
 _checked: WeakSet[QTensor] = WeakSet()  # see `_check_parts`
@@ -67,7 +65,7 @@ def _installed() -> bool:
 @lru_cache(maxsize=64)
 def _capable(index: int) -> bool:
     """Asked before every product: looked at once."""
-    return _installed() and torch.cuda.get_device_capability(index) >= LEAST_CAPABILITY
+    return _installed() and torch.cuda.get_device_capability(index) >= MIN_CAPABILITY
 
 
 def prepare(device: torch.device | str) -> None:
@@ -107,7 +105,7 @@ def unpack_from(device: torch.device, codec: str, tokens: int) -> None:
 
 def product(x: Tensor, q: QTensor, *, unpacked: bool) -> Tensor:
     """x [n, cols] bfloat16 -> [n, rows] by unpacked tiles on the tensor cores, or W unpacked and the library's matmul:
-    for whoever measures which is quicker."""
+    for a measurement of which is faster."""
     from quant.gpu import launch
 
     _check_array("x", x, (torch.bfloat16,), (None, q.shape[1]), q.device)
@@ -134,12 +132,12 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def experts(
     x: Tensor, layout: PageLayout, slab: Tensor, slots: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    """The routed experts of one layer that lie in a slab -> weighted outputs, float32 [n, k, hidden].
+    """The routed experts of one layer whose pages are in a slab -> weighted outputs, float32 [n, k, hidden].
 
     x [n, hidden] float32 or bfloat16. slab uint8 [n_slots, layout.bytes]: a page per slot. slots int32
-    [n_experts]: the slot of each expert of the layer, -1 where it lies elsewhere. chosen int32 or int64 [n,
+    [n_experts]: the slot of each expert of the layer, -1 where it has none. chosen int32 or int64 [n,
     k]: experts of each token; weights float32 [n, k]. Output [t, p] is weights[t, p] times expert chosen[t,
-    p] of x[t], and zero where the expert has no slot: whoever computes it elsewhere puts it there, then
+    p] of x[t], and zero where the expert has no slot: the CPU's outputs are put there, then
     `combine` adds up in a fixed order.
 
     Up to 8 tokens: two launches, float32 sums, the inner activation kept in x.dtype. More: tokens sorted by
@@ -163,7 +161,7 @@ def experts(
 
 
 def attends(joined: Tensor, keys: Tensor, head_dims: tuple[int, int]) -> bool:
-    """Whether `attend` serves such rows: int8 rows need a scale that lies on an address of four bytes."""
+    """Whether `attend` serves such rows: int8 rows need a scale at a multiple of four bytes."""
     return (
         joined.dtype in INPUTS
         and _serves(joined.device)
@@ -190,11 +188,11 @@ def attend(
 ) -> Tensor:
     """Rotate, append to the cache, attend: joined [n, queries | keys | values] -> [n, heads * d_v] in its type.
 
-    As `quant.kernels.attention.attend`, on the GPU, where positions int64 [n] lie too, ascending by one. With joined in
+    As `quant.kernels.attention.attend`, on the GPU, where positions int64 [n] are too, ascending by one. With joined in
     float32 all is float32; in bfloat16 the tensor cores multiply. With a table int32 [blocks] keys and values are parts
-    of a slab, [slots, kv_heads, positions of a slot, d]: position p lies in slot table[p // positions of a slot].
+    of a slab, [slots, kv_heads, positions of a slot, d]: position p is in slot table[p // positions of a slot].
     """
-    from quant.gpu import attending
+    from quant.gpu import attention_launch
 
     n, (d_k, d_v) = joined.shape[0], head_dims
     kv_heads, rows = keys.shape[-3:-1]
@@ -209,15 +207,15 @@ def attend(
     _check_rows("values", values, (keys.dtype,), (kv_heads, rows, d_v + extra), table)
     if sink is not None:
         _check_array("sink", sink, (torch.float32,), (heads,), device)
-    room = rows if table is None else rows * table.numel()
-    fits = heads % kv_heads == 0 and 2 * half <= d_k and 0 < n <= room and (table is None or first == 0)
+    capacity = rows if table is None else rows * table.numel()
+    fits = heads % kv_heads == 0 and 2 * half <= d_k and 0 < n <= capacity and (table is None or first == 0)
     if not fits or not attends(joined, keys, head_dims):
         raise ValueError(
             f"{n} rows (the first row holds position {first}) with {heads} heads of {d_k} and {d_v} do not go "
             f"with keys {list(keys.shape)} in {keys.dtype} and {2 * half} rotated dimensions."
         )
     with _current(device):
-        return attending.attend(
+        return attention_launch.attend(
             joined, cos, sin, keys, values, positions=positions, table=table, heads=heads, head_dims=head_dims,
             first=first, window=window, sink=sink, scale=scale, value_scale=value_scale,
         )  # fmt: skip
@@ -278,7 +276,7 @@ def _serves(device: torch.device) -> bool:
 
 def _check_device(name: str, device: torch.device) -> None:
     if not _serves(device):
-        raise ValueError(f"{name} lies on {device}; these kernels need Triton and a CUDA device.")
+        raise ValueError(f"{name} is on {device}; these kernels need Triton and a CUDA device.")
 
 
 def _check_codec(name: str) -> None:

@@ -1,6 +1,6 @@
 """y = x W^T for 1 to 8 tokens, straight from packed words: float32 sums on the ordinary float units.
 
-A program takes one row group (16 rows) of one stretch of columns: its codes are contiguous, every thread
+A program takes one row group (16 rows) of some adjacent columns: its codes are contiguous, every thread
 reads 16 bytes (four rows, four or eight columns; so Q must be 8 per warp), UNROLL of them before it needs the
 first, multiplies with the x of its columns and keeps its own sums to the end. At most two tokens per program:
 with more, the tile of x has more elements than the program has threads and the compiler sends it through
@@ -128,8 +128,8 @@ def gemv_kernel(
     if FORMAT != INT8:
         sums *= tl.load(scale)
     row = group * 16 + tl.arange(0, 16)[None, :]
-    there = y + (tl.program_id(2) * n_tokens + token[:, None]) * n_rows + row
-    tl.store(there, sums.to(y.dtype.element_ty), mask=known & (row < n_rows))
+    address = y + (tl.program_id(2) * n_tokens + token[:, None]) * n_rows + row
+    tl.store(address, sums.to(y.dtype.element_ty), mask=known & (row < n_rows))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""Grids, paddings and temporary arrays of the kernels in this room. Arguments were checked by the face.
+"""Grids, paddings and temporary arrays of the matrix and expert kernels, whose arguments `quant.gpu` has checked.
 
 Every size comes from shapes alone, never from a value on the device, so that all of this can be captured in a
-CUDA graph (after one run: the first compiles and copies the code book). Tile sizes are written here, not
-tuned while running: a configuration that a stopwatch chose could differ between two runs, and with it the
+CUDA graph (after one run: the first compiles and copies the code book). Tile sizes are constants, not
+tuned while running: a configuration chosen by timing could differ between two runs, and with it the
 last bits.
 """
 
@@ -31,7 +31,7 @@ WARPS = 4
 LANES_Q = 8 * WARPS  # words of a row that a program's threads cover with one 16-byte load each
 UNROLL = 2
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU
-LEAST_WORDS = 128  # per row and split; below, adding up costs more than it brings
+MIN_WORDS = 128  # per row and split; below, adding up costs more than it brings
 GEMV_TOKENS = 2  # per program, see gemv.py
 UNPACK_BAND = 1 << 25  # weights unpacked at a time: 64 MiB of bfloat16
 # Where lookups are loads, the pipeliner would copy every single one to shared memory ahead of time.
@@ -99,7 +99,7 @@ def matrix(q: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def split_columns(programs: int, words: int, tile: int) -> tuple[int, int]:
     """(splits, words per split, a multiple of `tile`) so that enough programs run; from the shape alone."""
-    splits = max(1, min(ENOUGH_PROGRAMS // programs, words // LEAST_WORDS))
+    splits = max(1, min(ENOUGH_PROGRAMS // programs, words // MIN_WORDS))
     per_split = ceil_div(ceil_div(words, splits), tile) * tile
     return ceil_div(words, per_split), per_split
 
@@ -218,7 +218,7 @@ def views(slab: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def inner_rows(n: int, layout: PageLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for n rows of silu(gate x) * (up x), the padding of the down projection zeroed."""
+    """Memory for n rows of silu(gate x) * (up x), the padding of the down projection zeroed."""
     cols = padded_cols(layout.codec, layout.inner)
     make = torch.empty if cols == layout.inner else torch.zeros
     return make(n, cols, dtype=dtype, device=device)

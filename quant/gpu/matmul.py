@@ -36,8 +36,8 @@ def add_product(
         factor = scale_value(tl.load(grid + at, mask=inside, other=0), FORMAT)
         for j in tl.static_range(4):
             value = (plane_value(tile, table, half * 4 + j, FORMAT) * factor).to(tl.bfloat16)
-            there = planes + (half * 4 + j) * plane_step + source[None, :] * N_Q + q[:, None]
-            x = tl.load(there, mask=present[None, :] & (q[:, None] < N_Q), other=0.0)
+            address = planes + (half * 4 + j) * plane_step + source[None, :] * N_Q + q[:, None]
+            x = tl.load(address, mask=present[None, :] & (q[:, None] < N_Q), other=0.0)
             total = tl.dot(value, x, total)
     return total
 
@@ -67,13 +67,13 @@ def matmul_kernel(
         )  # fmt: skip
     if FORMAT != INT8:
         total *= tl.load(scale)
-    there = y + (tl.program_id(2).to(tl.int64) * n_tokens + token[None, :]) * n_rows + row[:, None]
-    tl.store(there, total.to(y.dtype.element_ty), mask=present[None, :] & (row[:, None] < n_rows))
+    address = y + (tl.program_id(2).to(tl.int64) * n_tokens + token[None, :]) * n_rows + row[:, None]
+    tl.store(address, total.to(y.dtype.element_ty), mask=present[None, :] & (row[:, None] < n_rows))
 
 
 @triton.jit
 def slot_of_tile(tile, tile_expert, slots, n_experts, n_slots):
-    """The slot of a tile's expert, -1 for a tile past the last and an expert that lies elsewhere."""
+    """The slot of a tile's expert, -1 for a tile past the last and an expert without a slot."""
     expert = tl.load(tile_expert + tile)
     known = (expert >= 0) & (expert < n_experts)
     slot = tl.load(slots + tl.where(known, expert, 0), mask=known, other=-1)
@@ -120,8 +120,8 @@ def gate_up_tiles_kernel(
             g *= tl.load(singles + page // 4 + GATE_SCALE // 4)
             u *= tl.load(singles + page // 4 + UP_SCALE // 4)
         value = g / (1.0 + tl.exp(-g)) * u
-        there = act + place.to(tl.int64)[None, :] * n_cols + row[:, None]
-        tl.store(there, value.to(tl.bfloat16), mask=present[None, :] & (row[:, None] < n_rows))
+        address = act + place.to(tl.int64)[None, :] * n_cols + row[:, None]
+        tl.store(address, value.to(tl.bfloat16), mask=present[None, :] & (row[:, None] < n_rows))
 
 
 @triton.jit
@@ -157,5 +157,5 @@ def down_tiles_kernel(
         total *= tl.load(weights + pair, mask=present, other=0.0)[None, :]
         if FORMAT != INT8:
             total *= tl.load(singles + page // 4 + DOWN_SCALE // 4)
-        there = out + pair[None, :] * n_rows + row[:, None]
-        tl.store(there, total, mask=present[None, :] & (row[:, None] < n_rows))
+        address = out + pair[None, :] * n_rows + row[:, None]
+        tl.store(address, total, mask=present[None, :] & (row[:, None] < n_rows))

@@ -1,8 +1,8 @@
 """The routed experts of a few tokens, straight from the pages in a slab: two launches for a whole layer.
 
 A "pair" is one token's place in its list of chosen experts; every pair has its own row of output, so nothing
-is added across programs and the order of summation is ours. Which slot holds an expert is read from the slot
-table on the device: the host is never asked, no shape depends on the routing, and a CUDA graph can hold the
+is added across programs and the order of summation is fixed. Which slot holds an expert is read from the slot
+table on the device: nothing is copied to the host, no shape depends on the routing, and a CUDA graph can hold the
 launches. An expert without a slot (-1, or anything that is no slot) costs one early exit and leaves zeros.
 
 Programs are numbered pair first, so that the same rows of all pairs run side by side: where two tokens chose

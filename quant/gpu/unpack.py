@@ -4,7 +4,7 @@ bf16.
 Shared by the other kernels of this package. Layouts are those of `quant/formats/codec.py`, seen as 32-bit words: for
 every row group, word q*16 + r holds four bytes of row r. Of a four-bit codec they carry eight columns,
 (q//4)*32 + (q%4)*4 + 0..3 in the low nibbles and the columns 16 to the right in the high ones; of int8 the
-four columns q*4 + 0..3. So a tile [Q, 16] of words is one contiguous stretch, read with 16-byte loads, and
+four columns q*4 + 0..3. So a tile [Q, 16] of words is contiguous memory, read with 16-byte loads, and
 the columns that share a byte and a nibble (a "plane": four or eight per codec) all sit q by q in one tile.
 
 How a code becomes a value, compiled: each lane of a warp holds one of the 16 entries of the book (twice
@@ -32,7 +32,7 @@ INT8 = tl.constexpr(3)
 
 @triton.jit
 def scale_index(q, r, HIGH: tl.constexpr, FORMAT: tl.constexpr):
-    """Where the scale of word (q, r) lies in the scales of its row group; HIGH: that of the high nibbles."""
+    """The index of the scale of word (q, r) in the scales of its row group; HIGH: that of the high nibbles."""
     if FORMAT == INT8:
         return (q // 16) * 16 + r
     elif FORMAT == NF4_16:

@@ -1,8 +1,8 @@
-"""y = x W^T and whole experts on the CPU, straight from packed bytes: the checked face of the native module.
+"""The native CPU kernels: y = x W^T and whole experts, straight from packed bytes, with their arguments checked.
 
-Every tensor is compared with its codec's layout here, before an address reaches C++; wrong sizes raise
-ValueError. All instruction sets, batch sizes and thread counts give the same bits. Where no native module was
-built `available()` is False and the torch reference computes. It must not know packs, models or tiers.
+Every tensor is compared with its codec's layout before its address reaches C++; wrong sizes raise ValueError. All
+instruction sets, batch sizes and thread counts give the same bits. Where no native module was built `available()` is
+False and the torch reference computes. It must not know packs, models or tiers.
 """
 
 from __future__ import annotations

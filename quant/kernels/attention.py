@@ -1,4 +1,4 @@
-"""Attention with rope and cache, norms and the router on the CPU: the checked face of those native kernels.
+"""Native attention with rope and cache, norms and the router on the CPU, with their arguments checked.
 
 A result depends on its own row alone, to the last bit: not on how many rows, threads or which instruction set.
 Sizes are compared here before an address reaches C++. It must not know layers, sequences or models.
@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 
 STORES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 EVERYTHING = 1 << 40  # a window wider than any context
-LARGEST_HEAD = 1024
+MAX_HEAD_DIM = 1024
 WEIGHT_DTYPES = (torch.float32,)
 
 
@@ -45,7 +45,7 @@ def attend(
     """Rotate, append to the cache, attend: joined float32 [n, queries | keys | values] -> float32 [n, heads * d_v].
 
     keys [kv_heads, rows, d_k] and values [kv_heads, rows, d_v] are the cache in float32, bfloat16, or int8 with a
-    float32 scale behind each row; position p lies in row (p - first) mod rows. cos and sin [n, rotated / 2] turn the
+    float32 scale behind each row; position p is in row (p - first) mod rows. cos and sin [n, rotated / 2] turn the
     first dimensions in pairs (i, i + half). Token i, at `position` + i, sees `window` keys with itself, or all; `sink`
     [heads] is one more logit per head. Query head h reads KV head h // (heads / kv_heads).
     """
@@ -61,8 +61,8 @@ def attend(
         and width == heads * d_k + kv_heads * (d_k + d_v)
         and heads % kv_heads == 0
         and cos.shape == sin.shape == (n, cos.shape[-1])
-        and 2 * cos.shape[1] <= d_k <= LARGEST_HEAD
-        and d_v <= LARGEST_HEAD
+        and 2 * cos.shape[1] <= d_k <= MAX_HEAD_DIM
+        and d_v <= MAX_HEAD_DIM
         and in_rows(n, position, window or EVERYTHING, first, rows)
         and (sink is None or sink.numel() == heads)
     )

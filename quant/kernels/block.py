@@ -14,7 +14,7 @@ import torch
 
 from quant import kernels
 from quant.formats.codec import ROW_SCALE_BYTES
-from quant.kernels.attention import EVERYTHING, LARGEST_HEAD, STORES, floats, in_rows
+from quant.kernels.attention import EVERYTHING, MAX_HEAD_DIM, STORES, floats, in_rows
 
 if TYPE_CHECKING:
     from quant.formats.qtensor import QTensor
@@ -52,7 +52,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """n rows of one timeline: see `quant.kernels.attention.attend`."""
+    """n rows of one sequence: see `quant.kernels.attention.attend`."""
 
     n: int
     position: int
@@ -82,7 +82,7 @@ class FusedBlock:
         hidden = attn_norm.numel()
         if qkv.shape != (heads.qkv_rows, hidden) or o.shape != (hidden, heads.heads * heads.d_v):
             raise ValueError(f"{heads} do not go with matrices of {qkv.shape} and {o.shape}.")
-        if max(heads.d_k, heads.d_v) > LARGEST_HEAD or heads.heads % heads.kv_heads:
+        if max(heads.d_k, heads.d_v) > MAX_HEAD_DIM or heads.heads % heads.kv_heads:
             raise ValueError(f"No native attention serves {heads}.")
         self._heads, self._hidden = heads, hidden
         self._k = rest.top_k if isinstance(rest, Router) else 0

@@ -1,6 +1,6 @@
 """Routed experts straight from their pages: y = down(silu(gate x) * up x), weighted. Reference and native.
 
-The one place where the native expert kernel is plugged in. Knows pages as bytes; not where they lie or why.
+Chooses between the native kernel and the reference. It must not know where pages are kept, or why.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def reference(
     """`experts`, one by one in torch."""
     k, shares = weights.shape[1], weights.reshape(-1, 1)
     for page, start, stop in zip(pages, spans[::2], spans[1::2], strict=True):
-        here = places[start:stop]
-        out[here] = run_expert(layout.expert(page), x[here // k]).float() * shares[here]
+        chosen = places[start:stop]
+        out[chosen] = run_expert(layout.expert(page), x[chosen // k]).float() * shares[chosen]
 
 
 def in_order(terms: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def in_order(terms: Tensor) -> Tensor:
 def in_order_reference(terms: Tensor) -> Tensor:
     """`in_order` in torch."""
     total = terms[:, 0]
-    for place in range(1, terms.shape[1]):
-        total = total + terms[:, place]
+    for i in range(1, terms.shape[1]):
+        total = total + terms[:, i]
     return total
 
 

@@ -1,4 +1,4 @@
-"""y = x W^T for a packed W: the reference, and the one place where the kernels of CPU and GPU are plugged in.
+"""y = x W^T for a packed W: the reference, and the choice between the kernels of CPU and GPU.
 
 `backend()` says what runs on the CPU. It must not know models, pages or where the weights came from.
 """

@@ -1,12 +1,12 @@
-"""Pack: the folder that `localmimo` runs from, opened read-only.
+"""A pack, the folder that `localmimo` runs from, opened read-only.
 
-    manifest.json             what is here: settings, page layout, tensors, checksums
+    manifest.json             the pack's settings, page layout, tensors, checksums
     config.json, tokenizer*   copied from the checkpoint as they were
     dense-00001.safetensors   every tensor but the routed experts, NAME.PART for packed matrices
     experts-LL.safetensors    one layer's experts, one page each, on 4096-byte boundaries
 
 A folder without a valid manifest is no pack. Opening checks the manifest against the files' sizes and headers
-and reads no weight; `report.verify` reads everything. Must not know sequences, budgets or how a pack is made.
+and reads no weight; `verify.verify` reads everything. Must not know sequences, budgets or how a pack is made.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 FORMAT = "localmimo-pack"
 VERSION = 1
 MANIFEST = "manifest.json"
-MOST_SAID = 300  # characters of a complaint: it quotes what others wrote
+MAX_QUOTED = 300  # characters of an error message that quotes the manifest
 VECTOR_DTYPES = ("bf16", "f32")
 
 
 @dataclass(frozen=True)
 class PageAt:
-    """Where the page of an expert lies."""
+    """The position of an expert's page."""
 
     file: Path
     offset: int
@@ -148,7 +148,7 @@ class Pack:
         return QTensor(info.codec, (info.shape[0], info.shape[1]), parts)
 
     def page_at(self, layer: int, expert: int) -> PageAt:
-        """The place of an expert's page. Raises BadPack when there is no such expert."""
+        """The position of an expert's page. Raises BadPack when there is no such expert."""
         places = self._places.get(layer, [])
         if not 0 <= expert < len(places):
             raise BadPack(f"{self.path} has no expert {expert} in layer {layer}.")
@@ -161,7 +161,7 @@ class Pack:
 
     @cached_property
     def _places(self) -> dict[int, list[PageAt]]:
-        """Layer -> the places of its pages, worked out once: a step asks for hundreds of them."""
+        """Layer -> the positions of its pages, computed once: a step needs hundreds of them."""
         return {int(number): self._places_in(facts) for number, facts in self.manifest["layers"].items()}
 
     def _places_in(self, facts: dict[str, Any]) -> list[PageAt]:
@@ -221,15 +221,15 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
 
 
 class _Schema:
-    """Checks on one manifest; complaints name the file and the key."""
+    """Checks of one manifest; messages name the file and the key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def require(self, ok: bool, what: str) -> None:
         if not ok:
-            said = what if len(what) <= MOST_SAID else f"{what[:MOST_SAID]} ..."
-            raise BadPack(f"{self.path / MANIFEST}: {said}.")
+            quoted = what if len(what) <= MAX_QUOTED else f"{what[:MAX_QUOTED]} ..."
+            raise BadPack(f"{self.path / MANIFEST}: {quoted}.")
 
     def table(self, value: object, key: str) -> dict[str, Any]:
         self.require(isinstance(value, dict), f"{key} must be an object")

@@ -1,5 +1,6 @@
-"""Report: a pack read again from end to end against its checksums. Imports no torch; it must not repair
-anything."""
+"""The verification of a pack: everything is read again and compared with its checksums.
+
+It must not repair anything, nor import torch."""
 
 from __future__ import annotations
 

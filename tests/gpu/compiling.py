@@ -98,7 +98,7 @@ def launch_all(name: str) -> None:
 
 def attend_all(n_cases: int = 5) -> None:
     """V2's attention: a step in a long context and in a window's ring, a chunk of a prompt, in each type of cache."""
-    from quant.gpu import attending
+    from quant.gpu import attention_launch
 
     cases = (
         (100, 3000, 64, 4, None, torch.bfloat16, torch.bfloat16),
@@ -113,7 +113,7 @@ def attend_all(n_cases: int = 5) -> None:
         keys, values = (torch.zeros(*shape, d + extra, dtype=kv) for d in (192, 128))
         blocks = None if window else torch.zeros(9, dtype=torch.int32)
         table = torch.zeros(n, 32)
-        attending.attend(
+        attention_launch.attend(
             torch.zeros(n, heads * 192 + kv_heads * 320, dtype=dtype), table, table, keys, values,
             positions=torch.arange(position, position + n), table=blocks, heads=heads, head_dims=(192, 128), first=0,
             window=window, sink=torch.zeros(heads), scale=0.07, value_scale=0.7,

@@ -27,7 +27,7 @@ def start() -> None:
 
         with suppress(ImportError):  # a launch imports it, and it looks at the mode too
             import triton.experimental.gluon  # noqa: F401
-        import quant.gpu.attending
+        import quant.gpu.attention_launch
         import quant.gpu.launch  # noqa: F401  the decorators look at the mode
     finally:
         os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})

@@ -108,9 +108,9 @@ def test_a_chunk_behind_a_window(device: str) -> None:
 
 
 def test_many_keys_are_split(device: str) -> None:
-    from quant.gpu import attending
+    from quant.gpu import attention_launch
 
-    assert attending.most_splits(2, 600) == 2
+    assert attention_launch.max_splits(2, 600) == 2
     check(GLOBAL, 600, 2, 640, torch.float32, torch.float32, device)
     check(GLOBAL, 600, 1, 640, torch.bfloat16, torch.int8, device)
 

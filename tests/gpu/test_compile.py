@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.gpu import LEAST_TRITON
+from quant.gpu import MIN_TRITON
 
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"80": 166_912, "89": 101_376, "90": 232_448}  # bytes of one program
@@ -16,7 +16,7 @@ SPILL_LIMIT = 256  # bytes per thread; 0 where attention is in bfloat16, up to 2
 FOUND = tuple(int(part) for part in version("triton").split(".")[:2])
 
 
-@pytest.mark.skipif(FOUND < LEAST_TRITON, reason="no GPU is used with a triton as old as this")
+@pytest.mark.skipif(FOUND < MIN_TRITON, reason="no GPU is used with a triton as old as this")
 @pytest.mark.parametrize(
     ("codec", "capability"),
     [

@@ -2,11 +2,11 @@
 
 The first kernel rotates the new queries and keys and writes keys and values into their rows of the cache. The
 second goes through the cache in blocks of keys under a running maximum, with the heads that share keys side by
-side in one tile, and stretches of keys on different processors where there are few queries; the third adds those
-stretches up, first to last, the sink behind them. Keys of 192 are two tiles of a power of two, 128 and 64. Rows
+side in one tile, and with splits of the keys on different processors where there are few queries; the third adds the
+splits up, first to last, then the sink. Keys of 192 are two tiles of a power of two, 128 and 64. Rows
 of int8 end with their scale, which multiplies logits and weights, so that codes go to the tensor cores as they
-are. Position p lies in row (p - first) mod rows; or, with a table, in row p mod rows of a block, the table saying in
-which slot of a slab that block lies. The position of the first token is read on the device, and how the keys are cut
+are. Position p is in row (p - first) mod rows; or, with a table, in row p mod rows of a block, the table saying in
+which slot of a slab that block is. The position of the first token is read on the device, and how the keys are cut
 follows from it there, so that a captured graph goes on as the sequence grows. Nothing is timed or tuned at run time.
 
 It must not know layers or sequences.
@@ -23,7 +23,7 @@ BFLOAT16 = tl.constexpr(1)
 INT8 = tl.constexpr(2)
 NOTHING = tl.constexpr(-1e30)  # a maximum over no logits
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
-LEAST_KEYS = tl.constexpr(256)  # of a split
+MIN_KEYS = tl.constexpr(256)  # of a split
 
 
 @triton.jit
@@ -37,9 +37,9 @@ def row_start(p, kv, table, present, first, n_rows, slot_step, STEP: tl.constexp
 
 
 @triton.jit
-def cut(n_keys, most_splits, N: tl.constexpr):
-    """Positions of each split, a multiple of N: as many splits as there are keys for, up to `most_splits`."""
-    splits = tl.minimum(tl.maximum(n_keys // LEAST_KEYS, 1), most_splits)
+def cut(n_keys, max_splits, N: tl.constexpr):
+    """Positions of each split, a multiple of N: as many splits as there are keys for, up to `max_splits`."""
+    splits = tl.minimum(tl.maximum(n_keys // MIN_KEYS, 1), max_splits)
     return tl.cdiv(tl.cdiv(n_keys, splits), N) * N
 
 
@@ -120,7 +120,7 @@ def product(a, b, total, EXACT: tl.constexpr):
 @triton.jit(do_not_specialize=["n_tokens", "first", "n_rows", "most_splits"])
 def attend_kernel(
     q, keys, key_scales, values, value_scales, positions, table, sink, out, maxima, sums,
-    n_tokens, first, n_rows, slot_step, most_splits, window, scale,
+    n_tokens, first, n_rows, slot_step, max_splits, window, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     KIND: tl.constexpr, EXACT: tl.constexpr, SINK: tl.constexpr, WHOLE: tl.constexpr,
@@ -135,7 +135,7 @@ def attend_kernel(
     extra: tl.constexpr = 4 if KIND == INT8 else 0
     position = tl.load(positions).to(tl.int32)
     lowest = tl.maximum(first, position - window + 1)
-    per_split = cut(position + n_tokens - lowest, most_splits, N)
+    per_split = cut(position + n_tokens - lowest, max_splits, N)
     kv = tl.program_id(1)
     split = tl.program_id(2)
     m = tl.arange(0, M)
@@ -214,13 +214,13 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens", "first", "most_splits"])
 def merge_kernel(
-    parts, maxima, sums, positions, sink, out, n_tokens, first, most_splits, window,
+    parts, maxima, sums, positions, sink, out, n_tokens, first, max_splits, window,
     HEADS: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr, N: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
-    """Program (query row): the stretches of keys together, first to last, and the sink."""
+    """Program (query row): the splits of the keys added up, first to last, and the sink."""
     position = tl.load(positions).to(tl.int32)
     n_keys = position + n_tokens - tl.maximum(first, position - window + 1)
-    n_splits = tl.cdiv(n_keys, cut(n_keys, most_splits, N))
+    n_splits = tl.cdiv(n_keys, cut(n_keys, max_splits, N))
     row = tl.program_id(0).to(tl.int64)
     dv = tl.arange(0, VALUE)
     most = tl.full([1], NOTHING, tl.float32)
@@ -229,9 +229,9 @@ def merge_kernel(
     one = tl.arange(0, 1)
     at = row
     for _ in range(n_splits):
-        here = tl.load(maxima + at + one)
-        higher = tl.maximum(most, here)
-        shrink, grow = tl.exp(most - higher), tl.exp(here - higher)
+        part_most = tl.load(maxima + at + one)
+        higher = tl.maximum(most, part_most)
+        shrink, grow = tl.exp(most - higher), tl.exp(part_most - higher)
         mixed = mixed * shrink + tl.load(parts + at * DV + dv, mask=dv < DV, other=0.0) * grow
         total = total * shrink + tl.load(sums + at + one) * grow
         most = higher

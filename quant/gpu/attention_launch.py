@@ -1,4 +1,4 @@
-"""Grids and temporary arrays of the attention kernels. Arguments were checked by the face.
+"""Grids and temporary arrays of the attention kernels, whose arguments `quant.gpu.attend` has checked.
 
 How the work is cut follows from shapes and the position alone, so that the same input gives the same bits. Grids follow
 from shapes alone: the position is known to the device only.
@@ -10,7 +10,7 @@ import torch
 import triton
 
 from quant.formats.codec import ceil_div
-from quant.gpu.attention import LEAST_KEYS, attend_kernel, merge_kernel, place_kernel
+from quant.gpu.attention_kernels import MIN_KEYS, attend_kernel, merge_kernel, place_kernel
 
 Tensor = torch.Tensor
 
@@ -61,7 +61,7 @@ def attend(
     capacity = n_rows * (table.numel() if paged else 1)
     window = EVERYTHING if window is None else window
     blocks = ceil_div(n, rows // group)
-    splits = most_splits(blocks * kv_heads, min(capacity, window + n - 1))
+    splits = max_splits(blocks * kv_heads, min(capacity, window + n - 1))
     whole = splits == 1
     head, value = 1 << (d_k.bit_length() - 1), max(16, triton.next_power_of_2(d_v))
     out = joined.new_empty(n, heads * d_v)
@@ -84,10 +84,10 @@ def attend(
 
 
 def _scales(rows: Tensor) -> Tensor:
-    """The cache as float32, where the scales of int8 rows lie; other types have none, and it is never read."""
+    """The cache as float32, where the scales of int8 rows are; other types have none, and it is never read."""
     return rows.view(torch.float32) if rows.dtype == torch.int8 else rows
 
 
-def most_splits(programs: int, n_keys: int) -> int:
-    """Stretches of keys on different processors, so that enough programs run: at most n_keys are ever seen."""
-    return max(1, min(ENOUGH_PROGRAMS // programs, n_keys // LEAST_KEYS.value))
+def max_splits(programs: int, n_keys: int) -> int:
+    """Splits of the keys for different processors, so that enough programs run: at most n_keys are ever seen."""
+    return max(1, min(ENOUGH_PROGRAMS // programs, n_keys // MIN_KEYS.value))

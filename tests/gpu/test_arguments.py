@@ -1,4 +1,4 @@
-"""What the GPU room refuses, and how lightly it is imported."""
+"""The arguments that `quant.gpu` refuses, and what importing it does not import."""
 
 import subprocess
 import sys
