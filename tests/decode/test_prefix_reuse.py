@@ -78,12 +78,15 @@ def test_conversations_that_begin_alike_share_the_beginning(engine: Engine) -> N
     with engine.session() as session:
         session.rewind(10**6)
         for n in range(5):
-            said, read = answer(session, system + text(50, 30 + n))
+            _, read = answer(session, system + text(50, 30 + n))
             reads.append(read)
-            said, more = answer(session, session.tokens + text(10, 40 + n))
+            _, more = answer(session, session.tokens + text(10, 40 + n))
             assert more == 10
-            expected = engine._model.logits
-            assert expected is not None and said
+            held = session.sync(session.tokens)
+            fresh = Session(engine._model, engine._experts, 2048, torch.bfloat16).sync(session.tokens)
+            torch.testing.assert_close(
+                held, fresh, rtol=0, atol=0.1
+            )  # logits up to 20; reading in pieces rounds
     assert reads == [650, 650, 50, 50, 50]  # the second one finds out that the beginning is shared
 
 

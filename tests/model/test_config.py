@@ -42,14 +42,14 @@ def test_window_keys_override() -> None:
     assert ModelConfig.parse(make_config(), window_keys=129).layers[1].window == 129
 
 
-def test_towers_are_not_our_business() -> None:
-    parse(
-        FLASH,
-        vision_config={"depth": 28},
-        audio_config={},
-        image_token_id=151655,
-        video_start_token_id=151670,
-    )
+def test_towers_change_nothing() -> None:
+    towers = {
+        "vision_config": {"depth": 28},
+        "audio_config": {},
+        "image_token_id": 151655,
+        "video_start_token_id": 151670,
+    }
+    assert parse(FLASH, **towers) == parse(FLASH)
 
 
 @pytest.mark.parametrize(
