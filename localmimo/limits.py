@@ -25,6 +25,9 @@ SLACK = 16  # tokens that a window layer can be taken back without a snapshot
 STEP_TOKENS = 16  # the most tokens that are served page by page; more are a prompt
 TAIL_TOKENS = 16  # of a prompt, whose routing enters the statistics
 
+# Where an expert's page can be found, the fastest first
+TIERS = ("gpu", "ram", "disk")
+
 # Memory
 N_READERS = 4  # reads in flight; a SATA disk is busy with one, an NVMe drive with four reads of megabytes
 ATTENTION_WORKSPACE_BYTES = 8 << 20  # attention logits at a time

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from localmimo.bench.corpus import Corpus
 from localmimo.decode.speculative import SpeculativeSteps
 from localmimo.decode.steps import DraftStats
-from localmimo.experts.store.counters import PageCounters
+from localmimo.experts.store.counters import PageCounters, hit_shares
+from localmimo.limits import TIERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -297,15 +298,8 @@ def tier_figures(costs: Sequence[StepCost]) -> dict[str, Any]:
         **total,
         "disk_bytes_per_token": total["disk_bytes"] / n_tokens if n_tokens else None,
         "disk_read": total["disk_bytes"] / total["read_s"] if total["read_s"] else None,
-        "hits": hits(total["gpu_pages"], total["ram_pages"], total["disk_pages"]),
+        "hits": hit_shares({tier: total[f"{tier}_pages"] for tier in TIERS}),
     }
-
-
-def hits(gpu: int, ram: int, disk: int) -> dict[str, float]:
-    """The share of expert requests that each tier answered. The GPU is listed only where it answered one."""
-    pages = gpu + ram + disk
-    tiers = {"gpu": gpu, "ram": ram, "disk": disk}
-    return {tier: n / pages for tier, n in tiers.items() if pages and (n or tier != "gpu")}
 
 
 # ---- memory ----

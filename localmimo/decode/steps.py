@@ -9,7 +9,8 @@ from typing import Any, Literal
 from localmimo.chat.partial_call import PartialCall
 from localmimo.chat.stream_parser import Kind
 from localmimo.chat.tool_call import ToolCall
-from localmimo.limits import MAX_DRAFTS
+from localmimo.experts.store.counters import hit_shares
+from localmimo.limits import MAX_DRAFTS, TIERS
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "context"]
 
@@ -75,12 +76,14 @@ class Stats:
         )
 
     @property
+    def pages(self) -> dict[str, int]:
+        """Expert pages by the tier they were found in."""
+        return {tier: getattr(self, f"pages_{tier}") for tier in TIERS}
+
+    @property
     def hits(self) -> dict[str, float]:
         """Share of expert pages by the tier they were found in."""
-        gpu = {"gpu": self.pages_gpu} if self.pages_gpu else {}
-        found = gpu | {"ram": self.pages_ram, "disk": self.pages_disk}
-        pages = sum(found.values())
-        return {tier: n / pages for tier, n in found.items()} if pages else {}
+        return hit_shares(self.pages)
 
     def as_dict(self) -> dict[str, Any]:
         derived = {"prefill_tps": self.prefill_tps, "decode_tps": self.decode_tps, "hits": self.hits}

@@ -282,8 +282,8 @@ def host_workspace_bytes(config: ModelConfig) -> int:
 
 
 def statistics_bytes(config: ModelConfig) -> int:
-    """Router statistics and the policy's forecasts: two tables of what follows what, and 700 bytes a page."""
-    return config.n_experts * len(config.moe_layers) * (2 * 4 * config.n_experts + 700)
+    """Router statistics and the policy's forecasts: 700 bytes a page."""
+    return 700 * config.n_experts * len(config.moe_layers)
 
 
 def _stretch_floats(config: ModelConfig) -> int:

@@ -66,7 +66,7 @@ def _of(stats: Stats, n_thought: int) -> dict[tuple[str, Labels], float]:
         "localmimo_read_seconds_total": stats.read_s,
     }
     found: dict[tuple[str, Labels], float] = {(name, ()): value for name, value in plain.items()}
-    for tier, pages in (("ram", stats.pages_ram), ("disk", stats.pages_disk)):
+    for tier, pages in stats.pages.items():
         found["localmimo_expert_pages_total", (("tier", tier),)] = pages
     for outcome, pages in (("useful", stats.prefetch_useful), ("wasted", stats.prefetch_wasted)):
         found["localmimo_prefetched_pages_total", (("outcome", outcome),)] = pages

@@ -4,6 +4,7 @@ One safetensors file per profile. It holds at most PROFILE_TOKENS tokens' worth 
 SESSION_TOKENS: neither a long prompt nor an old habit owns it. Knows arrays and a file; not what they are used for.
 """
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Self
 
@@ -24,7 +26,8 @@ from quant.files.atomic import written_aside
 SESSION_TOKENS = 512
 PROFILE_TOKENS = 2048
 FORMAT = "localmimo-stats"
-VERSION = "1"
+VERSION = "2"
+WITH_TRANSITIONS = "1"  # an older version that also held which expert followed which: read, no longer written
 _HEADER_BYTES = 4096  # room for the file's JSON header, which is about 500 bytes
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -33,20 +36,15 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Counts over `tokens` tokens, faded: uses [rows, experts], what followed what [rows, experts, experts].
-
-    `follows[row, a, b]`: expert b of this row was used by a token that had used expert a of the row before.
-    """
+    """Counts over `tokens` tokens, faded: uses [rows, experts]."""
 
     tokens: float
     uses: Array
-    follows: Array
     recent: Array  # chance per token at the end of the last session [rows, experts]
 
     @classmethod
     def empty(cls, n_rows: int, n_experts: int) -> Self:
-        flat, cube = (n_rows, n_experts), (n_rows, n_experts, n_experts)
-        return cls(0.0, *(np.zeros(shape, dtype=np.float32) for shape in (flat, cube, flat)))
+        return cls(0.0, *(np.zeros((n_rows, n_experts), dtype=np.float32) for _ in range(2)))
 
     def plus(self, session: Self) -> Self:
         """This profile with a session added; the session counts for SESSION_TOKENS at most."""
@@ -57,7 +55,6 @@ class Profile:
             self,
             tokens=tokens * fade,
             uses=(self.uses + share * session.uses) * np.float32(fade),
-            follows=(self.follows + share * session.follows) * np.float32(fade),
             recent=session.recent if session.tokens else self.recent,
         )
 
@@ -82,10 +79,11 @@ def read_profile(path: Path, n_rows: int, n_experts: int) -> Profile | None:
 
     The size is compared before anything is read, so that a hostile file costs no memory.
     """
-    array_bytes = 4 * n_rows * n_experts * (n_experts + 2)
+    array_bytes = _array_bytes(VERSION, n_rows, n_experts)
     try:
         n_bytes = path.stat().st_size
-        if not array_bytes < n_bytes <= array_bytes + _HEADER_BYTES:
+        sizes = (_array_bytes(version, n_rows, n_experts) for version in (VERSION, WITH_TRANSITIONS))
+        if not any(size < n_bytes <= size + _HEADER_BYTES for size in sizes):
             raise BadProfile(
                 f"has {n_bytes:,} bytes where {n_rows} layers of {n_experts} experts need {array_bytes:,} and a header"
             )
@@ -106,23 +104,23 @@ def _parse(raw: bytes, n_rows: int, n_experts: int) -> Profile:
         version, crc, tokens = facts["version"], int(facts["crc32"], 16), float(facts["tokens"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise BadProfile("has no header that this program knows") from None
-    if facts.get("format") != FORMAT or version != VERSION:
-        raise BadProfile(f"is of version {version!r}; this program reads {VERSION}")
-    if header != _header(tokens, crc, n_rows, n_experts):
+    if facts.get("format") != FORMAT or version not in (VERSION, WITH_TRANSITIONS):
+        raise BadProfile(f"is of version {version!r}; this program reads {WITH_TRANSITIONS} and {VERSION}")
+    if header != _header(version, tokens, crc, n_rows, n_experts):
         raise BadProfile(f"is not about {n_rows} layers of {n_experts} experts")
     data = raw[8 + length :]
     if zlib.crc32(data) != crc:
         raise BadProfile(f"has checksum {zlib.crc32(data):08x}, its header says {crc:08x}")
-    return _checked(Profile(tokens, *_arrays(data, n_rows, n_experts)))
+    offsets = _offsets(version, n_rows, n_experts)
+    return _checked(Profile(tokens, *(_array(data, *offsets[name]) for name in ("uses", "recent"))))
 
 
-def _arrays(data: bytes, n_rows: int, n_experts: int) -> Iterator[Array]:
-    for shape, (begin, end) in _places(n_rows, n_experts).values():
-        yield np.frombuffer(data[begin:end], dtype="<f4").reshape(shape).astype(np.float32)
+def _array(data: bytes, shape: list[int], offset: list[int]) -> Array:
+    return np.frombuffer(data[slice(*offset)], dtype="<f4").reshape(shape).astype(np.float32)
 
 
 def _checked(profile: Profile) -> Profile:
-    arrays = (profile.uses, profile.follows, profile.recent)
+    arrays = (profile.uses, profile.recent)
     sane = all(np.isfinite(array).all() and (array >= 0).all() for array in arrays)
     within = (
         profile.uses.max(initial=0) <= profile.tokens * 1.001 + 1e-3
@@ -133,33 +131,38 @@ def _checked(profile: Profile) -> Profile:
     return profile
 
 
-def _places(n_rows: int, n_experts: int) -> dict[str, tuple[list[int], list[int]]]:
+def _offsets(version: str, n_rows: int, n_experts: int) -> dict[str, tuple[list[int], list[int]]]:
     """Array -> shape, and where it begins and ends behind the header."""
-    flat, cube = [n_rows, n_experts], [n_rows, n_experts, n_experts]
-    one, all_follows = 4 * n_rows * n_experts, 4 * n_rows * n_experts * n_experts
-    return {
-        "uses": (flat, [0, one]),
-        "follows": (cube, [one, one + all_follows]),
-        "recent": (flat, [one + all_follows, 2 * one + all_follows]),
-    }
+    shapes = {"uses": [n_rows, n_experts], "recent": [n_rows, n_experts]}
+    if version == WITH_TRANSITIONS:
+        shapes = {
+            "uses": shapes["uses"],
+            "follows": [n_rows, n_experts, n_experts],
+            "recent": shapes["recent"],
+        }
+    ends = list(itertools.accumulate(4 * prod(shape) for shape in shapes.values()))
+    begins = [0, *ends]
+    return {name: (shape, [begins[i], ends[i]]) for i, (name, shape) in enumerate(shapes.items())}
 
 
-def _header(tokens: float, crc: int, n_rows: int, n_experts: int) -> dict[str, object]:
-    facts = {"format": FORMAT, "version": VERSION, "crc32": f"{crc:08x}", "tokens": repr(tokens)}
+def _array_bytes(version: str, n_rows: int, n_experts: int) -> int:
+    return max(end for _, (_, end) in _offsets(version, n_rows, n_experts).values())
+
+
+def _header(version: str, tokens: float, crc: int, n_rows: int, n_experts: int) -> dict[str, object]:
+    facts = {"format": FORMAT, "version": version, "crc32": f"{crc:08x}", "tokens": repr(tokens)}
     tensors = {
-        name: {"dtype": "F32", "shape": shape, "data_offsets": place}
-        for name, (shape, place) in _places(n_rows, n_experts).items()
+        name: {"dtype": "F32", "shape": shape, "data_offsets": offset}
+        for name, (shape, offset) in _offsets(version, n_rows, n_experts).items()
     }
     return {"__metadata__": facts, **tensors}
 
 
 def write_profile(path: Path, profile: Profile) -> None:
     """Write aside, sync, rename: readers see the old file or the new one. Raises OSError."""
-    data = b"".join(
-        array.astype("<f4").tobytes() for array in (profile.uses, profile.follows, profile.recent)
-    )
+    data = b"".join(array.astype("<f4").tobytes() for array in (profile.uses, profile.recent))
     n_rows, n_experts = profile.uses.shape
-    header = json.dumps(_header(float(profile.tokens), zlib.crc32(data), n_rows, n_experts)).encode()
+    header = json.dumps(_header(VERSION, float(profile.tokens), zlib.crc32(data), n_rows, n_experts)).encode()
     header += b" " * (-len(header) % 8)
     with written_aside(path) as file:
         file.write(len(header).to_bytes(8, "little") + header + data)

@@ -12,7 +12,7 @@ from localmimo.experts.policy.baselines import Adaptive, Belady, Lfu, Lru, Page,
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.policy.trace import Trace
 
-MAX_CELLS = 1 << 26  # of the transitions of a model: layers x experts x experts
+MAX_PAGES = 1 << 18  # layers x experts: ten times those of the largest member
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,10 @@ class Replayed:
 def replay(trace: Trace, slots: int) -> Replayed:
     """Play a trace through every policy."""
     layers, n_experts = sorted(set(trace.layers)), trace.n_experts
-    if len(layers) * n_experts**2 > MAX_CELLS:
+    if len(layers) * n_experts > MAX_PAGES:
         raise BadRequest(
-            f"The trace has {len(layers)} layers of {n_experts:,} experts; the replay has room for layers x experts x "
-            f"experts up to {MAX_CELLS:,}."
+            f"The trace has {len(layers)} layers of {n_experts:,} experts; the replay has room for {MAX_PAGES:,} "
+            "experts in all: record a trace of fewer layers."
         )
     lines = list(trace)
     pages = [(layer, [expert]) for layer, experts in lines for expert in experts]

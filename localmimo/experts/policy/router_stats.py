@@ -1,4 +1,4 @@
-"""RouterStats: how often each expert of each layer is used, lately and over the long run, and what follows what.
+"""Router statistics: how often each expert of each layer is used, lately and over the long run.
 
 Starts from a profile of earlier sessions and adds to it on `save`. Knows layers and experts as numbers; no bytes, no
 slots, no torch.
@@ -6,7 +6,6 @@ slots, no torch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +52,6 @@ class RouterStats:
         self._fresh_steps = np.zeros(n_rows, dtype=np.int64)
         self._decay = np.array([[0.5 ** (1 / half)] for half in HALF_LIVES], dtype=np.float32)
         self._waiting: list[tuple[int, list[int]]] = []  # rows and experts not yet counted
-        self._before: tuple[int, list[int]] = (-2, [])  # of the last one counted
 
     def request(self, layer: int, experts: Sequence[int]) -> None:
         """One decode step uses these experts of a layer."""
@@ -78,18 +76,6 @@ class RouterStats:
         self.steps[rows] += 1
         self._fresh_steps[rows] += 1
         self._fresh.uses[places, chosen] += 1
-        self._count_pairs([self._before, *waiting])
-        self._before = waiting[-1]
-
-    def _count_pairs(self, chain: list[tuple[int, list[int]]]) -> None:
-        """Count what each row's experts were followed by in the next one."""
-        cells = [
-            np.add.outer((row * self.n_experts + np.array(those)) * self.n_experts, chosen).reshape(-1)
-            for (before, those), (row, chosen) in itertools.pairwise(chain)
-            if before == row - 1
-        ]
-        if cells:
-            self._fresh.follows.reshape(-1)[np.concatenate(cells)] += 1
 
     # ---- what is likely ----
 
@@ -110,16 +96,6 @@ class RouterStats:
     def _page(self, place: int) -> Page:
         row, expert = divmod(place, self.n_experts)
         return self.layers[row], expert
-
-    def likely_next(self, layer: int, experts: Sequence[int], n: int) -> list[int]:
-        """The n experts of the MoE layer after `layer` that most often followed `experts` of it, likeliest first."""
-        self.settle()
-        row, chosen = self.row[layer] + 1, list(experts)
-        if row == len(self.layers) or n <= 0:
-            return []
-        votes = (self._profile.follows[row][chosen] + self._fresh.follows[row][chosen]).sum(0)
-        order = np.argsort(-votes, kind="stable")[:n]
-        return [int(expert) for expert in order if votes[expert] > 0]
 
     # ---- the profile ----
 
@@ -148,7 +124,6 @@ class RouterStats:
         return Profile(
             float(self._fresh_steps.max(initial=0)),
             self._fresh.uses,
-            self._fresh.follows,
             self.use[-1].copy(),
         )
 

@@ -1,6 +1,9 @@
-"""Traffic: what was asked of the store, and where it was found. Counts alone."""
+"""Counters: what was asked of the store, and in which tier it was found. Counts alone."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+
+from localmimo.limits import TIERS
 
 
 @dataclass(slots=True)
@@ -17,9 +20,14 @@ class PageCounters:
     uploads: int = 0  # pages copied to the GPU
 
     @property
+    def by_tier(self) -> dict[str, int]:
+        """Pages that were asked for, by the tier they were found in."""
+        return {tier: getattr(self, f"{tier}_pages") for tier in TIERS}
+
+    @property
     def n_pages(self) -> int:
         """Pages that were asked for."""
-        return self.gpu_pages + self.ram_pages + self.disk_pages
+        return sum(self.by_tier.values())
 
     def since(self, before: "PageCounters") -> "PageCounters":
         """The difference to an earlier reading."""
@@ -28,3 +36,9 @@ class PageCounters:
 
     def copy(self) -> "PageCounters":
         return PageCounters(**asdict(self))
+
+
+def hit_shares(pages: Mapping[str, int]) -> dict[str, float]:
+    """Tier -> its share of the pages; empty without any. The GPU is listed only where it answered a request."""
+    total = sum(pages.values())
+    return {tier: n / total for tier, n in pages.items() if total and (n or tier != "gpu")}

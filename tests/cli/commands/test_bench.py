@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from localmimo.bench.corpus import Corpus
-from localmimo.bench.runs import BenchRun, StepCost, TraceRecorder, figures, hits
+from localmimo.bench.runs import BenchRun, StepCost, TraceRecorder, figures
 from localmimo.chat.tokenizer import Tokenizer
 from localmimo.cli import app
 from localmimo.cli.commands import bench
@@ -17,7 +17,7 @@ from localmimo.cli.commands.bench import BenchOptions, parse_depths, run_bench
 from localmimo.decode.steps import DraftStats
 from localmimo.errors import BadRequest, DoesNotFit
 from localmimo.experts.policy.trace import read_trace
-from localmimo.experts.store.counters import PageCounters
+from localmimo.experts.store.counters import PageCounters, hit_shares
 from localmimo.loading.options import LoadOptions
 from localmimo.mini import CHECKPOINT
 from quant import convert
@@ -353,7 +353,10 @@ def test_figures_of_known_runs() -> None:
     assert decode["disk_bytes_per_token"] == pytest.approx(200 / 3)
     assert decode["disk_read"] == pytest.approx(1000.0)
     assert found["drafts"] == {"passes": 2, "drafted": 4, "accepted": 3, "acceptance": 0.75}
-    assert hits(1, 1, 2) == {"gpu": 0.25, "ram": 0.25, "disk": 0.5} and hits(0, 0, 0) == {}
+    assert hit_shares({"gpu": 1, "ram": 1, "disk": 2}) == {"gpu": 0.25, "ram": 0.25, "disk": 0.5}
+    assert hit_shares({"gpu": 0, "ram": 0, "disk": 0}) == {} and hit_shares({"gpu": 0, "ram": 1}) == {
+        "ram": 1.0
+    }
     nothing = figures(0, [BenchRun(0, 0, prompt, 2.0, DraftStats())])
     assert nothing["decode_tps"] is None and nothing["step_s_max"] is None
     assert "–" in bench.row(nothing, "text")

@@ -185,5 +185,7 @@ def test_an_empty_trace_and_one_too_long(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_trace_of_a_model_nobody_has(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="up to 67,108,864"):
+    with pytest.raises(
+        BadRequest, match="900 layers of 4,096 experts; the replay has room for 262,144 experts"
+    ):
         replay(trace_of([(layer, [4095]) for layer in range(900)]), 10)
