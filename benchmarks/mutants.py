@@ -70,6 +70,7 @@ EXTRA_TESTS = {
     "localmimo/chat/tool_choice.py": ("tests/serve/test_tool_choice.py",),
     "localmimo/decode/answer.py": ("tests/tools", "tests/chat"),
     "localmimo/decode/options.py": ("tests/decode/test_sampler.py", "tests/decode/test_generation.py"),
+    "localmimo/experts/policy/promotion.py": ("tests/experts/tiers/test_gpu_slots.py",),
     "localmimo/experts/store/": ("tests/experts/store",),
     "localmimo/hardware/": ("tests/planning", "tests/cli/commands/test_plan.py"),
     "localmimo/kv/": ("tests/kv", "tests/planning"),
