@@ -5,14 +5,24 @@
 #include "cpu.h"
 
 namespace localmimo {
+
+// Each of its isa_*.cpp; null where that file was built for another CPU family.
+const Kernels* avx512_bf16_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
 namespace {
 
 std::vector<const Kernels*> candidates() {
   std::vector<const Kernels*> out;
-  if (cpu().avx512_bf16 && avx512_bf16_kernels()) out.push_back(avx512_bf16_kernels());
-  if (cpu().avx512 && avx512_kernels()) out.push_back(avx512_kernels());
-  if (cpu().avx2 && avx2_kernels()) out.push_back(avx2_kernels());
-  out.push_back(portable_kernels());
+  const auto offer = [&out](bool runs, const Kernels* (*table)()) {
+    if (runs && table()) out.push_back(table());
+  };
+  offer(cpu().avx512_bf16, avx512_bf16_kernels);
+  offer(cpu().avx512, avx512_kernels);
+  offer(cpu().avx2, avx2_kernels);
+  offer(true, portable_kernels);
   return out;
 }
 

@@ -6,6 +6,9 @@
 #include "avx512.h"
 
 namespace localmimo {
+
+const Kernels* avx512_kernels();  // of isa_avx512.cpp
+
 namespace {
 
 struct Avx512Bf16 : Avx512 {

@@ -76,9 +76,4 @@ struct Kernels {
 
 constexpr int64_t kScratchBytes = 1 << 16;  // what `product` may use per thread
 
-const Kernels* portable_kernels();
-const Kernels* avx2_kernels();    // null where the file was built for another CPU family
-const Kernels* avx512_kernels();
-const Kernels* avx512_bf16_kernels();
-
 }  // namespace localmimo
