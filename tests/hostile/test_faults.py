@@ -1,4 +1,4 @@
-"""Faults while an engine works: each is waited out or said in a sentence, and the tokens after it are the same."""
+"""Faults while an engine works: each is survived or reported in a sentence, and the tokens after it are the same."""
 
 import ctypes
 import errno
@@ -150,11 +150,11 @@ def test_interrupted_calls_are_taken_up_again(
 
 
 def test_a_page_flipped_on_disk_under_load(nf4_pack: Path, expected: list[int], tmp_path: Path) -> None:
-    """Every page of a layer is damaged after the pack was opened: nothing is said from them; mended, all goes on."""
-    mine = shutil.copytree(nf4_pack, tmp_path / "pack")
-    file = Pack.open(mine).page_at(2, 0).file
+    """Every page of a layer is damaged after the pack was opened: none is used; once repaired, the engine goes on."""
+    copy = shutil.copytree(nf4_pack, tmp_path / "pack")
+    file = Pack.open(copy).page_at(2, 0).file
     whole = file.read_bytes()
-    with paging(mine) as engine:
+    with paging(copy) as engine:
         file.write_bytes(whole[:8192] + bytes(byte ^ 1 for byte in whole[8192:]))
         with pytest.raises(LocalMimoError, match=r"checksum"):
             said(engine)
@@ -163,15 +163,15 @@ def test_a_page_flipped_on_disk_under_load(nf4_pack: Path, expected: list[int], 
 
 
 def test_a_pack_that_is_deleted_while_open(nf4_pack: Path, tmp_path: Path) -> None:
-    """What is not open yet is a sentence, closing says that the statistics have no place, and nothing comes back."""
-    mine = shutil.copytree(nf4_pack, tmp_path / "pack")
-    with pytest.warns(UserWarning, match="pack is gone"), load(mine, context=256, ram="256MiB") as engine:
-        shutil.rmtree(mine)
+    """What is not open yet is a sentence, closing warns that the statistics were not saved, and nothing is created."""
+    copy = shutil.copytree(nf4_pack, tmp_path / "pack")
+    with pytest.warns(UserWarning, match="pack is gone"), load(copy, context=256, ram="256MiB") as engine:
+        shutil.rmtree(copy)
         try:
             said(engine)
         except LocalMimoError as error:
-            assert str(mine) in str(error)
-    assert not mine.exists()
+            assert str(copy) in str(error)
+    assert not copy.exists()
 
 
 # ---- threads that end ----
@@ -292,10 +292,10 @@ with load(sys.argv[1], context=256, ram="256MiB") as engine:
 
 def test_two_processes_on_one_pack_and_profile(nf4_pack: Path, tmp_path: Path) -> None:
     """Both run at once, say the same, and what both have seen is in the statistics."""
-    mine = shutil.copytree(nf4_pack, tmp_path / "pack")
+    copy = shutil.copytree(nf4_pack, tmp_path / "pack")
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", TWICE, str(mine)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", TWICE, str(copy)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         for _ in range(2)
     ]
@@ -303,7 +303,7 @@ def test_two_processes_on_one_pack_and_profile(nf4_pack: Path, tmp_path: Path) -
         assert child.stdout is not None and child.stdout.readline() == "open\n"
     answers = [child.communicate("go\n", timeout=60)[0] for child in children]
     assert answers[0] == answers[1] and [child.returncode for child in children] == [0, 0]
-    profile = read_profile(mine / "stats" / "default.safetensors", 4, 8)
+    profile = read_profile(copy / "stats" / "default.safetensors", 4, 8)
     n_said = len(answers[0].split())
     assert profile is not None and profile.tokens >= 2 * (n_said - 1) > 2
 
@@ -333,9 +333,9 @@ def test_measurements_from_the_future_are_made_again(tmp_path: Path, monkeypatch
 def test_the_last_used_file_stays_though_the_clock_went_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = SessionStore(tmp_path, 100, TurnCache())
+    store = SessionStore(tmp_path, 100, TurnCache())
     for n, clock in enumerate((5e9, 1e9, 3e9)):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
-        shelf._saved.append(StoredSession(tmp_path / f"{n}.kv", np.zeros(1, np.int32), (), 40, shelf._now()))
-    shelf._make_room(20)
-    assert [saved.path.name for saved in shelf._saved] == ["1.kv", "2.kv"]
+        store._saved.append(StoredSession(tmp_path / f"{n}.kv", np.zeros(1, np.int32), (), 40, store._now()))
+    store._make_room(20)
+    assert [saved.path.name for saved in store._saved] == ["1.kv", "2.kv"]

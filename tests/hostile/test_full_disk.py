@@ -1,6 +1,6 @@
 """A disk that is full at any write of a save: the old file stays whole, and nothing is left beside it.
 
-The limit on file sizes stands for the disk: the system refuses the write that would go beyond it.
+A limit on file sizes simulates the full disk: the system refuses the write that would exceed it.
 """
 
 import resource

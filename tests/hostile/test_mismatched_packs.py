@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from localmimo import load
-from localmimo.errors import LocalMimoError
+from localmimo.errors import BadModel, LocalMimoError
 from quant.errors import QuantError
 from quant.pack.pack import Pack
 
@@ -23,21 +23,27 @@ def set_config(folder: Path, key: str, value: object) -> None:
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads", "head_dim",
-    "v_head_dim", "swa_head_dim", "swa_v_head_dim", "num_nextn_predict_layers",
+    "v_head_dim", "swa_head_dim", "swa_v_head_dim",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("factor", [0.5, 2])
 @pytest.mark.parametrize("key", SIZES)
 def test_a_config_that_is_not_the_packs(nf4_pack: Path, key: str, factor: float) -> None:
-    had = json.loads((nf4_pack / "config.json").read_text()).get(key, 2)
-    set_config(nf4_pack, key, max(1, int(had * factor)))
-    try:
-        with load(nf4_pack, context=256, ram="256MiB", profile=None) as engine:
-            for _ in engine.stream("abc def", max_tokens=4):
-                pass
-    except (LocalMimoError, QuantError) as error:
-        assert str(error).endswith(".")
+    size = json.loads((nf4_pack / "config.json").read_text())[key]
+    set_config(nf4_pack, key, int(size * factor))
+    with (
+        pytest.raises(BadModel, match=r"(its config\.json asks for|config\.json has) .*\.$"),
+        load(nf4_pack, context=256, ram="256MiB", profile=None),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("n_heads", [1, 4])
+def test_the_pack_says_how_many_draft_heads_there_are(nf4_pack: Path, n_heads: int) -> None:
+    set_config(nf4_pack, "num_nextn_predict_layers", n_heads)
+    with load(nf4_pack, context=256, ram="256MiB", profile=None) as engine:
+        assert engine.generate("abc def", max_tokens=4).tokens
 
 
 def test_a_layers_pages_that_are_too_few(nf4_pack: Path) -> None:

@@ -1,4 +1,4 @@
-"""Nothing that comes from outside can become code here: the sources hold none of the calls that would do it."""
+"""No foreign code: the sources contain none of the calls that would run what was read."""
 
 import ast
 from pathlib import Path
@@ -30,7 +30,7 @@ def found_in(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     names = aliases(tree)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return {name for call in calls for name in judged(call, names)}
+    return {name for call in calls for name in forbidden_in(call, names)}
 
 
 def aliases(tree: ast.AST) -> dict[str, str]:
@@ -44,7 +44,7 @@ def aliases(tree: ast.AST) -> dict[str, str]:
     return out
 
 
-def judged(call: ast.Call, names: dict[str, str]) -> set[str]:
+def forbidden_in(call: ast.Call, names: dict[str, str]) -> set[str]:
     first, _, rest = ast.unparse(call.func).partition(".")
     name = names.get(first, first) + (f".{rest}" if rest else "")
     bad = {name} & (FORBIDDEN | {"importlib.util.spec_from_file_location"})

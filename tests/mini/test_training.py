@@ -177,7 +177,8 @@ def test_twenty_steps_lower_the_loss() -> None:
 
 
 def test_muon_makes_singular_values_alike() -> None:
-    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 24, 16)).float())
+    update = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(4))
+    values = torch.linalg.svdvals(orthogonal(update).float())
     assert values.min() > 0.5 and values.max() < 1.4
 
 
@@ -193,7 +194,7 @@ def test_schedule_rises_stays_and_falls() -> None:
 
 
 def test_fp8_blocks_are_partial_at_the_edge() -> None:
-    weight = torch.randn(192, 256)
+    weight = torch.randn(192, 256, generator=torch.Generator().manual_seed(5))
     codes, scale = to_fp8(weight)
     assert codes.shape == (192, 256) and scale.shape == (2, 2) and codes.dtype == torch.float8_e4m3fn
     assert (from_fp8(codes, scale) - weight).norm() / weight.norm() < 0.03
