@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo.chat.messages import check_messages
-from localmimo.errors import BadRequest, BadSession
+from localmimo.errors import BadRequest, BadSession, with_flags
 from localmimo.system.paths import home
 from quant.files.atomic import written_aside
 from quant.files.bounded import read_small
@@ -93,7 +93,7 @@ def load(engine: "Engine", name: str, tools: Schemas) -> tuple[SavedChat, int, s
             session.load(folder / KV)
             alike = [ours == theirs for ours, theirs in zip(session.tokens, found.tokens, strict=False)]
     except BadSession as error:
-        return found, 0, str(error)
+        return found, 0, with_flags(error)
     return found, [*alike, False].index(False), ""
 
 
