@@ -49,6 +49,28 @@ def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
     assert cut.text == whole[: whole.index(stop)] and cut.finish_reason == "stop"
 
 
+def test_what_may_have_begun_a_stop_string_is_said_in_the_end(engine: Engine) -> None:
+    whole = engine.generate("abc", max_tokens=12, sampling=GREEDY).text
+    never = whole[-2:] + "\x00"
+    assert engine.generate("abc", max_tokens=12, sampling=GREEDY, stop=[never]).text == whole
+
+
+@pytest.mark.engine(None, context=64, profile=None)
+def test_a_character_that_was_cut_off_is_shown(engine: Engine) -> None:
+    """The first byte of a letter alone, as a limit of tokens leaves it."""
+    (half, *rest) = (
+        next(
+            t for t in range(engine.tokenizer.vocab_size) if engine.tokenizer.token_bytes(t) == bytes([byte])
+        )
+        for byte in "é".encode()
+    )
+    forced = Sampling(temperature=0, logit_bias={half: 1e9})
+    done = engine.generate("Caf", max_tokens=1, sampling=forced)
+    assert (done.tokens, done.text, done.finish_reason) == ([half], "\ufffd", "length")
+    assert engine.generate("Caf", max_tokens=1, sampling=forced, stop=["\ufffd"]).text == ""
+    assert engine.decode([half, *rest]) == "é"
+
+
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_strings_for_every_way_of_cutting(text: str, stops: Sequence[str], data: st.DataObject) -> None:
     stream, out, at = StopStrings(stops), "", 0

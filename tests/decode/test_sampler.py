@@ -30,6 +30,45 @@ def test_knobs() -> None:
     assert kept(top_k=9) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("knobs", "tokens"),
+    [
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.3}, [0]),  # the first token crosses, and stays
+        ({"top_p": 0.79}, [0, 1]),
+        ({"top_p": 0.81}, [0, 1, 2]),
+        ({"top_p": 0.9501}, [0, 1, 2, 3]),
+        ({"top_k": 2, "top_p": 0.6}, [0]),  # of what top-k left, the first has 0.625
+        ({"top_k": 2, "top_p": 0.63}, [0, 1]),
+        ({"min_p": 0.29}, [0, 1, 2]),
+        ({"min_p": 0.31}, [0, 1]),
+        ({"min_p": 1.0}, [0]),
+    ],
+)
+def test_what_is_drawn_from(knobs: dict[str, float], tokens: list[int]) -> None:
+    """`candidates`, which `pick` draws from; the token that crosses top-p is one of them."""
+    sampling = Sampling(**({"temperature": 1.0, "top_p": 1.0} | knobs))
+    assert candidates(LOGITS, sampling)[0].tolist() == tokens
+    drawn = {pick(LOGITS, sampling, [], seed, 1) for seed in range(400)}
+    assert drawn == set(tokens)
+
+
+def test_top_k_keeps_k_tokens_of_equal_ones() -> None:
+    level = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    for k in (1, 2, 3):
+        tokens, _ = candidates(level, Sampling(temperature=1.0, top_p=1.0, top_k=k))
+        assert len(tokens) == k and 0 not in tokens.tolist()
+
+
+def test_a_token_that_was_seen_often_is_penalised_once_but_for_its_frequency() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    seen = [0, 0, 0, 1, 1]
+    assert penalise(logits, Sampling(repetition_penalty=2.0), seen).tolist() == [1.0, -4.0, 1.0]
+    assert penalise(logits, Sampling(presence_penalty=0.5), seen).tolist() == [1.5, -2.5, 1.0]
+    assert penalise(logits, Sampling(frequency_penalty=0.5), seen).tolist() == [0.5, -3.0, 1.0]
+
+
 def test_temperature() -> None:
     cold = distribution(LOGITS, Sampling(temperature=0.5, top_p=1.0))
     assert torch.allclose(cold, torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365)

@@ -64,6 +64,62 @@ def test_rewind_within_and_beyond_the_slack(engine: Engine) -> None:
         same(after, fresh(engine, [*kept, 7]))
 
 
+@pytest.mark.engine("bf16_pack", context=128, dtype="float32", draft=0)
+@pytest.mark.parametrize("n", range(1, 13))
+def test_a_restored_session_is_rewound_to_what_it_was(engine: Engine, n: int) -> None:
+    """A checkpoint has one window of keys; a rewind behind its oldest one must read again."""
+    with engine.session() as session:
+        session.sync(tokens(50))
+        for token in tokens(40, seed=2):
+            session.step(token)
+        session.sync(tokens(50))
+        session.rewind(n)
+        after = session.step(7)
+    same(after, fresh(engine, [*tokens(50)[:-n], 7]))
+
+
+@pytest.mark.engine("bf16_pack", context=128, dtype="float32", draft=0)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_prefix_without_a_hidden_state_gives_its_logits(engine: Engine, n: int) -> None:
+    """After a checkpoint only the last hidden states are known; a shorter prompt is read from before its end."""
+    shorter = tokens(50)[:-n]
+    expected = fresh(engine, shorter)
+    with engine.session() as session:
+        session.sync(tokens(50))
+        for token in tokens(40, seed=2):
+            session.step(token)
+        session.sync(tokens(50))
+        same(session.sync(shorter), expected)
+        assert session.tokens == shorter
+
+
+@pytest.mark.engine("bf16_pack", context=128, dtype="float32", draft=0)
+def test_a_rewind_to_an_unknown_hidden_state_leaves_no_checkpoint(engine: Engine) -> None:
+    expected = fresh(engine, tokens(49))
+    with engine.session() as session:
+        session.sync(tokens(50))
+        for token in tokens(40, seed=2):
+            session.step(token)
+        session.sync(tokens(50))
+        session.rewind(1)
+        before = session.checkpoints
+        session.checkpoint()
+        assert session.checkpoints == before and 49 not in before
+        same(session.sync(tokens(49)), expected)
+
+
+def test_the_first_checkpoint_and_the_last_ones_are_kept(engine: Engine) -> None:
+    with engine.session() as session:
+        session.rewind(session.position)
+        for n in range(10, 70, 10):
+            session.sync(tokens(n))
+        assert session.checkpoints == [10, 40, 50, 60]
+        session.rewind(10)  # to the very length of one: it stays
+        assert session.checkpoints == [10, 40, 50]
+        session.rewind(1)
+        assert session.checkpoints == [10, 40]
+
+
 @pytest.mark.parametrize("layer", [1, 3, 5])
 def test_a_stop_between_layers_leaves_whole_tokens(engine: Engine, layer: int) -> None:
     calls = 0

@@ -104,6 +104,7 @@ def test_another_pack_context_or_kv_type_is_refused(
     for engine_of, sentence in (
         (lambda: load(stranger, context=160), "pack .* read again"),
         (lambda: load(bf16_pack, context=160, dtype="float32"), "KV type bfloat16"),
+        (lambda: load(bf16_pack, context=160, dtype="bfloat16"), "dtype float32, .* is bfloat16"),
         (lambda: load(bf16_pack, context=160, window_keys=5), "configuration"),
         (lambda: load(bf16_pack, context=32), "40 tokens .* 32"),
     ):
@@ -195,3 +196,22 @@ def test_an_interrupted_save_leaves_the_old_file(
             session.save(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("n", range(1, 14))
+def test_a_loaded_session_is_rewound_to_what_it_was(engine: Engine, tmp_path: Path, n: int) -> None:
+    """However few rows the rings of the file have: what is not there any more is read again."""
+    path = tmp_path / "s"
+    with engine.session() as session:
+        session.rewind(10**6)
+        session.sync(tokens(40))
+        for token in tokens(20, seed=1):
+            session.step(token)
+        session.sync(tokens(40))  # restored from a checkpoint: rings of one window
+        session.save(path)
+        session.rewind(10**6)
+        session.load(path)
+        session.rewind(n)
+        found = session.step(7)
+    expected = engine.logits([*tokens(40)[:-n], 7])[-1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)

@@ -12,7 +12,9 @@ from localmimo.decode.draft_depth import DepthPolicy, Draft, FixedDepth, Measure
 from localmimo.decode.generation import Generation
 from localmimo.decode.sampler import candidates, pick
 from localmimo.decode.speculative import SpeculativeSteps
+from localmimo.decode.steps import DraftStats
 from localmimo.engine import Engine
+from localmimo.experts.store.counters import PageCounters
 from tests.decode.drafts import drafting, prophecy
 
 pytestmark = pytest.mark.engine("nf4_pack", context=120, draft=3)
@@ -59,7 +61,7 @@ def test_draws_follow_the_distribution_with_drafts(engine: Engine) -> None:
         after = session.sync(engine.encode("abc"))
         first, second = [], []
         for seed in range(n):
-            ahead = SpeculativeSteps(session, FixedDepth(2), engine_stats(), lambda: 0)
+            ahead = SpeculativeSteps(session, FixedDepth(2), DraftStats(), lambda: 0)
             a = pick(after, sampling, [], seed, 3)
 
             def choose(logits: torch.Tensor, drafts: list[int], seed: int = seed) -> int:
@@ -83,10 +85,67 @@ def test_draws_follow_the_distribution_with_drafts(engine: Engine) -> None:
         assert chi2 < freedom + 5 * (2 * freedom) ** 0.5 + 5
 
 
-def engine_stats():  # type: ignore[no-untyped-def]
-    from localmimo.decode.steps import DraftStats
+class ToldSession:
+    """A session that drafts what it is told; the logits after a token are its number."""
 
-    return DraftStats()
+    context, n_heads = 100, 3
+
+    def __init__(self, *drafts: int) -> None:
+        self.tokens, self.drafts = [1, 2], list(drafts)
+
+    @property
+    def position(self) -> int:
+        return len(self.tokens)
+
+    def draft(self, token: int, n: int, choose: object) -> list[int]:
+        return self.drafts[:n]
+
+    def extend(self, tokens: list[int], check: object) -> torch.Tensor:
+        self.tokens += tokens
+        return torch.tensor(tokens, dtype=torch.float32)[:, None]
+
+    def rewind(self, n: int) -> None:
+        del self.tokens[-n:]
+
+
+class Noted(FixedDepth):
+    """A fixed depth that notes the depth and the tokens of each pass."""
+
+    def took(self, depth: int, seconds: float, tokens: int) -> None:
+        passes.append((depth, tokens))
+
+
+passes: list[tuple[int, int]] = []
+
+
+@pytest.mark.parametrize("n_right", [0, 1, 2, 3])
+def test_each_draft_that_was_drawn_is_counted_for_its_head(n_right: int) -> None:
+    passes.clear()
+    session, stats = ToldSession(7, 8, 9), DraftStats()
+    ahead = SpeculativeSteps(session, Noted(3), stats, lambda: 10 * len(passes))  # type: ignore[arg-type]
+    drawn = [5, *[7, 8, 9][:n_right], 4]
+    for token in drawn:
+        logits = ahead.advance(token, 3, lambda logits, drafts: 0)
+        assert logits.tolist() == [token]
+    assert stats.accepted == [1] * n_right + [0] * (3 - n_right)
+    assert stats.drafted == [2, 2, 2] and stats.passes == stats.passes_at[3] == 2
+    assert passes == [(3, 1 + n_right)]
+    ahead.settle()
+    assert session.tokens == [1, 2, *drawn] and passes[1:] == [(3, 1)]
+
+
+def test_pages_on_the_gpu_count_for_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What drafting asks for is asked for wherever the pages are."""
+    monkeypatch.setattr(
+        type(engine._store), "traffic", property(lambda store: PageCounters(gpu_pages=5 * len(asked)))
+    )
+    asked: list[int] = []
+    engine.record(lambda layer, chosen: asked.append(layer))
+    done = engine.generate("Hello", max_tokens=4, sampling=GREEDY)
+    engine.record(None)
+    assert done.stats.pages_gpu > 0
+    n_moe = len(engine.config.moe_layers)
+    assert sum(done.stats.drafts.pages) == 5 * n_moe * done.stats.drafts.passes
 
 
 def test_the_session_holds_what_was_said_however_it_ends(engine: Engine) -> None:

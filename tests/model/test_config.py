@@ -31,6 +31,18 @@ def test_flash() -> None:
     assert config.layers[0].rope_theta == 5e6 and config.layers[1].rope_theta == 1e4
 
 
+def test_each_layer_kind_has_its_own_rotation() -> None:
+    """`rope_parameters` as transformers writes them: a theta per kind of layer, in place of the flat keys."""
+    both = {"full_attention": {"rope_theta": 3e6}, "sliding_attention": {"rope_theta": 2e4}}
+    config = parse(FLASH, rope_parameters=both)
+    assert {spec.rope_theta for spec in config.layers if spec.window is None} == {3e6}
+    assert {spec.rope_theta for spec in config.layers if spec.window is not None} == {2e4}
+    assert config.mtp_layer.rope_theta == 2e4
+    for kind, (full, window) in (("full_attention", (3e6, 1e4)), ("sliding_attention", (5e6, 2e4))):
+        config = parse(FLASH, rope_parameters={kind: both[kind]})  # the other one keeps its flat key
+        assert (config.layers[0].rope_theta, config.layers[1].rope_theta) == (full, window)
+
+
 def test_pro() -> None:
     config = parse(PRO)
     assert sum(spec.attention == "global" for spec in config.layers) == 10
