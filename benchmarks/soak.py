@@ -97,7 +97,7 @@ class Door:
 
     def wait_idle(self) -> None:
         """Wait until nobody is served and every connection is gone."""
-        while self._service.line.busy or self._server.server_state.connections:
+        while self._service.queue.busy or self._server.server_state.connections:
             time.sleep(0.005)
 
 

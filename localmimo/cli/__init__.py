@@ -1,1 +1,1 @@
-"""The command line. Each command is a thin face over `quant` or `localmimo`; app.py names them."""
+"""The command line. Each command is a thin interface to `quant` or `localmimo`; app.py lists them."""

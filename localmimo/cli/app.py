@@ -26,9 +26,9 @@ from localmimo.cli.commands.stats import stats
 from localmimo.cli.commands.verify import verify
 from localmimo.cli.options import (
     BAD_PACK,
+    DOES_NOT_FIT,
     FAILED,
     INTERRUPTED,
-    NO_ROOM,
     OK,
     USAGE,
     Settings,
@@ -53,7 +53,7 @@ app = typer.Typer(
     name="localmimo",
     help="Runs Xiaomi's MiMo-V2 mixture-of-experts models on one workstation: experts that do not fit in "
     "memory are paged in from disk.",
-    epilog="Start with: localmimo chat  (talks to the small model that comes along).",
+    epilog="Start with: localmimo chat  (talks to the small model that is included).",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -125,7 +125,7 @@ def exit_code(error: Exception) -> int | None:
     """The exit code of an error raised on purpose, None for any other."""
     if isinstance(error, LocalMimoError):
         known: list[tuple[type[Exception], int]] = [
-            (DoesNotFit, NO_ROOM), (BadModel, BAD_PACK), (BadPack, BAD_PACK), (BadRequest, USAGE),
+            (DoesNotFit, DOES_NOT_FIT), (BadModel, BAD_PACK), (BadPack, BAD_PACK), (BadRequest, USAGE),
             (Cancelled, INTERRUPTED),
         ]  # fmt: skip
     else:
@@ -134,7 +134,12 @@ def exit_code(error: Exception) -> int | None:
 
         if not isinstance(error, QuantError):
             return None
-        known = [(NoSpace, NO_ROOM), (QuantBadPack, BAD_PACK), (BadCheckpoint, BAD_PACK), (BadRecipe, USAGE)]
+        known = [
+            (NoSpace, DOES_NOT_FIT),
+            (QuantBadPack, BAD_PACK),
+            (BadCheckpoint, BAD_PACK),
+            (BadRecipe, USAGE),
+        ]
     return next((code for kind, code in known if isinstance(error, kind)), FAILED)
 
 

@@ -20,9 +20,9 @@ def open_engine(
     model: str | None,
     options: LoadOptions,
     ui: Ui,
-    hear: Callable[[int, int], object] = lambda done, total: None,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Engine:
-    """Load a pack, None for the embedded model, saying so while it lasts; `hear` as for `localmimo.load`."""
+    """Load a pack, None for the embedded model, saying so while it lasts; `on_progress` as for `localmimo.load`."""
     folder = None if model is None else pack_folder(model)
     ui.status.show(f"  opening {model or EMBEDDED} ...", now=True)
     try:
@@ -35,11 +35,11 @@ def open_engine(
         name = folder.name
         ui.status.show(f"  opening {name} ...", now=True)
 
-        def heard(done: int, total: int) -> None:
+        def on_bytes(done: int, total: int) -> None:
             ui.status.show(f"  opening {name} {bar(done / total)} {done / total:4.0%}")
-            hear(done, total)
+            on_progress(done, total)
 
         keywords: dict[str, Any] = {name: getattr(options, name) for name in LOAD_OPTIONS}
-        return load(folder, **keywords, on_progress=heard)
+        return load(folder, **keywords, on_progress=on_bytes)
     finally:
         ui.status.clear()

@@ -1,4 +1,4 @@
-"""What every command's line shares: -v, -q and --json, the exit codes, and how a failure is said.
+"""What commands share: -v, -q, --json and other flags, the exit codes, and how an error is shown.
 
 Knows no command and imports no torch.
 """
@@ -15,7 +15,7 @@ import typer
 
 from localmimo.loading.options import LOAD_OPTIONS
 
-OK, FAILED, USAGE, NO_ROOM, BAD_PACK, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, FAILED, USAGE, DOES_NOT_FIT, BAD_PACK, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Names of packs on a command line: a folder, or mimo-mini, the model that comes along.
+"""Names of packs on a command line: a folder, or mimo-mini, the embedded model.
 
 Knows folders; opens nothing.
 """

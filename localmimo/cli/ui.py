@@ -52,7 +52,7 @@ class Ui:
         self.note(rows(parts, self.err.width, indent), style)
 
     def placing(self, engine: Engine) -> None:
-        """How the model was fitted into the machine, and what stood in the way of a better place."""
+        """How the model was placed in memory, and why not in a better one."""
         self.parts(str(engine.plan).split(" · "))
         if note := engine.effective().get("note"):
             self.note(f"  The CPU computes: {with_flags(note)}")

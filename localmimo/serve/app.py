@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from localmimo.serve.api.anthropic_messages import CountTokens
 from localmimo.serve.api.json_fields import Fields
-from localmimo.serve.api.openai_chat import openai_failure
+from localmimo.serve.api.openai_chat import openai_error
 from localmimo.serve.endpoints import DIALECTS, GETS, PATHS, Get, json_response
 from localmimo.serve.errors import ApiError
 from localmimo.serve.http import static
@@ -40,12 +40,12 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            delivery = await self._accept(scope, receive)
+            response = await self._accept(scope, receive)
         except Exception as error:
-            failure = reported(error)
-            await respond(send, failure.status, self._dialect.failure(failure), failure.headers)
+            api_error = reported(error)
+            await respond(send, api_error.status, self._dialect.error_body(api_error), api_error.headers)
             return
-        await delivery(scope, receive, send)
+        await response(scope, receive, send)
 
     async def _accept(self, scope: Scope, receive: Receive) -> ASGIApp:
         service = self._service
@@ -53,23 +53,23 @@ class Endpoint:
         dialect = await asyncio.to_thread(self._read, body)
         if isinstance(dialect, CountTokens):
             return json_response(
-                dialect.counted((await asyncio.to_thread(service.worker.prompt, dialect.ask)).tokens)
+                dialect.counted((await asyncio.to_thread(service.worker.prompt, dialect.request)).tokens)
             )
-        job, place = await service.begin(dialect.ask)
-        return StreamingResponse(dialect, job, place, service.drop, self._keep_alive_s)
+        job, ticket = await service.begin(dialect.request)
+        return StreamingResponse(dialect, job, ticket, service.drop, self._keep_alive_s)
 
     def _read(self, body: bytes) -> Any:
         fields = Fields.of_body(body)
         fields.text("model")
-        return self._dialect(fields, self._service.desk)
+        return self._dialect(fields, self._service.context)
 
 
 class AccessMiddleware:
-    """Middleware: asks the guard, and counts how each request ended."""
+    """Middleware: checks access, and counts how each request ended."""
 
-    def __init__(self, app: ASGIApp, guard: AccessCheck, service: Service) -> None:
+    def __init__(self, app: ASGIApp, access: AccessCheck, service: Service) -> None:
         self._app = app
-        self._guard = guard
+        self._access = access
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,25 +82,25 @@ class AccessMiddleware:
             await send(message)
 
         try:
-            self._guard.check(path, Headers(scope=scope))
-        except ApiError as failure:
-            await respond(counted, failure.status, shape(path, failure), failure.headers)
+            self._access.check(path, Headers(scope=scope))
+        except ApiError as api_error:
+            await respond(counted, api_error.status, shape(path, api_error), api_error.headers)
             return
         await self._app(scope, receive, counted)
 
 
-def shape(path: str, failure: ApiError) -> dict[str, Any]:
-    """The failure as the clients of this path expect it."""
+def shape(path: str, api_error: ApiError) -> dict[str, Any]:
+    """The error as the clients of this path expect it."""
     found = next((dialect for dialect in DIALECTS if dialect.path == path), None)
-    return found.failure(failure) if found else openai_failure(failure)
+    return found.error_body(api_error) if found else openai_error(api_error)
 
 
-def make_app(service: Service, guard: AccessCheck, keep_alive_s: float = KEEP_ALIVE_S) -> Starlette:
+def make_app(service: Service, access: AccessCheck, keep_alive_s: float = KEEP_ALIVE_S) -> Starlette:
     """The application over one service."""
 
     async def refused(request: Request, error: Exception) -> Response:
-        failure = _refusal(error, request)
-        return json_response(shape(request.url.path, failure), failure.status, failure.headers)
+        api_error = _refusal(error, request)
+        return json_response(shape(request.url.path, api_error), api_error.status, api_error.headers)
 
     routes = [
         Route(dialect.path, Endpoint(service, dialect, keep_alive_s), methods=["POST"])
@@ -108,9 +108,9 @@ def make_app(service: Service, guard: AccessCheck, keep_alive_s: float = KEEP_AL
     ]
     routes += [Route(get.path, _handler(get, service)) for get in GETS]
     routes += static.ROUTES
-    middleware = [Middleware(AccessMiddleware, guard=guard, service=service)]
-    if guard.cors:
-        middleware.insert(0, _cors(guard))
+    middleware = [Middleware(AccessMiddleware, access=access, service=service)]
+    if access.cors:
+        middleware.insert(0, _cors(access))
     handlers: Mapping[Any, Any] = {HTTPException: refused, ApiError: refused}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
@@ -122,10 +122,10 @@ def _handler(get: Get, service: Service) -> Callable[[Request], Awaitable[Respon
     return handle
 
 
-def _cors(guard: AccessCheck) -> Middleware:
+def _cors(access: AccessCheck) -> Middleware:
     return Middleware(
         CORSMiddleware,
-        allow_origins=list(guard.cors),
+        allow_origins=list(access.cors),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=["retry-after"],

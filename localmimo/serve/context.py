@@ -1,4 +1,4 @@
-"""Desk: what a dialect finds on it when a request is read: the model's name and tokenizer, and earlier responses.
+"""Server context: what dialects read requests with: the model's name and tokenizer, and earlier responses.
 
 Knows no dialect and no engine.
 """
@@ -19,7 +19,7 @@ ARCHIVE_BYTES = 64 << 20
 class ResponseArchive:
     """Conversations by the id of the response that ends them, for clients that send only what is new.
 
-    In memory alone: a server that was restarted has forgotten them. The oldest give way.
+    In memory only: a restarted server has none. The oldest are dropped.
     """
 
     def __init__(self, limit_bytes: int = ARCHIVE_BYTES) -> None:

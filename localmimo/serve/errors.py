@@ -1,4 +1,4 @@
-"""Failure: what a request gets in place of an answer, whatever its dialect; each dialect gives it its own shape.
+"""API errors: what a request gets instead of an answer; each dialect writes it in its own form.
 
 Knows the errors of the engine and HTTP's numbers; nothing of bodies or streams.
 """
@@ -63,8 +63,8 @@ class ApiError(Exception):
         return found
 
 
-def failure_of(error: BaseException) -> ApiError:
-    """The failure that an error of ours means; anything unforeseen is broken, without its details."""
+def api_error_of(error: BaseException) -> ApiError:
+    """The API error for an error; an unforeseen one is "broken", without its details."""
     match error:
         case ApiError():
             return error

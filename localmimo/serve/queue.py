@@ -12,7 +12,7 @@ from collections import deque
 
 
 class QueueFull(Exception):
-    """No place is free; `retry_s` is when one should be."""
+    """The queue is full; `retry_s` is when one should be."""
 
     def __init__(self, n_waiting: int, retry_s: int) -> None:
         super().__init__(f"{n_waiting} requests are waiting already")
@@ -21,7 +21,7 @@ class QueueFull(Exception):
 
 
 class Ticket:
-    """One request's place in the line, to be left whatever happens."""
+    """One request's ticket in the queue, to be given back whatever happens."""
 
     def __init__(self, line: RequestQueue) -> None:
         self._line = line
@@ -42,7 +42,7 @@ class Ticket:
         self._turn.set()
 
     def leave(self) -> None:
-        """Give the place up: after the answer, or without one. Leaving twice is leaving once."""
+        """Give the ticket back: after the answer, or without one. Leaving twice is leaving once."""
         took = None if self._began is None else time.monotonic() - self._began
         self._line.remove(self, took)
 
@@ -64,31 +64,31 @@ class RequestQueue:
         return bool(self._places)
 
     def check(self) -> None:
-        """Raises QueueFull where nobody may join."""
+        """Raises QueueFull where no request may join."""
         if len(self._places) > self.limit:
             raise QueueFull(self.n_waiting, self.retry_s())
 
     def join(self) -> Ticket:
-        """A place at the end. Raises QueueFull."""
+        """A ticket at the end. Raises QueueFull."""
         self.check()
-        place = Ticket(self)
-        self._places.append(place)
+        ticket = Ticket(self)
+        self._places.append(ticket)
         if len(self._places) == 1:
-            place.called()
-        return place
+            ticket.called()
+        return ticket
 
     def retry_s(self) -> int:
-        """Seconds until a place should be free: about one answer's time."""
+        """Seconds until a ticket should be free: about one answer's time."""
         return min(600, max(1, math.ceil(self.mean_s)))
 
-    def index(self, place: Ticket) -> int:
-        return self._places.index(place) if place in self._places else 0
+    def index(self, ticket: Ticket) -> int:
+        return self._places.index(ticket) if ticket in self._places else 0
 
-    def remove(self, place: Ticket, took_s: float | None) -> None:
-        if place not in self._places:
+    def remove(self, ticket: Ticket, took_s: float | None) -> None:
+        if ticket not in self._places:
             return
-        first = self._places[0] is place
-        self._places.remove(place)
+        first = self._places[0] is ticket
+        self._places.remove(ticket)
         if took_s is not None:
             self.mean_s = took_s if self.mean_s == 0 else 0.8 * self.mean_s + 0.2 * took_s
         if first and self._places:

@@ -1,6 +1,6 @@
-"""Delivery: the response to one request that is being answered: events while they come, or one object at the end.
+"""Streaming response: what is sent for one request: events while the answer is made, or one object at its end.
 
-Watches for the client going away, and says something every few seconds so that nothing on the way gives up.
+Notices when the client disconnects, and sends a comment every few seconds so that no proxy closes the connection.
 Knows HTTP's messages and jobs; nothing of what the dialect writes.
 """
 
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from localmimo.decode.steps import Step
 from localmimo.serve.api.parameters import Request
-from localmimo.serve.errors import ApiError, failure_of
+from localmimo.serve.errors import ApiError, api_error_of
 from localmimo.serve.queue import Ticket
 from localmimo.serve.worker import Job
 
@@ -43,9 +43,9 @@ def to_json(value: Any) -> str:
 
 
 class Dialect(Protocol):
-    """One request in one way of talking: what it asks, and how the answer to it is written."""
+    """One request in one dialect, and how its answer is written."""
 
-    ask: Request
+    request: Request
 
     def opening(self, job: Job) -> Iterable[Event]: ...
 
@@ -57,14 +57,14 @@ class Dialect(Protocol):
 
     def whole(self, job: Job) -> dict[str, Any]: ...
 
-    def broken(self, failure: ApiError) -> Iterable[Event]: ...
+    def broken(self, api_error: ApiError) -> Iterable[Event]: ...
 
     def pause(self, note: str) -> Event | None:
         """What keeps the connection alive; None: a comment with the note."""
         ...
 
     @staticmethod
-    def failure(failure: ApiError) -> dict[str, Any]: ...
+    def error_body(api_error: ApiError) -> dict[str, Any]: ...
 
 
 class StreamingResponse:
@@ -74,13 +74,13 @@ class StreamingResponse:
         self,
         dialect: Dialect,
         job: Job,
-        place: Ticket,
+        ticket: Ticket,
         drop: Callable[[Job], None],
         keep_alive_s: float = KEEP_ALIVE_S,
     ) -> None:
         self._dialect = dialect
         self._job = job
-        self._place = place
+        self._ticket = ticket
         self._drop = drop
         self._keep_alive_s = keep_alive_s
         self._began = False
@@ -89,7 +89,7 @@ class StreamingResponse:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_gone(receive))
         try:
-            if self._dialect.ask.stream:
+            if self._dialect.request.stream:
                 await self._events(send, gone)
             else:
                 await self._whole(send, gone)
@@ -106,7 +106,7 @@ class StreamingResponse:
                 return
             if isinstance(item, Step):
                 list(self._dialect.push(item))
-        if not self._job.complete:  # nobody is there any more, or the server stops
+        if not self._job.complete:  # the client has left, or the server stops
             await self._refuse(send, ApiError("loading", "The request was dropped.", retry_s=30))
         else:
             await respond(send, 200, self._dialect.whole(self._job))
@@ -164,7 +164,7 @@ class StreamingResponse:
         return None if gone in done else 0.0
 
     def _note(self) -> str:
-        if before := self._place.n_before:
+        if before := self._ticket.n_before:
             return f"waiting, {before} before this one"
         done, total = self._job.reading
         if self._job.answer.tokens:
@@ -179,16 +179,16 @@ class StreamingResponse:
             await self._refuse(send, error)
 
     async def _refuse(self, send: Send, error: BaseException) -> None:
-        failure = reported(error)
-        await respond(send, failure.status, self._dialect.failure(failure), failure.headers)
+        api_error = reported(error)
+        await respond(send, api_error.status, self._dialect.error_body(api_error), api_error.headers)
 
 
 def reported(error: BaseException) -> ApiError:
-    """The failure for the client; what is our own fault goes to the log with its traceback."""
-    failure = failure_of(error)
-    if failure.kind == "broken":
-        log.error("%s", failure.sentence, exc_info=error)
-    return failure
+    """The API error for the client; an error of the server itself goes to the log with its traceback."""
+    api_error = api_error_of(error)
+    if api_error.kind == "broken":
+        log.error("%s", api_error.sentence, exc_info=error)
+    return api_error
 
 
 async def respond(

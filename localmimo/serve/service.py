@@ -1,6 +1,6 @@
-"""Service: the engine behind the server, from loading to stopping, with its line, its worker and its counters.
+"""Service: the engine behind the server, from loading to stopping, with its queue, its worker and its counters.
 
-Knows what is asked and in what order it is answered; nothing of HTTP.
+Knows requests and their order; nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Service:
     ) -> None:
         self._note = note
         self._sessions = (sessions_dir, sessions_bytes)
-        self.line = RequestQueue(n_waiting)
+        self.queue = RequestQueue(n_waiting)
         self.metrics = Metrics()
         self.began = int(time.time())
         self.stopping = False
         self.loaded: float | None = None  # share of the dense tensors read, where it is known
         self._worker: Worker | None = None
-        self._desk: ServerContext | None = None
+        self._context: ServerContext | None = None
 
     def load(self, done: int, total: int) -> None:
         """Bytes read so far, and in all; from any thread."""
@@ -54,21 +54,21 @@ class Service:
         """The engine is loaded; its tokenizer and template are opened here, so that they fail now or never."""
         engine.encode("")
         folder, limit_bytes = self._sessions
-        shelf = None
+        session_store = None
         if folder is not None:
-            shelf = SessionStore(folder / engine.pack.id[:16], limit_bytes, engine.prompts.turn_cache)
-        self._worker = Worker(engine, self._finished, shelf)
-        self._desk = ServerContext(str(engine.pack.name), engine.tokenizer)
+            session_store = SessionStore(folder / engine.pack.id[:16], limit_bytes, engine.prompts.turn_cache)
+        self._worker = Worker(engine, self._finished, session_store)
+        self._context = ServerContext(str(engine.pack.name), engine.tokenizer)
 
     @property
     def state(self) -> State:
         if self.stopping:
             return "stopping"
-        return "loading" if self._worker is None else "busy" if self.line.busy else "ok"
+        return "loading" if self._worker is None else "busy" if self.queue.busy else "ok"
 
     @property
     def worker(self) -> Worker:
-        """Raises Failure while the model is loading."""
+        """Raises ApiError while the model is loading."""
         if self._worker is None:
             far = "" if self.loaded is None else f" ({self.loaded:.0%})"
             sentence = f"The model is still loading{far}; ask again in a moment."
@@ -80,34 +80,34 @@ class Service:
         return self.worker.engine
 
     @property
-    def desk(self) -> ServerContext:
-        """What dialects read and write with. Raises Failure while the model is loading."""
-        assert self.worker and self._desk
-        return self._desk
+    def context(self) -> ServerContext:
+        """What dialects read and write with. Raises ApiError while the model is loading."""
+        assert self.worker and self._context
+        return self._context
 
     @property
     def model(self) -> str:
         """The name that clients see."""
-        return self.desk.model
+        return self.context.model
 
-    async def begin(self, ask: Request) -> tuple[Job, Ticket]:
-        """Check the prompt and join the line. Raises Failure and the engine's errors, before anything is sent."""
+    async def begin(self, request: Request) -> tuple[Job, Ticket]:
+        """Check the prompt and join the queue. Raises ApiError and the engine's errors, before anything is sent."""
         try:
-            self.line.check()  # before the work of writing the prompt
-            prompt = await asyncio.to_thread(self.worker.prompt, ask)
-            place = self.line.join()
+            self.queue.check()  # before the work of writing the prompt
+            prompt = await asyncio.to_thread(self.worker.prompt, request)
+            ticket = self.queue.join()
         except QueueFull as full:
             raise ApiError(
                 "full",
                 f"{full.n_waiting} requests are waiting, as many as may; ask again in {full.retry_s} s.",
                 retry_s=full.retry_s,
             ) from None
-        job = Job(ask, prompt)
-        self.worker.begin(job, place)
-        return job, place
+        job = Job(request, prompt)
+        self.worker.begin(job, ticket)
+        return job, ticket
 
     def drop(self, job: Job) -> None:
-        """Nobody waits for this answer any more."""
+        """The client no longer waits for this answer."""
         self.worker.drop(job)
 
     def exposition(self) -> str:
@@ -115,9 +115,9 @@ class Service:
         worker = self._worker
         gauges = {
             "localmimo_ready": ("Whether the model is loaded.", float(worker is not None)),
-            "localmimo_busy": ("Whether an answer is being made.", float(self.line.busy)),
-            "localmimo_queue_waiting": ("Requests that wait.", float(self.line.n_waiting)),
-            "localmimo_queue_limit": ("Requests that may wait.", float(self.line.limit)),
+            "localmimo_busy": ("Whether an answer is being made.", float(self.queue.busy)),
+            "localmimo_queue_waiting": ("Requests that wait.", float(self.queue.n_waiting)),
+            "localmimo_queue_limit": ("Requests that may wait.", float(self.queue.limit)),
         }
         if worker is not None:
             gauges["localmimo_context_tokens"] = ("Positions of the context.", float(worker.engine.context))
@@ -125,12 +125,15 @@ class Service:
                 "TurnCache whose exact tokens are remembered.",
                 float(len(worker.engine.prompts.turn_cache)),
             )
-            if (shelf := worker.shelf) is not None:
-                gauges["localmimo_sessions"] = ("Conversations on disk.", float(len(shelf)))
-                gauges["localmimo_sessions_bytes"] = ("Bytes of conversations on disk.", float(shelf.n_bytes))
+            if (session_store := worker.session_store) is not None:
+                gauges["localmimo_sessions"] = ("Conversations on disk.", float(len(session_store)))
+                gauges["localmimo_sessions_bytes"] = (
+                    "Bytes of conversations on disk.",
+                    float(session_store.n_bytes),
+                )
                 gauges["localmimo_sessions_loaded"] = (
                     "Conversations taken up from disk.",
-                    float(shelf.n_loaded),
+                    float(session_store.n_loaded),
                 )
         return self.metrics.text(worker.current if worker else None, gauges)
 

@@ -1,9 +1,9 @@
-"""Shelf: conversations of several clients on disk, so that the engine's one timeline can turn from one to another.
+"""Session store: conversations of several clients on disk, so that the engine's one session can change between them.
 
-Before an answer it is asked what the new prompt is best begun with: what the timeline holds, or a saved one. It saves
+Before an answer it chooses what the new prompt starts from: what the session holds, or a saved one. It saves
 and loads only where that is quicker than reading the tokens again, by rates that were measured on this machine, by this
-server or an earlier one; until a prompt has been read, nothing is swapped. Beside each session lie the turns that it
-holds, so that a later server knows them too. The least recently used files give way to the disk budget.
+server or an earlier one; until a prompt has been read, nothing is swapped. Beside each session are the turns that it
+holds, so that a later server knows them too. The least recently used files are deleted to keep the disk budget.
 
 Knows sessions, turns, files and times; nothing of requests.
 """
@@ -203,7 +203,7 @@ def reach(held: NDArray[np.int32], places: Sequence[int], wanted: NDArray[np.int
     common = int(differ[0]) if len(differ) else n
     if common >= len(held) - SLACK:
         return common
-    return max((place for place in places if place <= common), default=0)
+    return max((ticket for ticket in places if ticket <= common), default=0)
 
 
 def _begins(longer: NDArray[np.int32], shorter: NDArray[np.int32]) -> bool:
@@ -241,5 +241,5 @@ def _found(path: Path) -> StoredSession | None:
     if not len(facts) or not 0 <= facts[0] < len(facts):
         return None
     n_places = int(facts[0])
-    places = tuple(int(place) for place in facts[1 : 1 + n_places])
+    places = tuple(int(ticket) for ticket in facts[1 : 1 + n_places])
     return StoredSession(path, facts[1 + n_places :], places, status.st_size, status.st_mtime)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Job:
     """One answer being made. `steps` gives what comes: steps, at last the error if there was one, then None."""
 
-    def __init__(self, ask: Request, prompt: Prompt) -> None:
-        self.ask = ask
+    def __init__(self, request: Request, prompt: Prompt) -> None:
+        self.request = request
         self.prompt = prompt
         self.cancel = threading.Event()
         self.steps: asyncio.Queue[Step | BaseException | None] = asyncio.Queue()
@@ -61,65 +61,65 @@ class Worker:
         self,
         engine: Engine,
         finished: Callable[[Job], None] = lambda job: None,
-        shelf: SessionStore | None = None,
+        session_store: SessionStore | None = None,
     ) -> None:
         self.engine = engine
-        self.shelf = shelf
+        self.session_store = session_store
         self.current: Job | None = None
         self._finished = finished
         self._thread = ThreadPoolExecutor(1, "localmimo-engine")
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def prompt(self, ask: Request) -> Prompt:
+    def prompt(self, request: Request) -> Prompt:
         """The prompt to answer. Raises BadRequest, ContextFull."""
         prompts = self.engine.prompts
-        if ask.messages is not None:
+        if request.messages is not None:
             prompt = prompts.build(
-                prompts.turn_cache.restore(ask.messages), ask.options.tools, ask.options.think
+                prompts.turn_cache.restore(request.messages), request.options.tools, request.options.think
             )
-        elif ask.tokens is not None:
-            prompt = Prompt("", ask.tokens)
+        elif request.tokens is not None:
+            prompt = Prompt("", request.tokens)
         else:
-            text = ask.text or ""
+            text = request.text or ""
             known, tokens = prompts.turn_cache.longest_prefix(text)
             prompt = Prompt(text, tokens + self.engine.encode(text[known:]))
-        self._check(ask, prompt.tokens)
+        self._check(request, prompt.tokens)
         return prompt
 
-    def _check(self, ask: Request, tokens: list[int]) -> None:
+    def _check(self, request: Request, tokens: list[int]) -> None:
         limits = self.engine.limits
-        limits.check_vocabulary(ask.options.sampling.logit_bias)
+        limits.check_vocabulary(request.options.sampling.logit_bias)
         try:
             limits.check(tokens, n_new=1)
         except ContextFull:
-            wanted = len(tokens) + (ask.options.max_tokens or 1)
+            wanted = len(tokens) + (request.options.max_tokens or 1)
             raise ContextFull(
                 f"This model's context is {limits.context:,} tokens; the request has {len(tokens):,} in its prompt "
                 f"and needs {wanted:,}: shorten the conversation, or start the server with a longer --context."
             ) from None
 
-    def begin(self, job: Job, place: Ticket) -> None:
-        """Have the job answered when it is its turn; the place is left when the engine is through with it."""
-        job.task = asyncio.get_running_loop().create_task(self._serve(job, place))
+    def begin(self, job: Job, ticket: Ticket) -> None:
+        """Answer the job when its turn comes; the ticket is given back when the engine has finished."""
+        job.task = asyncio.get_running_loop().create_task(self._serve(job, ticket))
         self._tasks.add(job.task)
         job.task.add_done_callback(self._tasks.discard)
 
     def drop(self, job: Job) -> None:
-        """Nobody wants the answer any more: stop it within a layer, or take it out of the line."""
+        """The client no longer wants the answer: stop it within a layer, or take it out of the queue."""
         job.cancel.set()
         if job.task is not None and job is not self.current:
             job.task.cancel()
 
-    async def _serve(self, job: Job, place: Ticket) -> None:
+    async def _serve(self, job: Job, ticket: Ticket) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await place.turn()
+            await ticket.turn()
             self.current = job
             await loop.run_in_executor(self._thread, self._run, job, loop)
         finally:
             if self.current is job:
                 self.current = None
-            place.leave()
+            ticket.leave()
             self._finished(job)
             job.steps.put_nowait(None)
 
@@ -127,44 +127,44 @@ class Worker:
         try:
             if not job.cancel.is_set():
                 self._answer(job, lambda step: loop.call_soon_threadsafe(job.steps.put_nowait, step))
-        except BaseException as error:  # whatever it is, it is the client's to hear of
+        except BaseException as error:  # the client is told, whatever it is
             loop.call_soon_threadsafe(job.steps.put_nowait, error)
 
     def _answer(self, job: Job, give: Callable[[Step], object]) -> None:
         with self.engine.session() as session:
-            if self.shelf is not None:
-                self.shelf.prepare(session, job.prompt.tokens)
+            if self.session_store is not None:
+                self.session_store.prepare(session, job.prompt.tokens)
             for step in self._steps(job, session):
                 job.add(step)
                 if step.finish_reason is not None:
                     self._close(job)
                 give(step)
-        if self.shelf is not None:
-            self.shelf.learn(job.stats)
+        if self.session_store is not None:
+            self.session_store.learn(job.stats)
 
     def _steps(self, job: Job, session: Session) -> Iterator[Step]:
-        ask = job.ask
-        options = replace(ask.options, cancel=job.cancel, progress=job.read)
-        return self.engine.answer(job.prompt, options, chat=ask.messages is not None, session=session)
+        request = job.request
+        options = replace(request.options, cancel=job.cancel, progress=job.read)
+        return self.engine.answer(job.prompt, options, chat=request.messages is not None, session=session)
 
     def _close(self, job: Job) -> None:
         """What the client is told of an answer that is complete: the stop string that ended it."""
         text = self.engine.decode(job.answer.tokens)
-        found = [(text.find(stop), stop) for stop in job.ask.options.stop if stop in text]
+        found = [(text.find(stop), stop) for stop in job.request.options.stop if stop in text]
         job.stop_text = min(found)[1] if found else None
 
     async def close(self) -> None:
-        """Stop what is being answered and what waits, and wait for the thread; the shelf keeps what is held."""
+        """Stop what is being answered and what waits, and wait for the thread; the session store keeps what is held."""
         if self.current is not None:
             self.current.cancel.set()
         waiting = [task for task in self._tasks if self.current is None or task is not self.current.task]
         for task in waiting:
             task.cancel()
         loop = asyncio.get_running_loop()
-        if self.shelf is not None:
-            await loop.run_in_executor(self._thread, self._leave, self.shelf)
+        if self.session_store is not None:
+            await loop.run_in_executor(self._thread, self._leave, self.session_store)
         await loop.run_in_executor(None, self._thread.shutdown)
 
-    def _leave(self, shelf: SessionStore) -> None:
+    def _leave(self, session_store: SessionStore) -> None:
         with self.engine.session() as session:
-            shelf.leave(session)
+            session_store.leave(session)

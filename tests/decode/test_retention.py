@@ -104,7 +104,11 @@ class Talk:
         self.shown = Capture()
         self.reader = ScriptedReader()
         self.repl = Repl(
-            self.reader, self.shown.ui, engine, manner=ChatSettings(stats=False), screen=Screen(self.shown.ui)
+            self.reader,
+            self.shown.ui,
+            engine,
+            settings=ChatSettings(stats=False),
+            screen=Screen(self.shown.ui),
         )
         self.script = script
         self.enter(f"/tools {folder / 'tools.py'}")
@@ -123,7 +127,7 @@ def talk(engine: Engine, script: Script, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path / "home"))
     talk = Talk(engine, script, tmp_path)
     yield talk
-    talk.repl.toolbox.clear()
+    talk.repl.tool_approval.clear()
 
 
 def test_the_repl_reads_nothing_twice(talk: Talk, engine: Engine) -> None:
@@ -171,7 +175,7 @@ def test_a_saved_conversation_is_not_read_again(talk: Talk, engine: Engine, tmp_
     )
     reused, _ = other.enter("more", says="<think>hm</think>so")
     assert reused == len(held) and len(other.repl.messages) == 6
-    other.repl.toolbox.clear()
+    other.repl.tool_approval.clear()
 
 
 def test_what_keeps_a_saved_conversation_from_being_held(talk: Talk, tmp_path: Path) -> None:

@@ -96,10 +96,10 @@ def by_repl(engine: Engine, script: Script, folder: Path) -> None:
     (folder / "tools.py").write_text(TOOLS)
     shown = Capture()
     reader = ScriptedReader(f"/tools {folder / 'tools.py'}", talks.QUESTION, "always")
-    repl = Repl(reader, shown.ui, engine, manner=ChatSettings(stats=False), screen=Screen(shown.ui))
+    repl = Repl(reader, shown.ui, engine, settings=ChatSettings(stats=False), screen=Screen(shown.ui))
     script.says(*talks.turns())
     repl.run()
-    repl.toolbox.clear()
+    repl.tool_approval.clear()
 
 
 def by(client: Callable[[], talks.Client]) -> Callable[[Engine, Script, Path], None]:

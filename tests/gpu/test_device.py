@@ -125,11 +125,11 @@ def test_bench_says_what_the_gpu_held() -> None:
     from tests.scripted import Capture
 
     shown = Capture()
-    opening = LoadOptions(profile=None, device="cuda", context=64, vram="2GiB")
+    loading = LoadOptions(profile=None, device="cuda", context=64, vram="2GiB")
     with pretended.device():
         assert (
             run_bench(
-                BenchOptions(prompt_tokens=8, max_tokens=2, repeat=1, opening=opening, as_json=True), shown.ui
+                BenchOptions(prompt_tokens=8, max_tokens=2, repeat=1, loading=loading, as_json=True), shown.ui
             )
             == 0
         )

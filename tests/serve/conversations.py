@@ -28,7 +28,7 @@ def turns() -> Iterator[str]:
 class Client(Protocol):
     """Keeps a conversation in one dialect."""
 
-    def ask(self, server: Running) -> tuple[int, int, int]:
+    def request(self, server: Running) -> tuple[int, int, int]:
         """Send the conversation and take the answer in: tokens of (prompt, of these cached, answer)."""
         ...
 
@@ -40,7 +40,7 @@ class ChatClient:
         self.messages: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
         self._keep = keep_thinking
 
-    def ask(self, server: Running) -> tuple[int, int, int]:
+    def request(self, server: Running) -> tuple[int, int, int]:
         function = {"name": "get_weather", "parameters": SCHEMA}
         body = {"messages": self.messages, "tools": [{"type": "function", "function": function}]}
         said = server.post("/v1/chat/completions", body).raise_for_status().json()
@@ -62,7 +62,7 @@ class MessagesClient:
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
 
-    def ask(self, server: Running) -> tuple[int, int, int]:
+    def request(self, server: Running) -> tuple[int, int, int]:
         tool = {"name": "get_weather", "input_schema": SCHEMA}
         body = {"messages": self.messages, "tools": [tool], "max_tokens": 500}
         said = server.post("/v1/messages", body).raise_for_status().json()
@@ -86,7 +86,7 @@ class ResponsesClient:
         self._by_id = by_id
         self._last: str | None = None
 
-    def ask(self, server: Running) -> tuple[int, int, int]:
+    def request(self, server: Running) -> tuple[int, int, int]:
         tool = {"type": "function", "name": "get_weather", "parameters": SCHEMA}
         body = {"input": self.items, "tools": [tool], "previous_response_id": self._last}
         said = server.post("/v1/responses", body).raise_for_status().json()
@@ -109,7 +109,7 @@ class CompletionsClient:
     def __init__(self) -> None:
         self.text = QUESTION
 
-    def ask(self, server: Running) -> tuple[int, int, int]:
+    def request(self, server: Running) -> tuple[int, int, int]:
         said = (
             server.post("/v1/completions", {"prompt": self.text, "max_tokens": 500}).raise_for_status().json()
         )

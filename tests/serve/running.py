@@ -86,7 +86,7 @@ class Running:
             return list(parse_events(response.iter_lines()))
 
     def wait_idle(self) -> None:
-        wait_for(lambda: not self.service.line.busy)
+        wait_for(lambda: not self.service.queue.busy)
 
 
 def wait_for(holds: Callable[[], object], limit_s: float = 20) -> None:

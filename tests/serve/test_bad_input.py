@@ -241,9 +241,9 @@ def test_who_leaves_is_not_answered(engine: Engine, script: Scripted) -> None:
     script.delay_s = 0.01
     with Running(engine, n_waiting=2) as server:
         first, second = (_begin(server, HELLO) for _ in range(2))
-        wait_for(lambda: server.service.line.n_waiting == 1)
+        wait_for(lambda: server.service.queue.n_waiting == 1)
         second.close()  # leaves the line
-        wait_for(lambda: server.service.line.n_waiting == 0)
+        wait_for(lambda: server.service.queue.n_waiting == 0)
         first.close()  # stops being answered
         server.wait_idle()
         script._tokens.clear()
@@ -300,14 +300,14 @@ def _connect(server: Running) -> socket.socket:
 def _begin(server: Running, messages: list[Any]) -> socket.socket:
     """A streaming request of which only the head was read."""
     body = json.dumps({"messages": messages, "stream": True}).encode()
-    line = server.service.line
-    before = line.n_waiting + line.busy
+    queue = server.service.queue
+    before = queue.n_waiting + queue.busy
     client = _connect(server)
     client.sendall(
         b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(body))
         + body
     )
-    wait_for(lambda: line.n_waiting + line.busy > before)
+    wait_for(lambda: queue.n_waiting + queue.busy > before)
     return client
 
 

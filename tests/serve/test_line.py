@@ -12,7 +12,7 @@ def test_turns_come_in_order_and_the_full_line_refuses() -> None:
     async def scenario() -> None:
         line = RequestQueue(2)
         places = [line.join() for _ in range(3)]
-        assert [place.n_before for place in places] == [0, 1, 2] and line.n_waiting == 2
+        assert [ticket.n_before for ticket in places] == [0, 1, 2] and line.n_waiting == 2
         with pytest.raises(QueueFull) as refused:
             line.join()
         assert refused.value.n_waiting == 2 and refused.value.retry_s == 1
@@ -34,16 +34,16 @@ def test_turns_come_in_order_and_the_full_line_refuses() -> None:
 def test_any_order_of_leaving_serves_everybody_once(seed: int) -> None:
     rng = random.Random(seed)
 
-    async def visit(line: RequestQueue, number: int, place: Ticket, served: list[int]) -> None:
+    async def visit(line: RequestQueue, number: int, ticket: Ticket, served: list[int]) -> None:
         if rng.random() < 0.3:
             await asyncio.sleep(rng.random() * 0.01)
-            place.leave()
+            ticket.leave()
             return
-        await place.turn()
-        assert place.n_before == 0
+        await ticket.turn()
+        assert ticket.n_before == 0
         served.append(number)
         await asyncio.sleep(rng.random() * 0.002)
-        place.leave()
+        ticket.leave()
 
     async def scenario() -> None:
         line, served = RequestQueue(40), []

@@ -52,7 +52,7 @@ def alternate(server: Running, script: Scripted, clients: list[talks.Client], n_
     for _ in range(n_rounds):
         for n, client in enumerate(clients):
             script.say(next(texts[n]))
-            prompt, cached, said = client.ask(server)
+            prompt, cached, said = client.request(server)
             if n in held:
                 again.append(held[n] - cached)
             held[n] = prompt + said - 1
@@ -74,9 +74,9 @@ def test_clients_take_turns_and_nothing_is_read_twice(
     with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
         talkers = clients(3)
         assert set(alternate(server, script, talkers, 3)) == {0}
-        shelf = server.service.worker.shelf
-        assert shelf is not None and shelf.n_loaded == 6
-        assert len(shelf) == 3  # what a conversation grew out of is gone
+        session_store = server.service.worker.session_store
+        assert session_store is not None and session_store.n_loaded == 6
+        assert len(session_store) == 3  # what a conversation grew out of is gone
         files = list(tmp_path.rglob("*.*"))
         assert len(files) == 9 and all(path.stat().st_mode & 0o77 == 0 for path in files)
         assert "localmimo_sessions 3" in server.http.get("/metrics").text
@@ -96,7 +96,7 @@ def test_a_later_server_goes_on_where_it_was(
         with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
             for n, talker in enumerate(talkers):
                 script.say(next(texts[n]))
-                prompt, cached, said = talker.ask(server)
+                prompt, cached, said = talker.request(server)
                 assert cached == held[n]
                 held[n] = prompt + said - 1
 
@@ -105,11 +105,11 @@ def test_rates_are_kept_for_a_later_server(
     engine: Engine, script: Scripted, tmp_path: Path, empty: None
 ) -> None:
     with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
-        shelf = server.service.worker.shelf
-        assert shelf is not None and shelf.prefill_tps is None
+        session_store = server.service.worker.session_store
+        assert session_store is not None and session_store.prefill_tps is None
         script.say("One.")
-        talks.ChatClient().ask(server)
-        shelf.prefill_tps = 0.5
+        talks.ChatClient().request(server)
+        session_store.prefill_tps = 0.5
     (folder,) = tmp_path.iterdir()
     assert SessionStore(folder, PLENTY, TurnCache()).prefill_tps == 0.5
     (notes,) = folder.glob("*.json")
@@ -126,10 +126,10 @@ def test_rates_are_kept_for_a_later_server(
 def test_the_budget_holds(engine: Engine, script: Scripted, tmp_path: Path, slow_reading: None) -> None:
     with Running(engine, sessions_dir=tmp_path, sessions_bytes=200_000) as server:
         alternate(server, script, clients(4), 2)
-        shelf = server.service.worker.shelf
-        assert shelf is not None and 0 < len(shelf) < 4
+        session_store = server.service.worker.session_store
+        assert session_store is not None and 0 < len(session_store) < 4
         on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*.kv"))
-        assert on_disk == shelf.n_bytes <= 200_000
+        assert on_disk == session_store.n_bytes <= 200_000
 
 
 def test_what_is_quicker_to_read_is_not_saved(
@@ -144,13 +144,13 @@ def test_what_is_quicker_to_read_is_not_saved(
 
 
 def test_rates_are_learned(tmp_path: Path) -> None:
-    shelf = SessionStore(tmp_path, PLENTY, TurnCache())
-    shelf.learn(Stats(prompt_tokens=10, prefill_s=1.0))
-    assert shelf.prefill_tps is None
-    shelf.learn(Stats(prompt_tokens=300, reused_tokens=100, prefill_s=2.0))
-    assert shelf.prefill_tps == 100
-    shelf.learn(Stats(prompt_tokens=200, prefill_s=1.0))
-    assert 100 < shelf.prefill_tps < 200
+    session_store = SessionStore(tmp_path, PLENTY, TurnCache())
+    session_store.learn(Stats(prompt_tokens=10, prefill_s=1.0))
+    assert session_store.prefill_tps is None
+    session_store.learn(Stats(prompt_tokens=300, reused_tokens=100, prefill_s=2.0))
+    assert session_store.prefill_tps == 100
+    session_store.learn(Stats(prompt_tokens=200, prefill_s=1.0))
+    assert 100 < session_store.prefill_tps < 200
 
 
 def test_damaged_files_are_left_out(
@@ -159,12 +159,12 @@ def test_damaged_files_are_left_out(
     (talker,), other = clients(1), talks.ChatClient()
     with Running(engine, sessions_dir=tmp_path, sessions_bytes=PLENTY) as server:
         script.say("One.", "Two.", "Three.")
-        talker.ask(server)
-        other.ask(server)
+        talker.request(server)
+        other.request(server)
         (path,) = tmp_path.rglob("*.kv")
         path.write_bytes(path.read_bytes()[:-1000])
         talker.messages.append({"role": "user", "content": "Go on."})
-        prompt, cached, _ = talker.ask(server)
+        prompt, cached, _ = talker.request(server)
         assert cached < prompt and not path.exists()
     (tmp_path / "x.kv").write_bytes(b"nonsense")
     (tmp_path / "x.tokens").write_bytes(b"nonsense")

@@ -59,7 +59,7 @@ class BenchOptions:
     max_tokens: int = 64
     repeat: int = 3
     draft: str | None = None
-    opening: LoadOptions = field(default_factory=lambda: LoadOptions(profile=None))  # its draft is `drafting`
+    loading: LoadOptions = field(default_factory=lambda: LoadOptions(profile=None))  # its draft is `drafting`
     cold: bool = False
     check_plan: bool = False
     record: Path | None = None
@@ -76,7 +76,7 @@ class BenchOptions:
     @property
     def context(self) -> int | None:
         """The context that was asked for."""
-        return self.opening.context
+        return self.loading.context
 
     @property
     def drafting(self) -> str:
@@ -84,9 +84,9 @@ class BenchOptions:
         return self.draft or ("0" if self.record or self.check_plan else "auto")
 
     def as_dict(self) -> dict[str, Any]:
-        asked = asdict(self)
-        opening: dict[str, Any] = asked.pop("opening")
-        return opening | asked | {"context": self.context}
+        requested = asdict(self)
+        loading: dict[str, Any] = requested.pop("loading")
+        return loading | requested | {"context": self.context}
 
 
 def parse_depths(text: str) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ BENCH_FLAGS = with_defaults(
 )
 
 
-@declared(opening=BENCH_FLAGS)
+@declared(loading=BENCH_FLAGS)
 def bench(
     model: Model = None,
     depths: Annotated[
@@ -120,7 +120,7 @@ def bench(
     repeat: Annotated[
         int, typer.Option("-r", "--repeat", metavar="N", min=1, help="Prompts and answers at each depth.")
     ] = 3,
-    opening: Given = {},  # noqa: B006  (replaced with flags)
+    loading: Given = {},  # noqa: B006  (replaced with flags)
     cold: Annotated[
         bool,
         typer.Option(
@@ -160,7 +160,7 @@ def bench(
     Reads N tokens of real text at each depth of context, answers them greedily, and does so a few times with
     other text. Ctrl-C shows what was measured so far.
     """
-    draft = opening.pop("draft")
+    draft = loading.pop("draft")
     request = BenchOptions(
         model=model or EMBEDDED,
         depths=parse_depths(depths),
@@ -168,7 +168,7 @@ def bench(
         max_tokens=max_tokens,
         repeat=repeat,
         draft=draft,
-        opening=load_options(opening),
+        loading=load_options(loading),
         cold=cold,
         check_plan=check_plan,
         record=record and record.expanduser(),
@@ -191,8 +191,8 @@ def run_bench(request: BenchOptions, ui: Ui) -> int:
             else files.enter_context(JsonLines(request.stats_json, "--stats-json", append=True))
         )
         trace = None if request.record is None else files.enter_context(TraceWriter(request.record))
-        sheet = BenchReport(request, ui, log, trace)
-        return sheet.fill(lambda: _open(request, context, ui))
+        report_writer = BenchReport(request, ui, log, trace)
+        return report_writer.fill(lambda: _open(request, context, ui))
 
 
 def _check_early(request: BenchOptions) -> Path | None:
@@ -206,7 +206,7 @@ def _check_early(request: BenchOptions) -> Path | None:
             f"--max-tokens is {request.max_tokens}; the first token comes with the prompt, so at least 2."
         )
     _check_drafting(request)
-    if request.cold and request.opening.profile is not None:
+    if request.cold and request.loading.profile is not None:
         raise BadRequest("--cold starts from nothing: leave out --profile.")
     check_plot(request.plot)
     return None if request.model == EMBEDDED else pack_folder(request.model)
@@ -219,7 +219,7 @@ def _check_drafting(request: BenchOptions) -> None:
 
 
 def _context(request: BenchOptions, folder: Path | None) -> int:
-    """A context with room for what is asked: as chat has it, longer where that is too short."""
+    """A context long enough for the longest run: chat's default, or longer where that is too short."""
     from localmimo.mini import CHECKPOINT
 
     config = ModelConfig.parse(json.loads(((folder or CHECKPOINT) / "config.json").read_text()))
@@ -235,7 +235,7 @@ def _context(request: BenchOptions, folder: Path | None) -> int:
 
 def _open(request: BenchOptions, context: int, ui: Ui) -> Engine:
     draft = check_draft(request.drafting)
-    options = replace(request.opening, context=context, draft=draft)
+    options = replace(request.loading, context=context, draft=draft)
     return open_engine(None if request.model == EMBEDDED else request.model, options, ui)
 
 

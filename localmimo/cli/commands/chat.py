@@ -1,4 +1,4 @@
-"""`localmimo chat`: finds out what is asked, has the engine opened, then answers once or hands over to the Repl.
+"""`localmimo chat`: reads its arguments, opens the engine, then answers once or starts the Repl.
 
 Knows flags, stdin and folders; nothing of keys or of how an answer looks.
 """
@@ -42,7 +42,7 @@ class ChatOptions:
     """The command line of `localmimo chat`."""
 
     arguments: tuple[str, ...] = ()
-    opening: LoadOptions = field(default_factory=LoadOptions)
+    loading: LoadOptions = field(default_factory=LoadOptions)
     schema: Path | None = None
     grammar: str | None = None
     system: str | None = None
@@ -62,7 +62,7 @@ class ChatOptions:
 Opener = Callable[[str | None, LoadOptions, Ui], "Engine"]
 
 
-@declared(generation=GENERATION_FLAGS, opening=LOAD_FLAGS)
+@declared(generation=GENERATION_FLAGS, loading=LOAD_FLAGS)
 def chat(
     first: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="A pack's folder, or mimo-mini.", show_default=False)
@@ -82,7 +82,7 @@ def chat(
         bool | None,
         typer.Option("--stats/--no-stats", help="Figures after an answer.  [default: in a terminal]"),
     ] = None,
-    opening: Given = {},  # noqa: B006
+    loading: Given = {},  # noqa: B006
     stats_json: Annotated[
         str | None,
         typer.Option(
@@ -100,11 +100,11 @@ def chat(
 
     Without a PROMPT it opens a conversation (/help lists its commands). With one, or with text piped in, it
     prints the answer on stdout and exits. A single word or text that is neither a folder nor "mimo-mini" is
-    taken as the PROMPT for the small model that comes along.
+    taken as the PROMPT for the small model that is included.
     """
     options = ChatOptions(
         arguments=tuple(text for text in (first, second) if text is not None),
-        opening=load_options(opening),
+        loading=load_options(loading),
         schema=generation["response_format"],
         grammar=generation["grammar"],
         system=system,
@@ -136,18 +136,18 @@ def run_chat(
     _check_early(options)
     if opener is None and model is not None:
         pack_folder(model)  # before anything heavy is imported
-    manner, toolbox = _manner(options, ui), ToolApproval(ui)
+    settings, tool_approval = _settings(options, ui), ToolApproval(ui)
     try:
         for path in options.tools:
-            toolbox.open(path)
-        with (opener or open_engine)(model, options.opening, ui) as engine:
+            tool_approval.open(path)
+        with (opener or open_engine)(model, options.loading, ui) as engine:
             if prompt is None:
-                return _converse(engine, options, ui, system, manner, toolbox)
-            toolbox.ask = _asker(stdin, ui)
+                return _converse(engine, options, ui, system, settings, tool_approval)
+            tool_approval.ask = _asker(stdin, ui)
             prompt = _with_stdin(prompt, stdin, ui)
-            return _answer_once(engine, options, ui, system, manner, toolbox, prompt)
+            return _answer_once(engine, options, ui, system, settings, tool_approval, prompt)
     finally:
-        toolbox.clear()
+        tool_approval.clear()
 
 
 def model_and_prompt(arguments: tuple[str, ...]) -> tuple[str | None, str | None]:
@@ -218,7 +218,7 @@ def _system_text(system: str | None, flag: str = "--system") -> str | None:
         raise BadRequest(f"{flag}: {path} is no UTF-8 text.") from None
 
 
-def _manner(options: ChatOptions, ui: Ui) -> ChatSettings:
+def _settings(options: ChatOptions, ui: Ui) -> ChatSettings:
     from localmimo.cli.terminal.repl import ChatSettings
     from localmimo.cli.terminal.step_log import StepLog
 
@@ -255,19 +255,21 @@ def _converse(
     options: ChatOptions,
     ui: Ui,
     system: str | None,
-    manner: ChatSettings,
-    toolbox: ToolApproval,
+    settings: ChatSettings,
+    tool_approval: ToolApproval,
 ) -> int:
     from localmimo.cli.terminal.keys import KeyReader
     from localmimo.cli.terminal.repl import Repl
     from localmimo.cli.terminal.screen import Screen
     from localmimo.cli.terminal.slash_commands import COMMANDS
 
-    manner.stream_options()
+    settings.stream_options()
     reader = KeyReader({command.name: _choices(command) for command in COMMANDS})
     screen = Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking, hint="/thoughts shows it")
-    repl = Repl(reader, ui, engine, manner=manner, screen=screen, system=system, toolbox=toolbox)
-    greet(engine, manner, ui)
+    repl = Repl(
+        reader, ui, engine, settings=settings, screen=screen, system=system, tool_approval=tool_approval
+    )
+    greet(engine, settings, ui)
     repl.run()
     return 0
 
@@ -285,10 +287,10 @@ def _choices(command: Command) -> Choices:
             return lambda: words
 
 
-def greet(engine: Engine, manner: ChatSettings, ui: Ui) -> None:
+def greet(engine: Engine, settings: ChatSettings, ui: Ui) -> None:
     """What is being talked to, and how it was fitted into the machine."""
     facts = engine.effective()
-    think = engine.template.think_default if manner.think is None else manner.think
+    think = engine.template.think_default if settings.think is None else settings.think
     ui.parts(
         [
             str(facts["model"]),
@@ -310,8 +312,8 @@ def _answer_once(
     options: ChatOptions,
     ui: Ui,
     system: str | None,
-    manner: ChatSettings,
-    toolbox: ToolApproval,
+    settings: ChatSettings,
+    tool_approval: ToolApproval,
     prompt: str,
 ) -> int:
     from localmimo.cli.terminal.repl import exchange, tell
@@ -324,15 +326,15 @@ def _answer_once(
         else Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
     )
     messages = [{"role": "user", "content": prompt}]
-    for turn in exchange(engine, messages, manner, screen, toolbox, system):
-        tell(turn, engine.context, manner, ui)
+    for turn in exchange(engine, messages, settings, screen, tool_approval, system):
+        tell(turn, engine.context, settings, ui)
     if options.as_json:
-        ui.json(as_object(turn, engine, manner))
+        ui.json(as_object(turn, engine, settings))
     return 130 if turn.finish_reason == "cancelled" else 0
 
 
 def _asker(stdin: IO[str], ui: Ui) -> Ask | None:
-    """Asks at the terminal; None where there is none on both ends."""
+    """Asks at the terminal; None where stdin or stderr is no terminal."""
     if not (stdin.isatty() and ui.err.is_terminal):
         return None
     from localmimo.cli.terminal.keys import KeyReader
@@ -352,14 +354,14 @@ class SilentScreen:
     def end(self) -> None: ...
 
 
-def as_object(turn: Answer, engine: Engine, manner: ChatSettings) -> dict[str, Any]:
+def as_object(turn: Answer, engine: Engine, settings: ChatSettings) -> dict[str, Any]:
     """An answer for machines: what was said, what it took, and the configuration in force."""
     from dataclasses import asdict
 
-    chosen = manner.stream_options()
+    chosen = settings.stream_options()
     n_prompt = turn.stats.prompt_tokens if turn.stats else 0
     n_said = turn.stats.generated_tokens if turn.stats else 0
-    think = engine.template.think_default if manner.think is None else manner.think
+    think = engine.template.think_default if settings.think is None else settings.think
     return {
         "text": turn.content,
         "reasoning_content": turn.reasoning,
@@ -371,8 +373,8 @@ def as_object(turn: Answer, engine: Engine, manner: ChatSettings) -> dict[str, A
         "config": engine.effective()
         | {
             "sampling": asdict(chosen["sampling"]),
-            "max_tokens": manner.max_tokens,
+            "max_tokens": settings.max_tokens,
             "think": think,
-            "think_budget": manner.think_budget,
+            "think_budget": settings.think_budget,
         },
     }

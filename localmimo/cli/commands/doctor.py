@@ -26,7 +26,7 @@ from localmimo.errors import LocalMimoError, with_flags
 from localmimo.hardware.host import Machine, format_bytes
 
 Verdict = Literal["ok", "warn", "fail"]
-MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
+SYMBOLS = {"ok": "✓", "warn": "!", "fail": "✗"}
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub")
 LEAST_RAM_BYTES = 13 << 30  # what V2-Flash needs with a short context
 SLOW_DISK = 1e9
@@ -94,7 +94,7 @@ def _shown(findings: Findings, ui: Ui, as_json: bool) -> list[Finding]:
 
 def _line(finding: Finding) -> str:
     fix = f"\n   {'':<15} → {finding.fix}" if finding.fix else ""
-    return f" {MARKS[finding.verdict]} {finding.subject:<15} {finding.found}{fix}"
+    return f" {SYMBOLS[finding.verdict]} {finding.subject:<15} {finding.found}{fix}"
 
 
 # ---- software ----
@@ -282,44 +282,44 @@ def _home() -> Findings:
     from localmimo.system.paths import home
 
     try:
-        place = home()
+        folder = home()
     except OSError as error:
         fix = "Set LOCALMIMO_HOME to a folder of yours."
         yield Finding("home", "fail", f"LOCALMIMO_HOME cannot be made: {error.strerror}", fix)
         return
-    free = shutil.disk_usage(place).free
-    if not os.access(place, os.W_OK):
+    free = shutil.disk_usage(folder).free
+    if not os.access(folder, os.W_OK):
         yield Finding(
-            "home", "fail", f"{place} cannot be written", "Set LOCALMIMO_HOME to a folder of yours."
+            "home", "fail", f"{folder} cannot be written", "Set LOCALMIMO_HOME to a folder of yours."
         )
     elif free < 1 << 30:
-        text = f"{place} has {format_bytes(free)} free"
+        text = f"{folder} has {format_bytes(free)} free"
         yield Finding("home", "warn", text, "Free some space: sessions and statistics are kept there.")
     else:
-        yield Finding("home", "ok", f"{place}, {format_bytes(free)} free")
+        yield Finding("home", "ok", f"{folder}, {format_bytes(free)} free")
 
 
 def _disks(pack: str | None, quick: bool) -> Callable[[], Findings]:
     def disk() -> Findings:
         from localmimo.system.paths import home
 
-        place = Path(pack).expanduser() if pack else home()
-        if place.is_dir():
-            yield from _disk(place, quick)
+        folder = Path(pack).expanduser() if pack else home()
+        if folder.is_dir():
+            yield from _disk(folder, quick)
 
     return disk
 
 
-def _disk(place: Path, quick: bool) -> Findings:
+def _disk(folder: Path, quick: bool) -> Findings:
     from localmimo.hardware.bandwidth import disk_speed, file_spots, ram_speed
 
-    files = sorted(place.glob("experts-*.safetensors"))
-    page = _page_bytes(place)
-    kind = disk_kind(place)
+    files = sorted(folder.glob("experts-*.safetensors"))
+    page = _page_bytes(folder)
+    kind = disk_kind(folder)
     try:
-        speed = disk_speed(file_spots(files, page), page, place, anew=not quick)
+        speed = disk_speed(file_spots(files, page), page, folder, anew=not quick)
     except OSError as error:
-        yield Finding("disk", "fail", f"{place} cannot be read: {error.strerror}", "Check the disk.")
+        yield Finding("disk", "fail", f"{folder} cannot be read: {error.strerror}", "Check the disk.")
         return
     facts = asdict(speed) | {"kind": kind, "page_bytes": page}
     found = (
@@ -342,18 +342,18 @@ def _disk(place: Path, quick: bool) -> Findings:
     yield from _overhead(ram, quick)
 
 
-def _page_bytes(place: Path) -> int:
+def _page_bytes(folder: Path) -> int:
     """Of the pack in that folder; of V2-Flash where there is none."""
     try:
-        page = json.loads((place / "manifest.json").read_text())["page"]
+        page = json.loads((folder / "manifest.json").read_text())["page"]
         return int(page["bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return DEFAULT_PAGE
 
 
-def disk_kind(place: Path, root: Path = Path("/sys/dev/block")) -> str:
-    """What the file system of a folder lies on, as far as Linux tells."""
-    device = place.stat().st_dev
+def disk_kind(folder: Path, root: Path = Path("/sys/dev/block")) -> str:
+    """The disk that a folder is on, as far as Linux tells."""
+    device = folder.stat().st_dev
     here = root / f"{os.major(device)}:{os.minor(device)}"
     try:
         path = here.resolve(strict=True)

@@ -43,7 +43,7 @@ class PerplexityOptions:
     file: Path
     against: str | None = None
     context: int = 512
-    opening: LoadOptions = field(default_factory=LoadOptions)
+    loading: LoadOptions = field(default_factory=LoadOptions)
     as_json: bool = False
 
 
@@ -83,7 +83,7 @@ class Comparison:
 PERPLEXITY_FLAGS = without(LOAD_FLAGS, "context", "draft")
 
 
-@declared(opening=PERPLEXITY_FLAGS)
+@declared(loading=PERPLEXITY_FLAGS)
 def perplexity(
     pack: Annotated[str, typer.Argument(metavar="PACK", help="Folder of a pack, or mimo-mini.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A text file (UTF-8), or - for stdin.")],
@@ -96,7 +96,7 @@ def perplexity(
     context: Annotated[
         str, typer.Option("-c", "--context", metavar="N", help="Tokens in a window.")
     ] = "2048",
-    opening: Given = {},  # noqa: B006  (replaced with flags)
+    loading: Given = {},  # noqa: B006  (replaced with flags)
     as_json: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -107,7 +107,7 @@ def perplexity(
     and every token but its first is predicted from those before it in the window.
     """
     job = PerplexityOptions(
-        pack, file, against, parse_count(context, "--context"), load_options(opening), as_json
+        pack, file, against, parse_count(context, "--context"), load_options(loading), as_json
     )
     return carry_out(lambda: run_perplexity(job, ui_of(verbose, quiet)))
 
@@ -155,9 +155,9 @@ def _engines(job: PerplexityOptions, ui: Ui) -> Iterator[Engine]:
     ]  # before torch is loaded
     from localmimo.hardware.host import Machine, parse_bytes
 
-    ram = job.opening.ram
+    ram = job.loading.ram
     budget = Machine.probe().automatic_ram_bytes if ram is None else parse_bytes(ram)
-    options = replace(job.opening, context=job.context, ram=budget // len(names))
+    options = replace(job.loading, context=job.context, ram=budget // len(names))
     for folder in folders:
         engine = open_engine(folder, options, ui)
         ui.configuration(engine)
@@ -224,9 +224,9 @@ def _add(score: Score, engine: Engine, targets: list[int], logits: Tensor) -> No
     score.n_bytes += sum(len(engine.tokenizer.token_bytes(token)) for token in targets)
 
 
-def _compare(comparison: Comparison, ours: Tensor, theirs: Tensor) -> None:
-    """KL(theirs || ours), and how often both think the same token the likeliest."""
-    p, q = (logits.double().log_softmax(-1) for logits in (theirs, ours))
+def _compare(comparison: Comparison, logits: Tensor, other: Tensor) -> None:
+    """KL(other || logits), and how often both have the same likeliest token."""
+    p, q = (rows.double().log_softmax(-1) for rows in (other, logits))
     comparison.kl += float((p.exp() * (p - q)).sum())
     comparison.same_top += int((p.argmax(-1) == q.argmax(-1)).sum())
     comparison.n_tokens += len(p)
@@ -263,8 +263,8 @@ def report(facts: dict[str, Any]) -> str:
         agreement = f"mean KL {other['mean_kl']:.5f} nats, same likeliest token {other['top1_agreement']:.2%}"
         lines += [_scores(other), f"divergence from {other['pack']}: {agreement}"]
     counts = f"{facts['n_predicted']:,} of {facts['n_tokens']:,} tokens predicted"
-    manner = f"in {facts['n_windows']:,} windows of {facts['window']:,} that do not overlap"
-    lines.append(f"{counts}, {manner}, each from an empty context; {seconds(facts['elapsed_s'])}")
+    windows = f"in {facts['n_windows']:,} windows of {facts['window']:,} that do not overlap"
+    lines.append(f"{counts}, {windows}, each from an empty context; {seconds(facts['elapsed_s'])}")
     return "\n".join(lines)
 
 

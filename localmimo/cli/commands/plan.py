@@ -1,6 +1,6 @@
-"""`localmimo plan`: what a model needs, where its experts would lie, and how fast it should answer, before it is here.
+"""`localmimo plan`: what a model needs, where its experts go and how fast it should answer, before a download.
 
-Knows what a user asked and how the answer is shown; the arithmetic is in `plan` and `estimate`.
+Knows flags and how a plan is shown; the arithmetic is in `localmimo.planning`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PlanReport:
     vram_bytes: int
     n_cores: int
     better: tuple[str, ...]
-    longest: int  # context that this memory has room for
+    longest: int  # context that fits in this memory
 
     def as_dict(self) -> dict[str, Any]:
         model = self.model
@@ -181,12 +181,12 @@ def run_plan(question: PlanOptions, ui: Ui) -> int:
     recipe = Recipe.of(question.recipe, experts=question.experts, dense=question.dense)
     model = footprint_of(question.model, recipe)
     machine, speeds = _machine(question, model)
-    desk = Planner(model, machine, speeds, question)
+    planner = Planner(model, machine, speeds, question)
     try:
-        answer = desk.answer()
+        answer = planner.answer()
     except DoesNotFit as error:
         if question.as_json:
-            ui.json({"model": model.name, "fits": False, "error": with_flags(error), **desk.needs()})
+            ui.json({"model": model.name, "fits": False, "error": with_flags(error), **planner.needs()})
         raise
     if question.as_json:
         ui.json(answer.as_dict())
@@ -284,7 +284,7 @@ class Planner:
     # ---- plans ----
 
     def _plan(self, ram: int, context: int) -> Plan:
-        """As `load` plans: with the draft heads, and without them where they have no room."""
+        """As `load` plans: with the draft heads, and without them where they do not fit."""
         try:
             return self._plan_with(len(self.model.head_bytes), ram, context)
         except DoesNotFit:
@@ -317,7 +317,7 @@ class Planner:
         return kv_bytes(self.model.config, context, self.kv_item_bytes, SLACK)
 
     def _gpu_takes(self, context: int) -> bool:
-        """Whether a GPU has room for the dense weights, the KV and the workspace: `load` uses none that has not."""
+        """Whether the dense weights, the KV and the workspace fit on a GPU: `load` uses no other."""
         model = self.model
         workspace = device_workspace_bytes(model.config, context, PREFILL_CHUNK, model.page_bytes)
         kv = device_kv(model.config, context, self.kv_item_bytes, SLACK, model.page_bytes)
@@ -419,13 +419,13 @@ def _lines(answer: PlanReport, question: PlanOptions, ui: Ui) -> Iterator[str]:
     if model.source_bytes:
         head.insert(2, f"{format_bytes(model.source_bytes)} checkpoint")
     yield rows(head, 200, indent=1)
-    place = plan.vram or plan
+    memory = plan.vram or plan
     fixed = " + ".join(
         f"{name} {format_bytes(size)}"
         for name, size in (
-            ("dense", place.dense_bytes),
-            ("KV", place.kv_bytes),
-            ("workspace", place.workspace_bytes),
+            ("dense", memory.dense_bytes),
+            ("KV", memory.kv_bytes),
+            ("workspace", memory.workspace_bytes),
         )
     )
     yield _line("needed every token", f"{fixed} → {'GPU' if plan.vram else 'RAM'}")
@@ -455,7 +455,7 @@ def _lines(answer: PlanReport, question: PlanOptions, ui: Ui) -> Iterator[str]:
 
 
 def _growth(plan: Plan, vram: Vram) -> str:
-    """What gives way to the KV on a GPU."""
+    """How many experts the KV displaces on a GPU."""
     grown = format_bytes(vram.kv_slots * vram.slot_bytes)
     return (
         f"GPU experts {plan.gpu_slots:,} at first, {plan.gpu_slots_at(plan.context):,} at {plan.context:,} tokens "

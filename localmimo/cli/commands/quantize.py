@@ -1,6 +1,6 @@
 """`localmimo quantize`: shows what a conversion takes, runs it under a progress line, says what to do next.
 
-The only face that touches `quant.convert`; knows nothing of models that run.
+The only command that calls `quant.convert`; knows nothing of models that run.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def run_quantize(job: QuantizeOptions, ui: Ui) -> int:
         ModelConfig.parse(source.config)  # an hour's conversion must not end in a refusal to run
         listing = make_listing(source, Recipe.of(job.recipe, experts=job.experts, dense=job.dense))
         out = job.out or Path(f"{listing.model}-{listing.recipe.experts}")
-        room = DiskSpace.of(out, listing, source, restart=job.restart)
-        return _offer(job, ui, source, listing, out, room)
+        space = DiskSpace.of(out, listing, source, restart=job.restart)
+        return _offer(job, ui, source, listing, out, space)
 
 
 def open_source(job: QuantizeOptions, ui: Ui) -> Source:
@@ -162,14 +162,16 @@ def cached_folder(repository: str) -> Path | None:
     return snapshots[-1] if snapshots else None
 
 
-def _offer(job: QuantizeOptions, ui: Ui, source: Source, listing: Listing, out: Path, room: DiskSpace) -> int:
+def _offer(
+    job: QuantizeOptions, ui: Ui, source: Source, listing: Listing, out: Path, space: DiskSpace
+) -> int:
     if job.dry_run:
-        return _dry_run(job, ui, listing, out, room)
-    for line in (listing.table(), room.text(out), *listing.notes):
+        return _dry_run(job, ui, listing, out, space)
+    for line in (listing.table(), space.text(out), *listing.notes):
         ui.note(_indented(line))
     if job.out is None:
         ui.note(f" No --out was given: the pack goes to ./{out}.")
-    if not _agreed(job, room):
+    if not _agreed(job, space):
         ui.note(" Nothing was written.")
         return 1
     return _convert(job, ui, source, listing, out)
@@ -200,19 +202,19 @@ class DiskSpace:
             finished = listing.total_bytes
         free = shutil.disk_usage(existing_parent(out)).free
         machine = Machine.probe()
-        room = cls(
+        space = cls(
             listing.total_bytes - finished, free, finished, listing.peak_ram_bytes, machine.free_ram_bytes
         )
         if source.hub is None:
-            return room
+            return space
         schedule = schedule_of(source, listing, done)
         discards = source.hub.folder is not None
         peak = schedule.peak_bytes if discards else schedule.fetch_bytes
-        return replace(room, download=schedule.fetch_bytes, download_peak=peak, discards=discards)
+        return replace(space, download=schedule.fetch_bytes, download_peak=peak, discards=discards)
 
     @property
     def fits(self) -> bool:
-        """The files that a discarding download leaves at a time lie beside the pack; a cache may be elsewhere."""
+        """The files that a discarding download leaves at a time are beside the pack; a cache may be elsewhere."""
         return self.needed + (self.download_peak if self.discards else 0) <= self.free
 
     def text(self, out: Path) -> str:
@@ -253,32 +255,32 @@ def _indented(text: str) -> str:
     return "\n".join(f" {line}" if line else "" for line in text.split("\n"))
 
 
-def _dry_run(job: QuantizeOptions, ui: Ui, listing: Listing, out: Path, room: DiskSpace) -> int:
+def _dry_run(job: QuantizeOptions, ui: Ui, listing: Listing, out: Path, space: DiskSpace) -> int:
     if job.as_json:
         ui.json(
-            listing.as_dict() | room.as_dict() | {"out": str(out), "status": "dry run", "fits": room.fits}
+            listing.as_dict() | space.as_dict() | {"out": str(out), "status": "dry run", "fits": space.fits}
         )
     else:
-        ui.data("\n".join(map(_indented, (listing.table(), room.text(out), *listing.notes))))
-    if not room.fits:
+        ui.data("\n".join(map(_indented, (listing.table(), space.text(out), *listing.notes))))
+    if not space.fits:
         from quant.errors import NoSpace
 
-        needed = room.needed + (room.download_peak if room.discards else 0)
-        short = format_bytes(needed - room.free)
+        needed = space.needed + (space.download_peak if space.discards else 0)
+        short = format_bytes(needed - space.free)
         raise NoSpace(
-            f"{out} needs {format_bytes(needed)} and {format_bytes(room.free)} are free: "
+            f"{out} needs {format_bytes(needed)} and {format_bytes(space.free)} are free: "
             f"free {short}, or choose another --out."
         )
     ui.note(" Nothing was written. Run again without --dry-run.")
     return 0
 
 
-def _agreed(job: QuantizeOptions, room: DiskSpace) -> bool:
-    if job.yes or room.finished or room.needed < ASK_BYTES or not sys.stdin.isatty():
+def _agreed(job: QuantizeOptions, space: DiskSpace) -> bool:
+    if job.yes or space.finished or space.needed < ASK_BYTES or not sys.stdin.isatty():
         return True
     import typer
 
-    return typer.confirm(f" Write {format_bytes(room.needed)}?", default=True, err=True)
+    return typer.confirm(f" Write {format_bytes(space.needed)}?", default=True, err=True)
 
 
 def _convert(job: QuantizeOptions, ui: Ui, source: Source, listing: Listing, out: Path) -> int:
@@ -369,7 +371,7 @@ def _share(step: Progress) -> str:
 
 
 def progress_line(step: Progress, n_layers: int, width: int = 200) -> str:
-    """Layer, bar, percent, bytes, speed, time left and error: the last of them go where there is no room."""
+    """Layer, bar, percent, bytes, speed, time left and error: the last of them go where there is no space."""
     share = step.done_bytes / max(1, step.total_bytes)
     speed = (step.done_bytes - step.resumed_bytes) / step.elapsed_s if step.elapsed_s > 0 else 0.0
     facts = [f"{share:4.0%}", _of(step.done_bytes, step.total_bytes)]

@@ -46,10 +46,10 @@ class ServeOptions:
     queue: int = 8
     sessions_dir: Path | None = None
     sessions_disk: str = "50GiB"
-    opening: LoadOptions = field(default_factory=LoadOptions)
+    loading: LoadOptions = field(default_factory=LoadOptions)
 
 
-@declared(opening=LOAD_FLAGS)
+@declared(loading=LOAD_FLAGS)
 def serve(
     model: Model = None,
     host: Annotated[
@@ -78,9 +78,9 @@ def serve(
         ),
     ] = None,
     sessions_disk: Annotated[
-        str, typer.Option("--sessions-disk", metavar="SIZE", help="Disk for them; the oldest give way.")
+        str, typer.Option("--sessions-disk", metavar="SIZE", help="Disk for them; the oldest are deleted.")
     ] = "50GiB",
-    opening: Given = {},  # noqa: B006  (replaced with flags)
+    loading: Given = {},  # noqa: B006  (replaced with flags)
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
@@ -97,7 +97,7 @@ def serve(
         queue=queue,
         sessions_dir=sessions_dir and sessions_dir.expanduser(),
         sessions_disk=sessions_disk,
-        opening=load_options(opening),
+        loading=load_options(loading),
     )
     return carry_out(lambda: run_serve(job, ui_of(verbose, quiet)))
 
@@ -165,7 +165,7 @@ async def _serve(job: ServeOptions, key: str | None, sock: socket.socket, ui: Ui
 
 
 async def _load(job: ServeOptions, service: Service, ui: Ui) -> Engine:
-    engine = await asyncio.to_thread(open_engine, job.model, job.opening, ui, service.load)
+    engine = await asyncio.to_thread(open_engine, job.model, job.loading, ui, service.load)
     service.ready(engine)
     ui.placing(engine)
     ui.configuration(engine)

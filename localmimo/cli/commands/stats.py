@@ -1,4 +1,4 @@
-"""`localmimo stats`: how often each expert of each layer was used, by a profile beside the pack, and where it lies."""
+"""`localmimo stats`: how often each expert of a layer was used, by a profile, and the tier that it is in now."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stats(
 ) -> int:
     """Show how often each expert of each layer was used, as earlier sessions counted it.
 
-    And where it lies now, for every process that has the pack open with this profile."""
+    And the tier it is in now, for every process that has the pack open with this profile."""
 
     ui = ui_of(verbose, quiet)
     return carry_out(

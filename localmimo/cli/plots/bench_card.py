@@ -40,7 +40,7 @@ def card(requested: dict[str, Any], engine: Engine, corpus: Corpus) -> dict[str,
 
 def card_lines(facts: dict[str, Any], engine: Engine) -> Iterator[str]:
     """The card for people."""
-    machine, asked, effective = facts["machine"], facts["requested"], facts["effective"]
+    machine, requested, effective = facts["machine"], facts["requested"], facts["effective"]
     commit = f" ({facts['commit']})" if facts["commit"] else ""
     yield " · ".join(
         [
@@ -60,27 +60,27 @@ def card_lines(facts: dict[str, Any], engine: Engine) -> Iterator[str]:
         ]
     )
     yield str(engine.plan)
-    yield "asked: " + " · ".join(_asked(asked))
+    yield "asked: " + " · ".join(_requested(requested))
     yield "in force: " + " · ".join(_in_force(effective))
     yield f"text: {facts['text']['from']}; the answer is " + (
         "the likeliest token each time" if facts["text"]["answer"] == "greedy" else "drawn likewise"
     )
 
 
-def _asked(asked: dict[str, Any]) -> Iterator[str]:
-    yield f"prompt {asked['prompt_tokens']:,}"
-    yield f"answer {asked['max_tokens']:,}"
-    yield f"{asked['repeat']} {'run' if asked['repeat'] == 1 else 'runs'}"
-    yield f"RAM {asked['ram'] or 'what is free'}"
-    if asked["device"] != "auto":
-        yield f"device {asked['device']}"
-    if asked["vram"]:
-        yield f"VRAM {asked['vram']}"
-    if asked["cold"]:
+def _requested(requested: dict[str, Any]) -> Iterator[str]:
+    yield f"prompt {requested['prompt_tokens']:,}"
+    yield f"answer {requested['max_tokens']:,}"
+    yield f"{requested['repeat']} {'run' if requested['repeat'] == 1 else 'runs'}"
+    yield f"RAM {requested['ram'] or 'what is free'}"
+    if requested["device"] != "auto":
+        yield f"device {requested['device']}"
+    if requested["vram"]:
+        yield f"VRAM {requested['vram']}"
+    if requested["cold"]:
         yield "cold: each run opens the pack anew, no expert in memory, no profile, depth and prompt read together"
     else:
         yield "warm: after a prompt and answer that do not count"
-        yield f"profile {asked['profile'] or 'none'}"
+        yield f"profile {requested['profile'] or 'none'}"
 
 
 def _in_force(effective: dict[str, Any]) -> Iterator[str]:

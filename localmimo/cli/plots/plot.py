@@ -21,7 +21,7 @@ SUFFIXES = (".svg", ".png")
 
 
 def check_plot(path: Path | None) -> None:
-    """Raise BadRequest before any work is done for a picture that can have no place."""
+    """Raise BadRequest before any work is done for a picture that cannot be written."""
     if path is None:
         return
     if path.suffix.lower() not in SUFFIXES:
@@ -84,13 +84,13 @@ def save(figure: Any, path: Path, **options: Any) -> None:
 
 
 def _draw_tiers(figure: Any, axes: Any, letters: Sequence[str]) -> None:
-    """Where each page lies now."""
+    """The tier that each page is in now."""
     from matplotlib.colors import ListedColormap
 
     values = [["rg".find(letter) + 1 for letter in row] for row in letters]
     colours = ListedColormap(["#eeeeee", "#4f7fbf", "#2f6f4f"])
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, vmin=-0.5, vmax=2.5)
-    bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 2], label="lies now in")
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 2], label="is now in")
     bar.ax.set_yticklabels(["disk", "ram", "gpu"])
 
 

@@ -100,7 +100,7 @@ def _history() -> History:
     try:
         path = home() / "history"
         path.touch(mode=0o600)
-    except OSError:  # a home that cannot be written is no reason not to talk
+    except OSError:  # a home that cannot be written does not end the conversation
         return InMemoryHistory()
     return FileHistory(str(path))
 

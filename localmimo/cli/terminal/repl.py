@@ -67,7 +67,7 @@ class ChatSettings:
 def answer(
     engine: Engine,
     messages: list[dict[str, Any]],
-    manner: ChatSettings,
+    settings: ChatSettings,
     screen: Screen,
     tools: list[dict[str, Any]] | None = None,
 ) -> Answer:
@@ -75,19 +75,19 @@ def answer(
     from localmimo.decode.answer import Answer
 
     turn, cancel = Answer(), threading.Event()
-    options = manner.stream_options()
+    options = settings.stream_options()
     try:
         screen.begin()
-        if manner.log is not None:
-            manner.log.begin()
+        if settings.log is not None:
+            settings.log.begin()
         with stopping(cancel):
             for step in engine.stream(
                 messages, cancel=cancel, progress=screen.reading, tools=tools, **options
             ):
                 turn.add(step)
                 screen.show(step)
-                if manner.log is not None:
-                    manner.log.add(step)
+                if settings.log is not None:
+                    settings.log.add(step)
     except (KeyboardInterrupt, Cancelled):
         turn.finish_reason = "cancelled"
     finally:
@@ -98,21 +98,21 @@ def answer(
 def exchange(
     engine: Engine,
     messages: list[dict[str, Any]],
-    manner: ChatSettings,
+    settings: ChatSettings,
     screen: Screen,
-    toolbox: ToolApproval,
+    tool_approval: ToolApproval,
     system: str | None,
 ) -> Iterator[Answer]:
     """The answers to the last message, one after each round of calls that were run; `messages` grows."""
     head = [{"role": "system", "content": system}] if system else []
     for _ in range(MAX_ROUNDS):
-        turn = answer(engine, [*head, *messages], manner, screen, toolbox.schemas)
+        turn = answer(engine, [*head, *messages], settings, screen, tool_approval.schemas)
         if turn.tokens or turn.finish_reason != "cancelled":
             messages.append(turn.message().as_dict())
         yield turn
         if turn.finish_reason != "tool_calls":
             return
-        results, going = toolbox.run(turn.tool_calls)
+        results, going = tool_approval.run(turn.tool_calls)
         messages += results
         if not going:
             return
@@ -138,7 +138,7 @@ def stopping(cancel: threading.Event) -> Iterator[None]:
 
 
 class Repl:
-    """One conversation: its messages, its manner, and the loop that reads and answers."""
+    """One conversation: its messages, its settings, and the loop that reads and answers."""
 
     def __init__(
         self,
@@ -146,19 +146,19 @@ class Repl:
         ui: Ui,
         engine: Engine,
         *,
-        manner: ChatSettings,
+        settings: ChatSettings,
         screen: Screen,
         system: str | None = None,
-        toolbox: ToolApproval | None = None,
+        tool_approval: ToolApproval | None = None,
     ) -> None:
         self.reader = reader
         self.ui = ui
         self.engine = engine
-        self.manner = manner
+        self.settings = settings
         self.screen = screen
         self.system = system
-        self.toolbox = toolbox or ToolApproval(ui)
-        self.toolbox.ask = reader.ask
+        self.tool_approval = tool_approval or ToolApproval(ui)
+        self.tool_approval.ask = reader.ask
         self.messages: list[dict[str, Any]] = []  # without the system prompt
         self.attached: list[str] = []  # files that go with the next message
         self.asked = ""  # the last question, for /retry
@@ -168,7 +168,7 @@ class Repl:
 
     def run(self) -> None:
         """Read and answer until the end of the input or /exit."""
-        from localmimo.cli.terminal.slash_commands import obey
+        from localmimo.cli.terminal.slash_commands import run_command
 
         interrupts = 0
         while True:
@@ -184,7 +184,7 @@ class Repl:
             if entry is None:
                 return
             if entry.startswith("/") and not entry.startswith("//"):
-                if not obey(self, entry):
+                if not run_command(self, entry):
                     return
             elif entry.strip():
                 self.ask(entry[1:] if entry.startswith("//") else entry)
@@ -196,13 +196,13 @@ class Repl:
         before = len(self.messages)
         try:
             for turn in exchange(
-                self.engine, self.messages, self.manner, self.screen, self.toolbox, self.system
+                self.engine, self.messages, self.settings, self.screen, self.tool_approval, self.system
             ):
                 self.attached.clear()
                 self._close(turn)
         except LocalMimoError as error:
-            room = " /undo or /clear makes room." if isinstance(error, ContextFull) and before > 1 else ""
-            self.ui.note(f"error: {with_flags(error)}{room}", style="red")
+            hint = " /undo or /clear makes room." if isinstance(error, ContextFull) and before > 1 else ""
+            self.ui.note(f"error: {with_flags(error)}{hint}", style="red")
         if len(self.messages) == before:
             self.messages.pop()
 
@@ -219,15 +219,15 @@ class Repl:
             self.ui.note("  stopped before the first word; /retry asks again", style="dim")
             return
         self.last = turn
-        tell(turn, self.engine.context, self.manner, self.ui)
+        tell(turn, self.engine.context, self.settings, self.ui)
         if self.ui.err.is_terminal:
             self.ui.note()
 
 
-def tell(turn: Answer, context: int, manner: ChatSettings, ui: Ui) -> None:
+def tell(turn: Answer, context: int, settings: ChatSettings, ui: Ui) -> None:
     """Below an answer: why it is not whole, and its figures."""
     ending = ending_of(turn, context)
-    facts = figures(turn.stats, context) if turn.stats and manner.stats else []
+    facts = figures(turn.stats, context) if turn.stats and settings.stats else []
     if ending or facts:
         ui.parts([*([ending] if ending else []), *facts])
 

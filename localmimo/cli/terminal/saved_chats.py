@@ -31,7 +31,7 @@ Schemas = Sequence[Mapping[str, Any]] | None
 
 
 def folder_of(name: str) -> Path:
-    """Where a conversation of this name lies. Raises BadRequest for a name that is none, such as a path."""
+    """The folder of a conversation of this name. Raises BadRequest where the name cannot be used, such as a path."""
     if not NAME.fullmatch(name) or name.endswith((".", " ")):
         raise BadRequest(
             f'"{name}" cannot be a session\'s name: use letters, digits, spaces, dots, - and _, 64 at most.'
@@ -91,7 +91,7 @@ def load(engine: "Engine", name: str, tools: Schemas) -> tuple[SavedChat, int, s
             return found, 0, "Its prompt is written differently now (other tools or another template)."
         with engine.session() as session:
             session.load(folder / KV)
-            alike = [ours == theirs for ours, theirs in zip(session.tokens, found.tokens, strict=False)]
+            alike = [held == saved for held, saved in zip(session.tokens, found.tokens, strict=False)]
     except BadSession as error:
         return found, 0, with_flags(error)
     return found, [*alike, False].index(False), ""

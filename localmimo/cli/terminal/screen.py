@@ -284,5 +284,5 @@ def figures(stats: Stats, context: int) -> list[str]:
         facts.append("experts " + " ".join(f"{tier} {share:.0%}" for tier, share in stats.hits.items()))
     if stats.bytes_read and stats.read_s:
         facts.append(f"disk {stats.bytes_read / stats.read_s / 1e9:.2g} GB/s")
-    held = min(context, stats.prompt_tokens + stats.generated_tokens)  # a last token may have found no room
+    held = min(context, stats.prompt_tokens + stats.generated_tokens)  # a last token may not have fitted
     return [*facts, f"context {held:,}/{context:,}"]

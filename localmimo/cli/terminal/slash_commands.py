@@ -37,7 +37,7 @@ class Command:
 ALIASES = {"quit": "exit", "bye": "exit", "?": "help"}
 
 
-def obey(repl: Repl, entry: str) -> bool:
+def run_command(repl: Repl, entry: str) -> bool:
     """Carry out an entry that starts with a slash; False if it ends the conversation."""
     name, _, argument = entry[1:].strip().partition(" ")
     name = ALIASES.get(name, name)
@@ -104,9 +104,9 @@ SETTINGS = {name: option for option in OPTIONS.values() for name in option.set_n
 def _set(repl: Repl, argument: str) -> None:
     for pair in argument.split():
         _set_one(repl, pair)
-    sampling = repl.manner.stream_options()["sampling"]
+    sampling = repl.settings.stream_options()["sampling"]
     shown = {
-        option.set_names[0]: getattr(sampling if name in SAMPLING_OPTIONS else repl.manner, name)
+        option.set_names[0]: getattr(sampling if name in SAMPLING_OPTIONS else repl.settings, name)
         for name, option in OPTIONS.items()
         if option.set_names
     }
@@ -128,28 +128,28 @@ def _set_one(repl: Repl, pair: str) -> None:
     if option.name not in SAMPLING_OPTIONS:
         if value is not None and option.least is not None and value < option.least:
             raise BadRequest(f"/set {name}: {value} {option.refusal}, or off.")
-        setattr(repl.manner, option.name, value)
+        setattr(repl.settings, option.name, value)
         return
-    before = repl.manner.sampling.get(option.name)
-    repl.manner.sampling[option.name] = value
+    before = repl.settings.sampling.get(option.name)
+    repl.settings.sampling[option.name] = value
     try:
-        repl.manner.stream_options()
+        repl.settings.stream_options()
     except BadRequest:
-        repl.manner.sampling[option.name] = before
+        repl.settings.sampling[option.name] = before
         raise
 
 
 def _think(repl: Repl, argument: str) -> None:
     match argument:
         case "on":
-            repl.manner.think, repl.manner.think_budget = True, None
+            repl.settings.think, repl.settings.think_budget = True, None
         case "off":
-            repl.manner.think, repl.manner.think_budget = False, None
+            repl.settings.think, repl.settings.think_budget = False, None
         case "":
             pass
         case _:
-            repl.manner.think, repl.manner.think_budget = True, parse_count(argument, "/think")
-    budget = repl.manner.think_budget
+            repl.settings.think, repl.settings.think_budget = True, parse_count(argument, "/think")
+    budget = repl.settings.think_budget
     repl.ui.note(
         f"  thinking {'on' if thinks(repl) else 'off'}"
         + ("" if budget is None else f", at most {budget:,} tokens"),
@@ -159,7 +159,7 @@ def _think(repl: Repl, argument: str) -> None:
 
 def thinks(repl: Repl) -> bool:
     """Whether the next answer starts with thinking."""
-    return repl.engine.template.think_default if repl.manner.think is None else repl.manner.think
+    return repl.engine.template.think_default if repl.settings.think is None else repl.settings.think
 
 
 def _thoughts(repl: Repl, _argument: str) -> None:
@@ -211,7 +211,7 @@ def _save(repl: Repl, name: str) -> None:
     folder = folder_of(name)
     if name != repl.name and name in saved_names() and not _agrees(repl, f"{name} exists; write over it?"):
         return
-    sizes = save(repl.engine, name, repl.messages, repl.system, repl.toolbox.schemas)
+    sizes = save(repl.engine, name, repl.messages, repl.system, repl.tool_approval.schemas)
     n_tokens, n_bytes = next(sizes)
     repl.ui.note(f"  {format_bytes(n_bytes)} for {n_tokens:,} tokens to {folder} ...", style="dim")
     n_tokens, n_bytes = list(sizes)[-1]
@@ -232,7 +232,7 @@ def _load(repl: Repl, name: str) -> None:
             "  " + "\n  ".join(names) if names else "  Nothing is saved yet; /save keeps this conversation."
         )
         return
-    found, n_held, why = load(repl.engine, name, repl.toolbox.schemas)
+    found, n_held, why = load(repl.engine, name, repl.tool_approval.schemas)
     repl.messages, repl.system, repl.name = found.messages, found.system, name
     repl.attached.clear()
     questions = [message["content"] for message in found.messages if message["role"] == "user"]
@@ -247,14 +247,14 @@ def _load(repl: Repl, name: str) -> None:
 
 def _tools(repl: Repl, path: str) -> None:
     if path == "off":
-        repl.toolbox.clear()
+        repl.tool_approval.clear()
     elif path:
-        repl.toolbox.open(path)
-    if not repl.toolbox.tools:
+        repl.tool_approval.open(path)
+    if not repl.tool_approval.tools:
         repl.ui.note("  No tools; /tools FILE.py takes the functions of a Python file.", style="dim")
-    for tool in repl.toolbox.tools.values():
+    for tool in repl.tool_approval.tools.values():
         parameters = ", ".join(tool.parameters["properties"])
-        unasked = "  (runs unasked)" if tool.name in repl.toolbox.always else ""
+        unasked = "  (runs unasked)" if tool.name in repl.tool_approval.always else ""
         repl.ui.note(
             f"  {tool.name}({parameters})  {tool.description}{unasked}",
             style="dim",

@@ -1,4 +1,4 @@
-"""Toolbox: the tools of a conversation at a terminal. Each call is shown, asked about, and run within limits.
+"""Tool approval: the tools of a conversation at a terminal. Each call is shown, asked about, and run within limits.
 
 Knows tools and terminals; nothing of engines. Nothing runs without a yes.
 """

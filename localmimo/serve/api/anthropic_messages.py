@@ -1,4 +1,4 @@
-"""Messages: POST /v1/messages, Anthropic's way of talking.
+"""Messages: POST /v1/messages, Anthropic's dialect.
 
 Knows the dialect's fields and events; nothing of HTTP, of threads or of the other dialects.
 """
@@ -31,12 +31,12 @@ from localmimo.serve.api.schema import (
 )
 from localmimo.serve.context import ServerContext
 from localmimo.serve.errors import ApiError
-from localmimo.serve.errors import Kind as FailureKind
+from localmimo.serve.errors import Kind as ErrorKind
 from localmimo.serve.response import Event
 from localmimo.serve.worker import Job
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "context": "max_tokens"}
-ERROR_TYPES: dict[FailureKind, str] = {
+ERROR_TYPES: dict[ErrorKind, str] = {
     "key": "authentication_error",
     "forbidden": "permission_error",
     "missing": "not_found_error",
@@ -91,12 +91,12 @@ class Messages:
     body = MESSAGES
     error_schema = "AnthropicError"
 
-    def __init__(self, fields: Fields, desk: ServerContext) -> None:
+    def __init__(self, fields: Fields, context: ServerContext) -> None:
         fields.needed("max_tokens")
-        self.ask = read_messages(fields)
-        self._model = desk.model
+        self.request = read_messages(fields)
+        self._model = context.model
         self._id = f"msg_{uuid.uuid4().hex}"
-        self._blocks = ContentParts(self.ask.stream)
+        self._blocks = ContentParts(self.request.stream)
 
     # ---- stream ----
 
@@ -114,8 +114,8 @@ class Messages:
         yield _event("message_delta", delta=delta, usage=_usage(job), timings=job.stats.as_dict())
         yield _event("message_stop")
 
-    def broken(self, failure: ApiError) -> Iterable[Event]:
-        yield Event(self.failure(failure), "error")
+    def broken(self, api_error: ApiError) -> Iterable[Event]:
+        yield Event(self.error_body(api_error), "error")
 
     def pause(self, note: str) -> Event | None:
         return _event("ping")
@@ -142,9 +142,9 @@ class Messages:
         }
 
     @staticmethod
-    def failure(failure: ApiError) -> dict[str, Any]:
-        kind = ERROR_TYPES.get(failure.kind, "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": failure.sentence}}
+    def error_body(api_error: ApiError) -> dict[str, Any]:
+        kind = ERROR_TYPES.get(api_error.kind, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": api_error.sentence}}
 
 
 class CountTokens:
@@ -155,20 +155,20 @@ class CountTokens:
     body = COUNTED
     error_schema = "AnthropicError"
 
-    def __init__(self, fields: Fields, desk: ServerContext) -> None:
-        self.ask = read_messages(fields)
+    def __init__(self, fields: Fields, context: ServerContext) -> None:
+        self.request = read_messages(fields)
 
     def counted(self, tokens: list[int]) -> dict[str, Any]:
         return {"input_tokens": len(tokens)}
 
-    failure = staticmethod(Messages.failure)
+    error_body = staticmethod(Messages.error_body)
 
 
 # ---- in ----
 
 
 def read_messages(fields: Fields) -> Request:
-    """What the body of a request asks for."""
+    """The request that a body holds."""
     fields.needed("messages")
     think, budget = read_thinking(fields)
     choice, parallel = _read_choice(fields)

@@ -1,4 +1,4 @@
-"""Chat: POST /v1/chat/completions, OpenAI's way of talking, with MiMo's reasoning_content beside it.
+"""Chat: POST /v1/chat/completions, OpenAI's chat dialect, with MiMo's reasoning_content beside it.
 
 Knows the dialect's fields and chunks; nothing of HTTP, of threads or of the other dialects.
 """
@@ -93,17 +93,17 @@ class Chat:
     body = CHAT
     error_schema = "OpenAiError"
 
-    def __init__(self, fields: Fields, desk: ServerContext) -> None:
-        self.ask = read_chat(fields)
+    def __init__(self, fields: Fields, context: ServerContext) -> None:
+        self.request = read_chat(fields)
         options = fields.object("stream_options")
         self._usage_wanted = bool(options and options.flag("include_usage"))
-        self._tokenizer = desk.tokenizer
+        self._tokenizer = context.tokenizer
         self._calls: list[str] = []  # ids of those that were begun
         self._steps: list[Step] = []  # of an answer that is sent whole, for their log-probabilities
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": desk.model,
+            "model": context.model,
             "system_fingerprint": "localmimo",
         }
 
@@ -113,10 +113,10 @@ class Chat:
         yield self._chunk({"role": "assistant", "content": ""})
 
     def push(self, step: Step) -> Iterable[Event]:
-        if not self.ask.stream:
+        if not self.request.stream:
             self._steps.append(step)
             return
-        logprobs = self._logprobs([step]) if self.ask.options.logprobs is not None else None
+        logprobs = self._logprobs([step]) if self.request.options.logprobs is not None else None
         if step.call_part is not None:
             yield self._chunk({"tool_calls": [self._call_delta(step.call_part)]}, logprobs=logprobs)
         elif step.text or logprobs:
@@ -129,8 +129,8 @@ class Chat:
             yield Event(self._object("chat.completion.chunk", []) | {"usage": usage(job)})
         yield Event("[DONE]")
 
-    def broken(self, failure: ApiError) -> Iterable[Event]:
-        yield Event(self.failure(failure))
+    def broken(self, api_error: ApiError) -> Iterable[Event]:
+        yield Event(self.error_body(api_error))
 
     def pause(self, note: str) -> Event | None:
         return None
@@ -168,7 +168,7 @@ class Chat:
             message["reasoning_content"] = reply.reasoning
         if reply.tool_calls:
             message["tool_calls"] = [call.as_dict() for call in reply.tool_calls]
-        logprobs = self._logprobs(self._steps) if self.ask.options.logprobs is not None else None
+        logprobs = self._logprobs(self._steps) if self.request.options.logprobs is not None else None
         choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(job)}
         return self._object("chat.completion", [choice]) | {
             "usage": usage(job),
@@ -188,12 +188,12 @@ class Chat:
         return token_logprob(self._tokenizer, step.token, step.logprob) | {"top_logprobs": top}
 
     @staticmethod
-    def failure(failure: ApiError) -> dict[str, Any]:
-        return openai_failure(failure)
+    def error_body(api_error: ApiError) -> dict[str, Any]:
+        return openai_error(api_error)
 
 
 def read_chat(fields: Fields) -> Request:
-    """What the body of a chat request asks for."""
+    """The request that a body holds."""
     fields.needed("messages")
     refuse_several(fields, "n")
     think, budget = read_thinking(fields)
@@ -255,8 +255,10 @@ def finish_reason(job: Job) -> str:
     return REASONS.get(reason, reason)
 
 
-def openai_failure(failure: ApiError) -> dict[str, Any]:
-    """A failure in OpenAI's shape."""
-    kind = ERROR_TYPES.get(failure.kind, "invalid_request_error" if failure.status < 500 else "server_error")
-    code = CODES.get(failure.kind)
-    return {"error": {"message": failure.sentence, "type": kind, "param": failure.param, "code": code}}
+def openai_error(api_error: ApiError) -> dict[str, Any]:
+    """An error as OpenAI's API sends it."""
+    kind = ERROR_TYPES.get(
+        api_error.kind, "invalid_request_error" if api_error.status < 500 else "server_error"
+    )
+    code = CODES.get(api_error.kind)
+    return {"error": {"message": api_error.sentence, "type": kind, "param": api_error.param, "code": code}}

@@ -1,4 +1,4 @@
-"""Completions: POST /v1/completions, OpenAI's older way of having a text continued as it is.
+"""Completions: POST /v1/completions, OpenAI's older dialect, which continues a text as it is.
 
 Knows the dialect's fields and chunks; nothing of HTTP, of threads or of the other dialects.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from localmimo.decode.steps import Step
 from localmimo.serve.api.json_fields import Fields
-from localmimo.serve.api.openai_chat import finish_reason, openai_failure, usage
+from localmimo.serve.api.openai_chat import finish_reason, openai_error, usage
 from localmimo.serve.api.parameters import Request, read_options, refuse_several
 from localmimo.serve.api.schema import COMMON, FLAG, TEXT, either, list_of, object_of, option_fields
 from localmimo.serve.context import ServerContext
@@ -45,25 +45,25 @@ class Completions:
     body = COMPLETION
     error_schema = "OpenAiError"
 
-    def __init__(self, fields: Fields, desk: ServerContext) -> None:
+    def __init__(self, fields: Fields, context: ServerContext) -> None:
         text, tokens = _read_prompt(fields)
         options = read_options(fields, "completions")
         options = replace(options, max_tokens=options.max_tokens or DEFAULT_TOKENS)
-        self.ask = Request(text=text, tokens=tokens, options=options, stream=bool(fields.flag("stream")))
+        self.request = Request(text=text, tokens=tokens, options=options, stream=bool(fields.flag("stream")))
         refuse_several(fields, "n", "best_of")
         if fields.text("suffix"):
             fields.wrong("suffix", "empty: this model continues a text, it does not fill gaps")
         stream_options = fields.object("stream_options")
         self._usage_wanted = bool(stream_options and stream_options.flag("include_usage"))
-        self._tokenizer = desk.tokenizer
-        self._echo = _echo(fields, self.ask, desk)
+        self._tokenizer = context.tokenizer
+        self._echo = _echo(fields, self.request, context)
         self._steps: list[Step] = []
         self._offset = len(self._echo)
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": desk.model,
+            "model": context.model,
         }
 
     def opening(self, job: Job) -> Iterable[Event]:
@@ -71,7 +71,7 @@ class Completions:
             yield self._chunk(self._echo)
 
     def push(self, step: Step) -> Iterable[Event]:
-        if not self.ask.stream:
+        if not self.request.stream:
             self._steps.append(step)
             return
         logprobs = self._logprobs([step])
@@ -85,8 +85,8 @@ class Completions:
             yield Event(self._head | {"choices": [], "usage": usage(job)})
         yield Event("[DONE]")
 
-    def broken(self, failure: ApiError) -> Iterable[Event]:
-        yield Event(self.failure(failure))
+    def broken(self, api_error: ApiError) -> Iterable[Event]:
+        yield Event(self.error_body(api_error))
 
     def pause(self, note: str) -> Event | None:
         return None
@@ -122,8 +122,8 @@ class Completions:
         return self._tokenizer.decode([token])
 
     @staticmethod
-    def failure(failure: ApiError) -> dict[str, Any]:
-        return openai_failure(failure)
+    def error_body(api_error: ApiError) -> dict[str, Any]:
+        return openai_error(api_error)
 
 
 def _read_prompt(fields: Fields) -> tuple[str | None, list[int] | None]:
@@ -142,10 +142,10 @@ def _read_prompt(fields: Fields) -> tuple[str | None, list[int] | None]:
     )
 
 
-def _echo(fields: Fields, ask: Request, desk: ServerContext) -> str:
+def _echo(fields: Fields, request: Request, context: ServerContext) -> str:
     """What the prompt said, where it is wanted again before its continuation."""
     if not fields.flag("echo"):
         return ""
-    if ask.options.logprobs is not None:
+    if request.options.logprobs is not None:
         fields.wrong("echo", "false where logprobs are wanted: those of the prompt are not computed")
-    return ask.text if ask.text is not None else desk.tokenizer.decode(ask.tokens or ())
+    return request.text if request.text is not None else context.tokenizer.decode(request.tokens or ())

@@ -1,4 +1,4 @@
-"""Responses: POST /v1/responses, OpenAI's newer way of talking, in items.
+"""Responses: POST /v1/responses, OpenAI's newer dialect, in items.
 
 Knows the dialect's fields and events; nothing of HTTP, of threads or of the other dialects.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from localmimo.decode.steps import Step
 from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
-from localmimo.serve.api.openai_chat import openai_failure
+from localmimo.serve.api.openai_chat import openai_error
 from localmimo.serve.api.parameters import Request, read_options, read_thinking, read_tool_choice
 from localmimo.serve.api.schema import (
     COMMON,
@@ -86,16 +86,16 @@ class Responses:
     body = RESPONSE
     error_schema = "OpenAiError"
 
-    def __init__(self, fields: Fields, desk: ServerContext) -> None:
+    def __init__(self, fields: Fields, context: ServerContext) -> None:
         self._id = f"resp_{uuid.uuid4().hex}"
-        self._desk = desk
-        self._earlier = _earlier(fields, desk)
+        self._context = context
+        self._earlier = _earlier(fields, context)
         self._new = _read_input(fields)
         self._kept = fields.flag("store") is not False
-        self.ask = _read_ask(fields, [*self._earlier, *self._new])
+        self.request = _read_ask(fields, [*self._earlier, *self._new])
         self._echoed = _echoed(fields)
         self._created = int(time.time())
-        self._blocks = ContentParts(self.ask.stream)
+        self._blocks = ContentParts(self.request.stream)
         self._items: dict[int, str] = {}  # ids of the output's items
         self._number = 0  # of the next event
 
@@ -115,10 +115,10 @@ class Responses:
         name = "response.completed" if whole["status"] == "completed" else "response.incomplete"
         yield self._event(name, response=whole)
 
-    def broken(self, failure: ApiError) -> Iterable[Event]:
-        code = openai_failure(failure)["error"]["code"] or "server_error"
-        error = {"code": code, "message": failure.sentence}
-        yield self._event("error", **error, param=failure.param)
+    def broken(self, api_error: ApiError) -> Iterable[Event]:
+        code = openai_error(api_error)["error"]["code"] or "server_error"
+        error = {"code": code, "message": api_error.sentence}
+        yield self._event("error", **error, param=api_error.param)
         yield self._event("response.failed", response=self._response("failed", [], None) | {"error": error})
 
     def pause(self, note: str) -> Event | None:
@@ -126,36 +126,36 @@ class Responses:
 
     def _changes(self, change: PartChange) -> Iterator[Event]:
         block = change.block
-        place = {"item_id": self._item_id(block), "output_index": block.index}
+        ticket = {"item_id": self._item_id(block), "output_index": block.index}
         match change.act:
             case "open":
                 item = self._item(block, done=False)
                 yield self._event("response.output_item.added", output_index=block.index, item=item)
                 if block.kind != "tool_call":
                     part = _part(block, "")
-                    yield self._event("response.content_part.added", **place, content_index=0, part=part)
+                    yield self._event("response.content_part.added", **ticket, content_index=0, part=part)
             case "more" if block.kind == "tool_call":
-                yield self._event("response.function_call_arguments.delta", **place, delta=change.text)
+                yield self._event("response.function_call_arguments.delta", **ticket, delta=change.text)
             case "more":
                 delta = {"content_index": 0, "delta": change.text, **_no_logprobs(block)}
-                yield self._event(f"response.{_part_kind(block)}.delta", **place, **delta)
+                yield self._event(f"response.{_part_kind(block)}.delta", **ticket, **delta)
             case "close":
-                yield from self._closed(block, place)
+                yield from self._closed(block, ticket)
                 item = self._item(block, done=True)
                 yield self._event("response.output_item.done", output_index=block.index, item=item)
 
-    def _closed(self, block: ContentPart, place: dict[str, Any]) -> Iterator[Event]:
+    def _closed(self, block: ContentPart, ticket: dict[str, Any]) -> Iterator[Event]:
         if block.kind == "tool_call":
             if block.complete:
                 function = {"name": block.name, "arguments": block.text}
-                yield self._event("response.function_call_arguments.done", **place, **function)
+                yield self._event("response.function_call_arguments.done", **ticket, **function)
             return
         kind = _part_kind(block)
         yield self._event(
-            f"response.{kind}.done", **place, content_index=0, text=block.text, **_no_logprobs(block)
+            f"response.{kind}.done", **ticket, content_index=0, text=block.text, **_no_logprobs(block)
         )
         part = _part(block, block.text)
-        yield self._event("response.content_part.done", **place, content_index=0, part=part)
+        yield self._event("response.content_part.done", **ticket, content_index=0, part=part)
 
     def _event(self, event: str, /, **values: Any) -> Event:
         self._number += 1
@@ -170,7 +170,7 @@ class Responses:
         if reason:
             whole["incomplete_details"] = {"reason": reason}
         if self._kept:
-            self._desk.archive.keep(self._id, self._earlier, [*self._new, job.answer.message().as_dict()])
+            self._context.archive.keep(self._id, self._earlier, [*self._new, job.answer.message().as_dict()])
         return whole
 
     def _response(self, status: str, output: list[Any], job: Job | None) -> dict[str, Any]:
@@ -180,11 +180,11 @@ class Responses:
             "object": "response",
             "created_at": self._created,
             "status": status,
-            "model": self._desk.model,
+            "model": self._context.model,
             "output": output,
             "error": None,
             "incomplete_details": None,
-            "parallel_tool_calls": self.ask.options.parallel_tool_calls,
+            "parallel_tool_calls": self.request.options.parallel_tool_calls,
             "store": self._kept,
             "usage": None if job is None else _usage(job),
             **figures,
@@ -206,19 +206,19 @@ class Responses:
         return item | {"type": "message", "role": "assistant", "content": content}
 
     @staticmethod
-    def failure(failure: ApiError) -> dict[str, Any]:
-        return openai_failure(failure)
+    def error_body(api_error: ApiError) -> dict[str, Any]:
+        return openai_error(api_error)
 
 
 # ---- in ----
 
 
-def _earlier(fields: Fields, desk: ServerContext) -> list[dict[str, Any]]:
+def _earlier(fields: Fields, context: ServerContext) -> list[dict[str, Any]]:
     """The conversation that this request goes on with."""
     name = fields.text("previous_response_id")
     if name is None:
         return []
-    found = desk.archive.find(name)
+    found = context.archive.find(name)
     if found is None:
         raise ApiError(
             "missing",

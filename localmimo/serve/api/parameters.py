@@ -113,13 +113,13 @@ def refuse_several(fields: Fields, *names: str) -> None:
 
 def read_tool_choice(fields: Fields) -> str | dict[str, Any]:
     """OpenAI's tool_choice in the engine's words; of the chat dialect, or with the name on top."""
-    asked = fields.values.get("tool_choice")
-    if asked is None or isinstance(asked, str):
+    choice = fields.values.get("tool_choice")
+    if choice is None or isinstance(choice, str):
         return fields.choice("tool_choice", "auto", "none", "required") or "auto"
-    choice = fields.object("tool_choice") or Fields({})
-    if choice.text("type") != "function":
-        choice.wrong("type", '"function": a choice of one function by its name')
-    named = choice.object("function") or choice
+    named_choice = fields.object("tool_choice") or Fields({})
+    if named_choice.text("type") != "function":
+        named_choice.wrong("type", '"function": a choice of one function by its name')
+    named = named_choice.object("function") or named_choice
     named.needed("name")
     return forced(str(named.text("name")))
 

@@ -1,4 +1,4 @@
-"""Guard: who may come in (key, host, origin), and how much may be sent.
+"""Access: which requests are answered (key, host, origin), and how large a body may be.
 
 Knows headers and bytes; nothing of bodies' meaning.
 """
@@ -26,13 +26,13 @@ PROTECTED = ("/v1/", "/metrics")
 
 @dataclass(frozen=True, slots=True)
 class AccessCheck:
-    """What is asked of every request. Without a key only this machine's own programs are answered."""
+    """What every request must satisfy. Without a key only programs of this machine are answered."""
 
     api_key: str | None = None
     cors: tuple[str, ...] = ()  # origins of web pages that may call
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
-        """Raises Failure where the request may not come in."""
+        """Raises ApiError where the request is refused."""
         self._check_origin(headers)
         if self.api_key is None:
             self._check_host(headers)
@@ -49,7 +49,7 @@ class AccessCheck:
         return sum(hmac.compare_digest(_digest(key), wanted) for key in given) > 0  # both are compared
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
-        """A web page of somebody else may not use a visitor's browser to talk to this server."""
+        """A foreign web page may not use a visitor's browser to talk to this server."""
         origin = headers.get("origin")
         if origin is None or "*" in self.cors or origin in self.cors:
             return
@@ -59,7 +59,7 @@ class AccessCheck:
             )
 
     def _check_host(self, headers: Mapping[str, str]) -> None:
-        """Without a key a name that only claims to be this machine (DNS rebinding) is not served."""
+        """Without a key a foreign name that resolves to this machine (DNS rebinding) is not served."""
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if host not in LOCAL_NAMES and not is_loopback(host):
             raise ApiError("forbidden", f"The host name {host[:100]!r} is not this machine's own.")
@@ -71,7 +71,7 @@ def body_limit(context: int) -> int:
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
-    """The whole body. Raises Failure where it is too large, too slow or breaks off."""
+    """The whole body. Raises ApiError where it is too large, too slow or breaks off."""
     declared = dict(scope["headers"]).get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(int(declared), limit)

@@ -33,7 +33,7 @@ class Limits:
 
 
 class Connection(H11Protocol):
-    """One client. The longest idle ones give way to new ones when there are too many."""
+    """One client. The longest idle ones are closed for new ones when there are too many."""
 
     limits = Limits()
 
@@ -42,14 +42,14 @@ class Connection(H11Protocol):
         self._idle_since = time.monotonic()
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        if not self._find_a_place():
+        if not self._accept_or_close():
             transport.write(REFUSED)
             transport.close()
         else:
             self._head_timer = self.loop.call_later(self.limits.head_s, self._give_up)
 
-    def _find_a_place(self) -> bool:
-        """Whether there is room, if need be that of the one that has been idle longest."""
+    def _accept_or_close(self) -> bool:
+        """Whether one more fits, if need be after closing the one that has been idle longest."""
         live = [other for other in self.connections if not other.transport.is_closing()]
         if len(live) <= self.limits.connections:
             return True

@@ -36,8 +36,8 @@ SMALL: dict[str, Any] = {
 def small(**given: Any) -> BenchOptions:
     """A small run, but for what is given."""
     flags = {"context": 256, "ram": "96MiB", "profile": None}
-    opening = flags | {name: given.pop(name) for name in ("profile", "ram", "kv") if name in given}
-    return BenchOptions(**SMALL | given, opening=LoadOptions(**opening))
+    loading = flags | {name: given.pop(name) for name in ("profile", "ram", "kv") if name in given}
+    return BenchOptions(**SMALL | given, loading=LoadOptions(**loading))
 
 
 def run(request: BenchOptions, **settings: Any) -> tuple[int, Capture]:

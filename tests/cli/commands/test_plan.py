@@ -80,23 +80,23 @@ def test_a_checkpoint_folder_and_its_config_alone_agree(tmp_path: Path, nf4_pack
         assert all(found[key] == whole[key] for key in ("plan", "pack_bytes", "source_bytes"))
 
 
-def desk(**question: object) -> Planner:
+def planner(**question: object) -> Planner:
     machine = Machine(ram_bytes=128 << 30, free_ram_bytes=120 << 30, n_cores=16)
     return Planner(flash(), machine, FAST, PlanOptions("flash", **question))  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_says_what_would_help() -> None:
     with pytest.raises(DoesNotFit, match=r"Give --ram \d+MiB .* longest context that fits is") as refused:
-        desk(ram="14GiB", context=262_144).answer()
+        planner(ram="14GiB", context=262_144).answer()
     longest = int(str(refused.value).split("--context ")[-1].rstrip("."))
-    assert desk(ram="14GiB", context=longest).answer().plan.n_slots >= 376
+    assert planner(ram="14GiB", context=longest).answer().plan.n_slots >= 376
     with pytest.raises(DoesNotFit):
-        desk(ram="14GiB", context=longest + 1).answer()
-    assert desk(ram="14GiB", max_context=True).answer().plan.context == longest
+        planner(ram="14GiB", context=longest + 1).answer()
+    assert planner(ram="14GiB", max_context=True).answer().plan.context == longest
     with pytest.raises(DoesNotFit, match="No context is short enough"):
-        desk(ram="8GiB").answer()
+        planner(ram="8GiB").answer()
     with pytest.raises(DoesNotFit, match=r"Give --ram \d+MiB\. No shorter context helps") as refused:
-        desk(ram="4GiB", vram="24GiB").answer()
+        planner(ram="4GiB", vram="24GiB").answer()
     assert "KV" not in str(refused.value).split("Give")[0]
 
 
@@ -109,13 +109,13 @@ def test_a_refusal_in_json(nf4_pack: Path) -> None:
 
 
 def test_a_gpu_is_arithmetic_and_says_so(nf4_pack: Path) -> None:
-    found = desk(ram="64GiB", vram="24GiB").answer()
+    found = planner(ram="64GiB", vram="24GiB").answer()
     assert found.tiers.gpu_slots > 1000
     assert found.tiers.gpu_slots + found.tiers.ram_slots + found.tiers.disk_pages == 12_032
     assert found.tiers.ram_slots * found.plan.page_bytes <= 64 << 30
-    alone = desk(ram="64GiB").answer()
+    alone = planner(ram="64GiB").answer()
     assert found.estimate.decode_tps[0] > alone.estimate.decode_tps[0]
-    assert desk(ram="64GiB", vram="4GiB").answer().tiers.gpu_slots == 0
+    assert planner(ram="64GiB", vram="4GiB").answer().tiers.gpu_slots == 0
     code, out, _ = localmimo(
         "plan", str(nf4_pack), "--ram", "64MiB", "-c", "256", "--vram", "1GiB", *DESCRIBED
     )

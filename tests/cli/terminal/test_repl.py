@@ -17,7 +17,7 @@ def converse(
 ) -> tuple[Repl, Capture]:
     shown = Capture(**settings)
     screen = Screen(shown.ui)
-    repl = Repl(ScriptedReader(*entries), shown.ui, engine, manner=ChatSettings(stats=stats), screen=screen)  # type: ignore[arg-type]
+    repl = Repl(ScriptedReader(*entries), shown.ui, engine, settings=ChatSettings(stats=stats), screen=screen)  # type: ignore[arg-type]
     repl.run()
     return repl, shown
 
@@ -311,11 +311,11 @@ def test_a_file_that_is_no_tools_is_a_sentence(tmp_path: Path) -> None:
 def test_a_line_of_json_per_token(tmp_path: Path) -> None:
     from localmimo.cli.terminal.step_log import StepLog
 
-    manner = ChatSettings(stats=False, log=StepLog(tmp_path / "steps.jsonl"))
+    settings = ChatSettings(stats=False, log=StepLog(tmp_path / "steps.jsonl"))
     shown = Capture()
     repl = Repl(
         ScriptedReader("a", "b"), shown.ui, ScriptedEngine(["x", "y"], ["z"]),  # type: ignore[arg-type]
-        manner=manner, screen=Screen(shown.ui),
+        settings=settings, screen=Screen(shown.ui),
     )  # fmt: skip
     repl.run()
     lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
