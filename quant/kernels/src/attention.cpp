@@ -16,12 +16,12 @@ constexpr int64_t kSmall = 200000;      // multiplications below which a hand-ov
 constexpr int64_t kUnitsPerThread = 4;  // units for which the sections of a query need not be spread
 constexpr int64_t kParts = 4 << 20;     // floats of states that sections leave behind, unless threads would have no work
 
-struct State {
+struct AttentionBuffers {
   std::vector<float> queries, parts;
 };
 
-State& state() {  // guarded by the pool's turn
-  static State* s = new State;
+AttentionBuffers& attention_buffers() {  // guarded by the pool's turn
+  static AttentionBuffers* s = new AttentionBuffers;
   return *s;
 }
 
@@ -51,9 +51,9 @@ void store_row(const Kernels& k, Store store, const float* from, int64_t n, uint
   }
 }
 
-class Call {
+class Attention {
  public:
-  explicit Call(const AttendCall& c)
+  explicit Attention(const AttendCall& c)
       : c_(c),
         group_(c.heads / c.kv_heads),
         width_(c.heads * c.d_k + c.kv_heads * (c.d_k + c.d_v)),
@@ -62,7 +62,7 @@ class Call {
         batches_((c.n + tokens_ - 1) / tokens_),
         k_(kernels()),
         pool_(Pool::instance()),
-        queries_(grown(state().queries, c.n * c.heads * c.d_k)) {}
+        queries_(grown(attention_buffers().queries, c.n * c.heads * c.d_k)) {}
 
   void run() {
     const int64_t states = rows() * stride_;
@@ -119,7 +119,7 @@ class Call {
 
   // Queries of token t into their rows, its keys and values into the cache.
   void prepare(int64_t t) {
-    float turned[kLargestHead];
+    float turned[kMaxHeadDim];
     const int64_t row = row_of(c_.position + t);
     for (int64_t h = 0; h < c_.heads; ++h) {
       float* to = queries_ + ((h / group_ * c_.n + t) * group_ + h % group_) * c_.d_k;
@@ -137,7 +137,7 @@ class Call {
     }
   }
 
-  Head head(int64_t h) const {
+  CachedHead head(int64_t h) const {
     const int64_t at = h * c_.head_rows;
     return {c_.store, c_.keys + at * row_bytes(c_.store, c_.d_k), c_.values + at * row_bytes(c_.store, c_.d_v),
             c_.first, c_.rows, c_.d_k, c_.d_v};
@@ -152,7 +152,7 @@ class Call {
 
   void whole(int64_t unit, float* states, float* later, void* scratch) {
     const Queries q = batch(unit);
-    const Head h = head(unit / batches_);
+    const CachedHead h = head(unit / batches_);
     const std::vector<int64_t> edges = sections(q.lowest(), q.last() + 1);
     k_.attend_section(h, q, edges[0], edges[1], states, scratch);
     for (size_t i = 1; i + 1 < edges.size(); ++i) {
@@ -165,7 +165,7 @@ class Call {
   // Few queries over many keys: sections apart, then merged in their order.
   void spread(int64_t units, const std::vector<int64_t>& edges, int64_t work) {
     const int64_t n_sections = static_cast<int64_t>(edges.size()) - 1, block = rows() * stride_;
-    float* parts = grown(state().parts, units * n_sections * block);
+    float* parts = grown(attention_buffers().parts, units * n_sections * block);
     each(units * n_sections, work, [&](int64_t part, int thread) {
       const int64_t unit = part / n_sections, section = part % n_sections;
       float* scratch = static_cast<float*>(pool_.scratch(thread)) + 2 * block;
@@ -200,7 +200,7 @@ class Call {
 
 void attend(const AttendCall& call) {
   std::lock_guard<std::mutex> turn(Pool::instance().turn());
-  Call(call).run();
+  Attention(call).run();
 }
 
 }  // namespace localmimo

@@ -2,7 +2,7 @@
 // instruction set; attention_kernel.h is the inner loop, attention.cpp shares the work out.
 //
 // Order of the arithmetic, the same for every number of queries, threads and instruction set: the keys that a query
-// sees lie in blocks of kKeys positions and in sections (section_end), both fixed by position. Within a section blocks
+// sees are in blocks of kKeys positions and in sections (section_end), both fixed by position. Within a section blocks
 // follow each other with a running maximum; sections are merged in ascending order; the sink comes last.
 #pragma once
 #include <cstdint>
@@ -15,13 +15,13 @@ constexpr int64_t kKeys = 64;       // positions of a block
 constexpr int64_t kQueryRows = 128;  // most rows of queries (tokens x heads of a group) that share packed keys
 constexpr int64_t kSection = 512;    // positions of a section, until 1/16 of the position is more
 
-constexpr int64_t kLargestHead = 1024;  // dimensions of a head at most
+constexpr int64_t kMaxHeadDim = 1024;  // dimensions of a head at most
 
 // A row of d values; after int8 values comes their scale, a float.
 constexpr int64_t row_bytes(Store s, int64_t d) { return s == Store::f32 ? 4 * d : s == Store::bf16 ? 2 * d : d + 4; }
 
-// Keys and values of one KV head. Position p lies in row (p - first) % rows.
-struct Head {
+// Keys and values of one KV head. Position p is in row (p - first) % rows.
+struct CachedHead {
   Store store;
   const uint8_t *keys, *values;
   int64_t first, rows, d_k, d_v;
@@ -46,14 +46,14 @@ constexpr int64_t section_scratch(int64_t rows, int64_t d_k) {
   return 4 * (kKeys * (4 * 16 + lanes + 16 + d_k + 3) + lanes * (d_k + 3 + 3));
 }
 
-// One past the last position of the section that p lies in: 512 positions, later 1/16 to 1/32 of the position.
+// One past the last position of the section that holds p: 512 positions, later 1/16 to 1/32 of the position.
 inline int64_t section_end(int64_t p) {
   int64_t size = kSection;
   while (p >= 32 * size) size *= 2;
   return (p / size + 1) * size;
 }
 
-// One layer, one timeline: n new tokens behind `position` others.
+// One layer, one sequence: n new tokens behind `position` others.
 struct AttendCall {
   int64_t n, heads, kv_heads, d_k, d_v, rotary, position, window;
   const float* joined;       // [n][heads * d_k + kv_heads * (d_k + d_v)]
@@ -61,7 +61,7 @@ struct AttendCall {
   float value_scale, scale;  // of what goes into the cache; of the logits
   Store store;
   uint8_t *keys, *values;    // [kv_heads][head_rows][row_bytes]
-  int64_t head_rows, first, rows;  // see Head
+  int64_t head_rows, first, rows;  // see CachedHead
   const float* sink;         // [heads] or null
   float* out;                // [n][heads * d_v]
 };

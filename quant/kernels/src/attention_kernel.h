@@ -16,10 +16,10 @@
 namespace localmimo {
 namespace {
 
-constexpr float kNothing = -3.0e38f;  // a score that was never taken
+constexpr float kMasked = -3.0e38f;  // the score of a key that a query does not see
 
-inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class V>
 float exponential1(float x) {
@@ -34,11 +34,11 @@ void scale_row(float* x, int64_t n, float by) {
 }
 
 // The rows of one call over one section; S: what the cache holds. Rows go in groups of sixteen, one to a lane: keys are
-// then read where they lie, and nothing of the softmax crosses lanes. Values take the lanes when they are mixed.
+// then read from the cache, and nothing of the softmax crosses lanes. Values take the lanes when they are added up.
 template <class V, class S>
 class Section {
  public:
-  Section(const Head& h, const Queries& q, float* states, void* scratch)
+  Section(const CachedHead& h, const Queries& q, float* states, void* scratch)
       : h_(h),
         q_(q),
         rows_(q.tokens * q.group),
@@ -58,13 +58,13 @@ class Section {
     std::memset(queries_, 0, sizeof(typename S::Cell) * static_cast<size_t>(groups() * depth_));
     for (int64_t row = 0; row < rows_; ++row) {
       std::memset(states_ + row * stride_, 0, sizeof(float) * static_cast<size_t>(stride_));
-      states_[row * stride_ + wide_ + 1] = kNothing;
+      states_[row * stride_ + wide_ + 1] = kMasked;
       float* const words = keys_;
       words[words_ - 1] = 0.0f;
       units(row / 16)[row % 16] = S::query(q_.q + row * h_.d_k, h_.d_k, words);
       float* const lanes = reinterpret_cast<float*>(queries_ + row / 16 * depth_) + row % 16;
       for (int64_t w = 0; w < words_; ++w) std::memcpy(lanes + 16 * w, words + w, sizeof(float));
-      if (S::kIntegers) above(row / 16)[row % 16] = 128 * sum_of(words);
+      if (S::kIntegers) excess(row / 16)[row % 16] = 128 * sum_of(words);
     }
     for (int64_t start = begin; start < end; start += kKeys) block(start, end);
   }
@@ -74,9 +74,9 @@ class Section {
 
   int64_t groups() const { return (rows_ + 15) / 16; }
 
-  // Of integers: what those of each query are worth and by how much their products are too large; those of its weights.
+  // For int8: the scale of each query, the excess of its products, and the scale of its weights.
   float* units(int64_t group) const { return units_ + 48 * group; }
-  int32_t* above(int64_t group) const { return reinterpret_cast<int32_t*>(units(group) + 16); }
+  int32_t* excess(int64_t group) const { return reinterpret_cast<int32_t*>(units(group) + 16); }
   float* weight_units(int64_t group) const { return units(group) + 32; }
 
   int32_t sum_of(const float* codes) const {
@@ -88,26 +88,26 @@ class Section {
 
   // The tokens that see any of the block's positions, up to `end`, and those positions.
   void block(int64_t start, int64_t end) {
-    const int64_t first = greater(0, start - q_.position);
-    const int64_t last = lesser(q_.tokens, start + kKeys - 1 - q_.position + q_.window);
-    const int64_t begin = greater(start, q_.lowest());
-    end = lesser(lesser(end, start + kKeys), q_.last() + 1);
+    const int64_t first = max_of(0, start - q_.position);
+    const int64_t last = min_of(q_.tokens, start + kKeys - 1 - q_.position + q_.window);
+    const int64_t begin = max_of(start, q_.lowest());
+    end = min_of(min_of(end, start + kKeys), q_.last() + 1);
     if (first >= last || begin >= end) return;
     const int64_t from = first * q_.group / 16, to = (last * q_.group + 15) / 16;
     const Keys keys = keys_of(start, begin, end);
     if (S::kIntegers) read_scales(start, begin, end);
     for (int64_t group = from; group < to; ++group) {
       score(keys, start, begin - start, end - start, group, group == from);
-      for (int64_t row = group * 16; row < lesser(rows_, group * 16 + 16); ++row)
-        hide(start, end, row, [&](int64_t key) { scores_[key * 16 + row % 16] = kNothing; });
-      soften(start, end, group);
+      for (int64_t row = group * 16; row < min_of(rows_, group * 16 + 16); ++row)
+        for_hidden_keys(start, end, row, [&](int64_t key) { scores_[key * 16 + row % 16] = kMasked; });
+      softmax_weights(start, end, group);
     }
-    mix(start, begin, end, from, to);
+    add_values(start, begin, end, from, to);
   }
 
   struct Keys { const float* words; int64_t stride; };
 
-  // The words of keys begin to end - 1, where they lie if they can be read there.
+  // The words of keys begin to end - 1, in the cache if they can be read there.
   Keys keys_of(int64_t start, int64_t begin, int64_t end) {
     const int64_t size = row_bytes(S::kStore, h_.d_k), row = h_.row(begin);
     if (S::kAsStored && h_.d_k % S::kPer == 0 && row + end - begin <= h_.rows)
@@ -136,25 +136,25 @@ class Section {
     const int64_t row = h_.row(start + begin) - begin + kKeys;
     const Soon next{h_.keys + row * key, ahead ? (key + depth_ - 1) / depth_ : 0};
     const Soon after{h_.values + row * value, ahead ? (value + depth_ - 1) / depth_ : 0};
-    const Units worth{key_scales_, units(group), above(group)};
-    const Product<S> p{keys.words, keys.stride, queries_ + group * depth_, scores_, 16, depth_, {next, after}, worth};
+    const Units factors{key_scales_, units(group), excess(group)};
+    const Product<S> p{keys.words, keys.stride, queries_ + group * depth_, scores_, 16, depth_, {next, after}, factors};
     product_rows<V, S, false, 1, V::kKeyRows>(p, begin, end - begin);
-    for (int64_t i = 0; i < 16 * begin; ++i) scores_[i] = kNothing;
-    for (int64_t i = 16 * end; i < 16 * kKeys; ++i) scores_[i] = kNothing;
+    for (int64_t i = 0; i < 16 * begin; ++i) scores_[i] = kMasked;
+    for (int64_t i = 16 * end; i < 16 * kKeys; ++i) scores_[i] = kMasked;
   }
 
   // Calls use(key) for the keys of the block that a row does not see.
   template <class Use>
-  void hide(int64_t start, int64_t end, int64_t row, Use use) const {
+  void for_hidden_keys(int64_t start, int64_t end, int64_t row, Use use) const {
     const int64_t position = q_.position + row / q_.group;
-    for (int64_t key = 0; key < lesser(position - q_.window + 1 - start, kKeys); ++key) use(key);
-    for (int64_t key = greater(0, lesser(position + 1, end) - start); key < kKeys; ++key) use(key);
+    for (int64_t key = 0; key < min_of(position - q_.window + 1 - start, kKeys); ++key) use(key);
+    for (int64_t key = max_of(0, min_of(position + 1, end) - start); key < kKeys; ++key) use(key);
   }
 
   // Turns the scores of a group into weights against the running maxima of its rows.
-  void soften(int64_t start, int64_t end, int64_t group) {
+  void softmax_weights(int64_t start, int64_t end, int64_t group) {
     float* const states = states_ + group * 16 * stride_;
-    const int64_t n = lesser(16, rows_ - group * 16);
+    const int64_t n = min_of(16, rows_ - group * 16);
     alignas(64) float sums[16] = {}, most[16], factors[16];
     for (int64_t i = 0; i < 16; ++i) most[i] = i < n ? states[i * stride_ + wide_ + 1] : 0.0f;
     typename V::F high[4];
@@ -176,7 +176,7 @@ class Section {
       typename V::F p[4];
       for (int j = 0; j < 4; ++j) p[j] = exponential<V>(V::sub(V::load(scores_ + 16 * (k + j)), now));
       if (!whole)
-        for (int j = 0; j < 4; ++j) p[j] = V::seen(V::load(scores_ + 16 * (k + j)), kNothing, p[j]);
+        for (int j = 0; j < 4; ++j) p[j] = V::seen(V::load(scores_ + 16 * (k + j)), kMasked, p[j]);
       if constexpr (S::kIntegers)
         for (int j = 0; j < 4; ++j) V::store(scores_ + 16 * (k + j), p[j]);
       else
@@ -211,15 +211,15 @@ class Section {
 
   // Whether any row of a group does not see all of the block.
   bool hidden(int64_t start, int64_t end, int64_t group) const {
-    const int64_t last = lesser(rows_, group * 16 + 16) - 1;
+    const int64_t last = min_of(rows_, group * 16 + 16) - 1;
     const int64_t low = q_.position + group * 16 / q_.group, high = q_.position + last / q_.group;
     return end < start + kKeys || low + 1 < start + kKeys || high - q_.window + 1 > start;
   }
 
   // states += weights times the values of positions begin to end - 1.
-  void mix(int64_t start, int64_t begin, int64_t end, int64_t from, int64_t to) {
+  void add_values(int64_t start, int64_t begin, int64_t end, int64_t from, int64_t to) {
     const int64_t first = (begin - start) / S::kPer, count = (end - start + S::kPer - 1) / S::kPer - first;
-    const int64_t n = lesser(rows_ - from * 16, 16);
+    const int64_t n = min_of(rows_ - from * 16, 16);
     const int64_t most = 4 * n <= V::kSums ? 4 : 2;
     Values values(h_, start + first * S::kPer, count * S::kPer, begin, end);
     for (int64_t d = 0; d < wide_;) {
@@ -227,9 +227,9 @@ class Section {
       for (int64_t c = 0; c < cells; ++c) values.pack(d + 16 * c, count, cells, cells_ + c);
       for (int64_t group = from; group < to; ++group) {
         const float* weights = weights_ + group * kWeights + first * S::kWords * 16;
-        const Units worth{weight_units(group), nullptr, nullptr};
-        const Product<S> p{weights, 0, cells_, states_ + group * 16 * stride_ + d, stride_, count, {}, worth};
-        const int64_t rows = lesser(rows_ - group * 16, 16);
+        const Units factors{weight_units(group), nullptr, nullptr};
+        const Product<S> p{weights, 0, cells_, states_ + group * 16 * stride_ + d, stride_, count, {}, factors};
+        const int64_t rows = min_of(rows_ - group * 16, 16);
         if (cells == 4) product_rows<V, S, true, 4, V::kSums / 4>(p, 0, rows);
         else if (cells == 2) product_rows<V, S, true, 2, V::kSums / 2>(p, 0, rows);
         else product_rows<V, S, true, 1, V::kSums>(p, 0, rows);
@@ -241,8 +241,8 @@ class Section {
   // The rows of some positions' values; before `begin` and from `end` on zeros stand in.
   class Values {
    public:
-    Values(const Head& h, int64_t from, int64_t n, int64_t begin, int64_t end) : d_v_(h.d_v), n_(n) {
-      static const uint8_t zeros[4 * kLargestHead] = {};
+    Values(const CachedHead& h, int64_t from, int64_t n, int64_t begin, int64_t end) : d_v_(h.d_v), n_(n) {
+      static const uint8_t zeros[4 * kMaxHeadDim] = {};
       const int64_t size = row_bytes(S::kStore, d_v_);
       for (int64_t i = 0; i < n; ++i) {
         const bool seen = from + i >= begin && from + i < end;
@@ -274,7 +274,7 @@ class Section {
     float tails_[kKeys][16];  // floats, because they may be read as such
   };
 
-  const Head& h_;
+  const CachedHead& h_;
   const Queries& q_;
   const int64_t rows_, wide_, stride_, depth_, words_;
   float* const states_;
@@ -289,7 +289,7 @@ class Section {
 
 // The states of all rows over the positions from `begin`, on a block's boundary, to `end`.
 template <class V>
-void attend_section(const Head& h, const Queries& q, int64_t begin, int64_t end, float* states, void* scratch) {
+void attend_section(const CachedHead& h, const Queries& q, int64_t begin, int64_t end, float* states, void* scratch) {
   if (h.store == Store::f32) Section<V, Exact<V>>(h, q, states, scratch).run(begin, end);
   else if (h.store == Store::bf16) Section<V, Pairs<typename V::ByPairs>>(h, q, states, scratch).run(begin, end);
   else Section<V, Quads<V, typename V::ByQuads>>(h, q, states, scratch).run(begin, end);
@@ -300,8 +300,8 @@ template <class V>
 void merge_states(float* into, const float* later, int64_t d_v) {
   const int64_t n = padded16(d_v);
   const float a = into[n + 1], b = later[n + 1];
-  if (b <= kNothing) return;
-  if (a <= kNothing) {
+  if (b <= kMasked) return;
+  if (a <= kMasked) {
     std::memcpy(into, later, sizeof(float) * static_cast<size_t>(n + 2));
     return;
   }

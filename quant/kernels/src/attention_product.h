@@ -1,4 +1,4 @@
-// c [rows][16 cells] = or, where a lies in columns, += a [rows][depth] b [depth][cells]. Every element of c is one
+// c [rows][16 cells] = or, where a is stored in columns, += a [rows][depth] b [depth][cells]. Every element of c is one
 // chain over depth; what a and b hold and how they are multiplied is up to the policy S (attention_store.h).
 #pragma once
 #include <cstdint>
@@ -14,8 +14,8 @@ struct Soon {
   int64_t portion;
 };
 
-// What sums of integers are worth: a factor for each row, and where rows are keys one for each lane, which is also too
-// large by `above` to begin with.
+// The scales of integer sums: a factor for each row, and where rows are keys one for each lane, from which `above` is
+// subtracted first.
 struct Units {
   const float *rows, *lanes;
   const int32_t* above;

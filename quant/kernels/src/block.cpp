@@ -13,13 +13,13 @@ namespace {
 
 constexpr int64_t kSmall = 200000;  // elements below which a hand-over to the pool costs more than it gains
 
-struct Memory {
+struct BlockBuffers {
   std::mutex turn;
   std::vector<float> normed, wide, mixed, result, inner;
 };
 
-Memory& memory() {
-  static Memory* m = new Memory;
+BlockBuffers& block_buffers() {
+  static BlockBuffers* m = new BlockBuffers;
   return *m;
 }
 
@@ -29,7 +29,7 @@ float* grown(std::vector<float>& v, int64_t n) {
 }
 
 // A prompt's buffers are not kept: they are as large as the plan's workspace, which others use too.
-void shrink(Memory& m, int64_t n) {
+void shrink(BlockBuffers& m, int64_t n) {
   if (n > 64)
     for (std::vector<float>* v : {&m.normed, &m.wide, &m.mixed, &m.result, &m.inner}) std::vector<float>().swap(*v);
 }
@@ -61,8 +61,8 @@ void silu(float* gate, const float* up, int64_t n) {
   std::memcpy(gate + whole, g, sizeof(float) * static_cast<size_t>(n - whole));
 }
 
-void attention(const Block& b, const std::vector<Piece>& pieces, const float* joined, float* mixed) {
-  for (const Piece& p : pieces) {
+void attention(const LayerBlock& b, const std::vector<SequenceRows>& sequences, const float* joined, float* mixed) {
+  for (const SequenceRows& p : sequences) {
     attend({p.n, b.heads, b.kv_heads, b.d_k, b.d_v, p.rotary, p.position, b.window, joined, p.cos, p.sin,
             b.value_scale, b.scale, p.store, p.keys, p.values, p.rows, p.first, p.rows, b.sink, mixed});
     joined += p.n * b.qkv.rows;
@@ -70,7 +70,7 @@ void attention(const Block& b, const std::vector<Piece>& pieces, const float* jo
   }
 }
 
-void choose(const Block& b, int64_t n, const float* normed, Memory& m, int64_t* chosen, float* weights) {
+void choose(const LayerBlock& b, int64_t n, const float* normed, BlockBuffers& m, int64_t* chosen, float* weights) {
   const float* x = normed;
   if (b.rounded) {
     float* rounded = grown(m.normed, n * b.hidden);
@@ -80,7 +80,7 @@ void choose(const Block& b, int64_t n, const float* normed, Memory& m, int64_t* 
   route({n, b.hidden, b.n_experts, b.top_k, x, b.router, b.bias, b.routed_scale, b.normalise, chosen, weights});
 }
 
-void dense(const Block& b, int64_t n, Memory& m, float* x, float* result) {
+void dense(const LayerBlock& b, int64_t n, BlockBuffers& m, float* x, float* result) {
   const int64_t inner = b.gate.rows;
   float *gate = grown(m.wide, n * inner), *up = grown(m.inner, n * inner);
   linear(b.gate, m.normed.data(), false, n, gate);
@@ -94,17 +94,17 @@ void dense(const Block& b, int64_t n, Memory& m, float* x, float* result) {
 
 }  // namespace
 
-void run_block(const Block& b, const std::vector<Piece>& pieces, float* x, float* normed, int64_t* chosen,
+void run_block(const LayerBlock& b, const std::vector<SequenceRows>& sequences, float* x, float* normed, int64_t* chosen,
                float* weights) {
-  Memory& m = memory();
+  BlockBuffers& m = block_buffers();
   std::lock_guard<std::mutex> turn(m.turn);
   int64_t n = 0;
-  for (const Piece& p : pieces) n += p.n;
+  for (const SequenceRows& p : sequences) n += p.n;
   float *first = grown(m.normed, n * b.hidden), *joined = grown(m.wide, n * b.qkv.rows);
   float *mixed = grown(m.mixed, n * b.o.cols), *result = grown(m.result, n * b.hidden);
   rms_norm(x, nullptr, b.attn_norm, b.eps, n, b.hidden, first);
   linear(b.qkv, first, false, n, joined);
-  attention(b, pieces, joined, mixed);
+  attention(b, sequences, joined, mixed);
   linear(b.o, mixed, false, n, result);
   rms_norm(x, result, b.mlp_norm, b.eps, n, b.hidden, b.routed ? normed : first);
   if (b.routed) choose(b, n, normed, m, chosen, weights);

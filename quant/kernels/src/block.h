@@ -1,5 +1,5 @@
-// Block: norm, projections, attention, residual, norm, and the router or a dense MLP of one layer in one call, so that
-// a token costs few hand-overs between languages. The same arithmetic as its parts called one by one.
+// A layer in one call, so that a token costs few calls from Python: norm, projections, attention, residual, norm, and the
+// router or a dense MLP. The same arithmetic as its parts called one by one.
 #pragma once
 #include <vector>
 
@@ -8,7 +8,7 @@
 
 namespace localmimo {
 
-struct Block {
+struct LayerBlock {
   int64_t hidden, heads, kv_heads, d_k, d_v, window;
   float eps, scale, value_scale;
   const float *attn_norm, *mlp_norm, *sink;
@@ -22,8 +22,8 @@ struct Block {
   Matrix gate, up, down;
 };
 
-// New rows of one timeline: where they go in its cache, and their rotation.
-struct Piece {
+// New rows of one sequence: their rows in its cache, and their rotation.
+struct SequenceRows {
   int64_t n, position;
   const float *cos, *sin;  // [n][rotary / 2]
   int64_t rotary;
@@ -32,9 +32,9 @@ struct Piece {
   int64_t rows, first;
 };
 
-// x [n][hidden], the pieces' rows one after the other, becomes the residual stream behind attention, or behind a dense
+// x [n][hidden], the sequences' rows one after the other, becomes the residual stream behind attention, or behind a dense
 // MLP. With a router `normed` [n][hidden], `chosen` and `weights` [n][top_k] say what the experts are to do.
-void run_block(const Block& b, const std::vector<Piece>& pieces, float* x, float* normed, int64_t* chosen,
+void run_block(const LayerBlock& b, const std::vector<SequenceRows>& sequences, float* x, float* normed, int64_t* chosen,
                float* weights);
 
 }  // namespace localmimo

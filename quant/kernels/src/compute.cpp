@@ -29,7 +29,7 @@ struct Scratch {
 };
 
 // Pointers to the quantised rows of a list of tokens.
-struct RowList {
+struct ActivationRows {
   std::vector<const int16_t*> codes;
   std::vector<const float*> scales;
   void clear() {
@@ -40,31 +40,31 @@ struct RowList {
     codes.push_back(from.codes(i));
     scales.push_back(from.scales(i));
   }
-  Rows at(int64_t i) const { return {codes.data() + i, scales.data() + i}; }
+  ActivationPointers at(int64_t i) const { return {codes.data() + i, scales.data() + i}; }
 };
 
 // What a call keeps for the next one; guarded by the pool's turn.
-struct State {
+struct ComputeBuffers {
   Activations x, inner;
-  RowList rows, inner_rows;
+  ActivationRows rows, inner_rows;
 };
 
-State& state() {
-  static State* s = new State;
+ComputeBuffers& compute_buffers() {
+  static ComputeBuffers* s = new ComputeBuffers;
   return *s;
 }
 
 // Where the bytes of a strip begin, or of the end of the matrix.
-struct Place {
+struct StripAddress {
   const uint8_t *codes = nullptr, *scales = nullptr;
 };
 
-Place place(const Matrix& w, int64_t strip) {
+StripAddress strip_address(const Matrix& w, int64_t strip) {
   const int64_t block = std::min(2 * strip, row_groups(w.rows)) * blocks(w.format, w.cols);
   return {w.codes + block * codes_per_block(w.format), w.scales + block * scales_per_block(w.format)};
 }
 
-Course course(const Place& end, const Place& next) { return {{end.codes, next.codes}, {end.scales, next.scales}}; }
+ReadAhead read_ahead(const StripAddress& end, const StripAddress& next) { return {{end.codes, next.codes}, {end.scales, next.scales}}; }
 
 // Strips of one unit: at the start of each the hardware's prefetchers begin anew (on Zen 4 with two threads and a read
 // of 57 GB/s, one token: 0.80 of it in nf4 and 0.88 in int8 by 4 strips, 0.87 and 0.97 by 16), and strips that share
@@ -76,7 +76,7 @@ int64_t unit_strips(int64_t n_strips, int threads, int64_t n_tokens) {
 
 int64_t strips(int64_t rows) { return ceil_div(rows, kStrip); }
 
-// Puts n outputs at place `at` of y.
+// Puts n outputs from index `at` of y on.
 void put(const Kernels& k, const float* from, int64_t n, void* y, bool half, int64_t at) {
   if (half) {
     k.to_bf16(from, n, static_cast<uint16_t*>(y) + at);
@@ -93,7 +93,7 @@ Matrix part(const uint8_t* page, const PageShape& shape, const PageShape::Part& 
 class LayerCall {
  public:
   LayerCall(const PageShape& shape, const Routing& routing, float* out)
-      : shape_(shape), routing_(routing), out_(out), k_(kernels()), pool_(Pool::instance()), s_(state()) {}
+      : shape_(shape), routing_(routing), out_(out), k_(kernels()), pool_(Pool::instance()), s_(compute_buffers()) {}
 
   void run(const void* x, bool half, int64_t n) {
     const int64_t pairs = routing_.first[routing_.n_experts];
@@ -113,23 +113,23 @@ class LayerCall {
  private:
   void inner_phase() {
     const int64_t inner = padded_cols(shape_.inner) / kStrip;
-    const int64_t wide = unit_strips(inner * routing_.n_experts, pool_.threads(), most_tokens());
+    const int64_t wide = unit_strips(inner * routing_.n_experts, pool_.threads(), max_tokens());
     const int64_t per_expert = ceil_div(inner, wide);
     pool_.run(routing_.n_experts * per_expert, [&](int64_t unit, int64_t next, int thread) {
       const int64_t first = unit % per_expert * wide, last = std::min(first + wide, inner);
-      const Place on = next < 0 ? Place{} : place(gate(next / per_expert), next % per_expert * wide);
+      const StripAddress on = next < 0 ? StripAddress{} : strip_address(gate(next / per_expert), next % per_expert * wide);
       inner_strips(unit / per_expert, first, last, on, Scratch(pool_.scratch(thread)));
     }, 2 * matrix_work() <= kAlone);
   }
 
   void outer_phase() {
-    const int64_t outer = strips(shape_.hidden), high = unit_strips(outer, pool_.threads(), most_tokens());
+    const int64_t outer = strips(shape_.hidden), high = unit_strips(outer, pool_.threads(), max_tokens());
     pool_.run(ceil_div(outer, high), [&](int64_t unit, int64_t next, int thread) {
       const int64_t first = unit * high, last = std::min(first + high, outer);
       for (int64_t e = 0; e < routing_.n_experts; ++e) {
-        const Place on = e + 1 < routing_.n_experts ? place(down(e + 1), first)
-                         : next < 0                 ? Place{}
-                                                    : place(down(0), next * high);
+        const StripAddress on = e + 1 < routing_.n_experts ? strip_address(down(e + 1), first)
+                         : next < 0                 ? StripAddress{}
+                                                    : strip_address(down(0), next * high);
         outer_strips(e, first, last, on, Scratch(pool_.scratch(thread)));
       }
     }, matrix_work() <= kAlone);
@@ -141,7 +141,7 @@ class LayerCall {
 
   int64_t matrix_work() const { return routing_.first[routing_.n_experts] * shape_.hidden * shape_.inner; }
 
-  int64_t most_tokens() const {
+  int64_t max_tokens() const {
     int64_t most = 0;
     for (int64_t e = 0; e < routing_.n_experts; ++e)
       most = std::max(most, routing_.first[e + 1] - routing_.first[e]);
@@ -149,10 +149,10 @@ class LayerCall {
   }
 
   // 32 inner columns per strip of one expert: gate, up, SiLU, and quantised for `down`.
-  void inner_strips(int64_t e, int64_t first, int64_t last, const Place& next, Scratch scratch) {
+  void inner_strips(int64_t e, int64_t first, int64_t last, const StripAddress& next, Scratch scratch) {
     const int64_t begin = routing_.first[e], end = routing_.first[e + 1];
     const Matrix g = gate(e), u = up(e);
-    const Course gates = course(place(g, last), place(u, first)), ups = course(place(u, last), next);
+    const ReadAhead gates = read_ahead(strip_address(g, last), strip_address(u, first)), ups = read_ahead(strip_address(u, last), next);
     for (int64_t i = begin; i < end; i += kTokens) {
       const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
       const int true_strips = static_cast<int>(std::min(last, strips(shape_.inner)) - first);
@@ -183,19 +183,19 @@ class LayerCall {
   }
 
   // 32 output columns per strip of one expert, weighted and added.
-  void outer_strips(int64_t e, int64_t first, int64_t last, const Place& next, Scratch scratch) {
+  void outer_strips(int64_t e, int64_t first, int64_t last, const StripAddress& next, Scratch scratch) {
     const int64_t begin = routing_.first[e], end = routing_.first[e + 1];
     const Matrix w = down(e);
-    const Course on = course(place(w, last), next);
+    const ReadAhead on = read_ahead(strip_address(w, last), next);
     for (int64_t i = begin; i < end; i += kTokens) {
       const int n = static_cast<int>(std::min<int64_t>(kTokens, end - i));
       k_.product(w, first, static_cast<int>(last - first), s_.inner_rows.at(i), n, scratch.first, scratch.panel, on);
       for (int64_t s = first; s < last; ++s)
-        for (int t = 0; t < n; ++t) deliver(scratch.first + ((s - first) * n + t) * kStrip, i + t, s);
+        for (int t = 0; t < n; ++t) add_output(scratch.first + ((s - first) * n + t) * kStrip, i + t, s);
     }
   }
 
-  void deliver(const float* from, int64_t pair, int64_t strip) {
+  void add_output(const float* from, int64_t pair, int64_t strip) {
     const int64_t rows = std::min<int64_t>(kStrip, shape_.hidden - strip * kStrip);
     float* to = out_ + routing_.to[pair] * shape_.hidden + strip * kStrip;
     const float weight = routing_.weight[pair];
@@ -211,7 +211,7 @@ class LayerCall {
   float* out_;
   const Kernels& k_;
   Pool& pool_;
-  State& s_;
+  ComputeBuffers& s_;
 };
 
 }  // namespace
@@ -220,7 +220,7 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, void* y) {
   Pool& pool = Pool::instance();
   std::lock_guard<std::mutex> turn(pool.turn());
   const Kernels& k = kernels();
-  State& s = state();
+  ComputeBuffers& s = compute_buffers();
   pool.reserve(kThreadBytes);
   s.x.fill(pool, k, x, half, n, w.cols, w.format);
   s.rows.clear();
@@ -230,7 +230,7 @@ void linear(const Matrix& w, const void* x, bool half, int64_t n, void* y) {
   pool.run(ceil_div(n_strips, high), [&](int64_t unit, int64_t next, int thread) {
     const Scratch scratch(pool.scratch(thread));
     const int64_t first = unit * high, last = std::min(first + high, n_strips);
-    const Course on = course(place(w, last), next < 0 ? Place{} : place(w, next * high));
+    const ReadAhead on = read_ahead(strip_address(w, last), next < 0 ? StripAddress{} : strip_address(w, next * high));
     for (int64_t i = 0; i < n; i += kTokens) {
       const int count = static_cast<int>(std::min<int64_t>(kTokens, n - i));
       k.product(w, first, static_cast<int>(last - first), s.rows.at(i), count, scratch.first, scratch.panel, on);

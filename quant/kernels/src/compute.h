@@ -1,4 +1,4 @@
-// Compute: the entries: a packed matrix, a layer's experts, and packing. Knows no Python.
+// Compute: products with a packed matrix and with a layer's experts, and packing. Knows no Python.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ namespace localmimo {
 // y [n, rows] = x [n, cols] W^T; x and y are float32, or bf16 when `half`.
 void linear(const Matrix& w, const void* x, bool half, int64_t n, void* y);
 
-// Where the nine parts of an expert lie in its page.
+// The offsets of the nine parts of an expert in its page.
 struct PageShape {
   Format format;
   int64_t hidden, inner;

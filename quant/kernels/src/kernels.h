@@ -10,7 +10,7 @@
 namespace localmimo {
 
 // Quantised activations of some tokens, reached through one pointer per token.
-struct Rows {
+struct ActivationPointers {
   const int16_t* const* codes;  // [n][padded_cols]
   const float* const* scales;   // [n][padded_cols / 32]
 };
@@ -32,9 +32,9 @@ struct Book {
   int n_steps;
 };
 
-// Bytes that a thread reads one after the other, up to `end`, and where it goes on after that: prefetching runs ahead
-// of the kernel, over the end of a stretch into the next.
-struct Stretch {
+// Bytes that a thread reads one after the other, up to `end`, and the address at which it continues: prefetching runs
+// ahead of the kernel, over the end of a range into the next.
+struct ReadRange {
   const uint8_t* end;
   const uint8_t* next;  // null: nowhere
   const uint8_t* ahead(const uint8_t* p, int64_t distance) const {
@@ -45,9 +45,9 @@ struct Stretch {
   }
 };
 
-// The two stretches of a packed matrix.
-struct Course {
-  Stretch codes, scales;
+// The two ranges of a packed matrix.
+struct ReadAhead {
+  ReadRange codes, scales;
 };
 
 struct Kernels {
@@ -55,8 +55,8 @@ struct Kernels {
   // x [cols] -> codes [padded], scales [padded / 32]; columns beyond `cols` become 0.
   void (*quantise)(const float* x, int64_t cols, int top, int16_t* codes, float* scales);
   // out[(s * n_tokens + t) * kStrip + r] = row (strip + s) * kStrip + r of W times token t.
-  void (*product)(const Matrix& w, int64_t strip, int n_strips, const Rows& x, int n_tokens, float* out,
-                  void* scratch, const Course& course);
+  void (*product)(const Matrix& w, int64_t strip, int n_strips, const ActivationPointers& x, int n_tokens, float* out,
+                  void* scratch, const ReadAhead& read_ahead);
   // gate[i] = silu(gate[i]) * up[i]
   void (*silu_mul)(float* gate, const float* up, int64_t n);
   // Packs up to 16 rows of w / scale, row-major, into one row group; returns the squared error.
@@ -65,7 +65,7 @@ struct Kernels {
   // The exclusive or of n bytes, a multiple of 256: nothing but reading.
   uint64_t (*read)(const uint8_t* data, size_t n);
   // Attention and the router: see attention_kernel.h.
-  void (*attend_section)(const Head& h, const Queries& q, int64_t begin, int64_t end, float* states, void* scratch);
+  void (*attend_section)(const CachedHead& h, const Queries& q, int64_t begin, int64_t end, float* states, void* scratch);
   void (*merge_states)(float* into, const float* later, int64_t d_v);
   void (*finish_state)(const float* state, const float* sink, int64_t d_v, float* out);
   // out[r * n_experts + e] = x[r] . w[e] for rows of n floats

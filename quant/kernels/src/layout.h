@@ -1,4 +1,4 @@
-// Layout: where the parts of a packed matrix lie and how its bytes are read. Knows no thread, no
+// Layout: the positions of a packed matrix's parts and the order of its bytes. Knows no thread, no
 // instruction set and no Python.
 #pragma once
 #include <cstddef>

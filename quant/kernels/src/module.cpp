@@ -1,4 +1,4 @@
-// The Python face. Addresses come in as integers: `quant/kernels/__init__.py` has compared every
+// The Python bindings. Addresses come in as integers: `quant/kernels/__init__.py` has compared every
 // tensor's type, size and layout with the codec before it hands out a pointer.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -56,9 +56,9 @@ void check_apart(const int64_t* at, int64_t n, int64_t limit) {
 }
 
 // A matrix whose parts Python has checked once; it keeps them alive for as long as this lives.
-struct PackedMatrix {
+struct PyMatrix {
   Matrix w;
-  PackedMatrix(int format, int64_t rows, int64_t cols, Address codes, Address scales, Address scale)
+  PyMatrix(int format, int64_t rows, int64_t cols, Address codes, Address scales, Address scale)
       : w(matrix(format, rows, cols, codes, scales, scale)) {}
 
   void multiply(Address x, bool half, int64_t n, Address y) const {
@@ -68,9 +68,9 @@ struct PackedMatrix {
 };
 
 // What the experts of one page layout need of it. offsets: codes, scales, scale (-1: none) of gate, up and down.
-struct PackedExperts {
+struct PyExperts {
   PageShape shape;
-  PackedExperts(int format, int64_t hidden, int64_t inner, const std::vector<int64_t>& o) {
+  PyExperts(int format, int64_t hidden, int64_t inner, const std::vector<int64_t>& o) {
     if (o.size() != 9) throw nb::value_error("an expert page has nine part offsets");
     shape = {format_of(format), hidden, inner, {o[0], o[1], o[2]}, {o[3], o[4], o[5]}, {o[6], o[7], o[8]}};
   }
@@ -92,7 +92,7 @@ struct PackedExperts {
     std::vector<float> weights;
     for (size_t i = 0; i < pages.size(); ++i) {
       if (spans[2 * i] < 0 || spans[2 * i] > spans[2 * i + 1] || spans[2 * i + 1] > n_places)
-        throw nb::value_error("A span lies outside of the places.");
+        throw nb::value_error("A span is outside of the places.");
       to.insert(to.end(), at<int64_t>(places) + spans[2 * i], at<int64_t>(places) + spans[2 * i + 1]);
       first.push_back(static_cast<int64_t>(to.size()));
     }
@@ -137,10 +137,10 @@ void py_attend(const std::vector<int64_t>& shape, Address joined, Address cos, A
 
 // sizes: hidden, heads, kv_heads, d_k, d_v, window. factors: eps, the logits' and the values' scale. norms: attention's,
 // the MLP's, the sink (0: none). matrices: qkv, o, and without a router gate, up, down.
-struct PackedBlock {
-  Block b;
-  PackedBlock(const std::vector<int64_t>& sizes, const std::vector<float>& factors, const std::vector<Address>& norms,
-              const std::vector<PackedMatrix>& matrices, int64_t n_experts, int64_t top_k, Address router, Address bias,
+struct PyBlock {
+  LayerBlock b;
+  PyBlock(const std::vector<int64_t>& sizes, const std::vector<float>& factors, const std::vector<Address>& norms,
+              const std::vector<PyMatrix>& matrices, int64_t n_experts, int64_t top_k, Address router, Address bias,
               float routed_scale, bool normalise, bool rounded) {
     const bool routed = n_experts > 0;
     if (sizes.size() != 6 || factors.size() != 3 || norms.size() != 3 || matrices.size() != (routed ? 2u : 5u))
@@ -155,16 +155,16 @@ struct PackedBlock {
   // places: n, position, cos, sin, rotated dimensions, storage, keys, values, rows, the first's position of each piece.
   void run(const std::vector<int64_t>& places, Address x, Address normed, Address chosen, Address weights) const {
     if (places.empty() || places.size() % 10) throw nb::value_error("a piece has ten numbers");
-    std::vector<Piece> pieces;
+    std::vector<SequenceRows> sequences;
     for (size_t i = 0; i < places.size(); i += 10) {
       const int64_t* p = places.data() + i;
       if (p[5] < 0 || p[5] > 2) throw nb::value_error("unknown storage of keys and values");
       const auto address = [&](int j) { return static_cast<Address>(p[j]); };
-      pieces.push_back({p[0], p[1], at<float>(address(2)), at<float>(address(3)), p[4], static_cast<Store>(p[5]),
+      sequences.push_back({p[0], p[1], at<float>(address(2)), at<float>(address(3)), p[4], static_cast<Store>(p[5]),
                         at<uint8_t>(address(6)), at<uint8_t>(address(7)), p[8], p[9]});
     }
     nb::gil_scoped_release release;
-    run_block(b, pieces, at<float>(x), at<float>(normed), at<int64_t>(chosen), at<float>(weights));
+    run_block(b, sequences, at<float>(x), at<float>(normed), at<int64_t>(chosen), at<float>(weights));
   }
 };
 
@@ -224,17 +224,17 @@ bool pin(const std::vector<int>& cpus) {
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels over packed bytes; use quant.kernels, which checks sizes.";
-  nb::class_<PackedMatrix>(m, "Matrix")
+  nb::class_<PyMatrix>(m, "Matrix")
       .def(nb::init<int, int64_t, int64_t, Address, Address, Address>())
-      .def("multiply", &PackedMatrix::multiply);
-  nb::class_<PackedExperts>(m, "Experts")
+      .def("multiply", &PyMatrix::multiply);
+  nb::class_<PyExperts>(m, "Experts")
       .def(nb::init<int, int64_t, int64_t, const std::vector<int64_t>&>())
-      .def("run", &PackedExperts::run)
-      .def("run_places", &PackedExperts::run_places);
-  nb::class_<PackedBlock>(m, "Block")
+      .def("run", &PyExperts::run)
+      .def("run_places", &PyExperts::run_places);
+  nb::class_<PyBlock>(m, "LayerBlock")
       .def(nb::init<const std::vector<int64_t>&, const std::vector<float>&, const std::vector<Address>&,
-                    const std::vector<PackedMatrix>&, int64_t, int64_t, Address, Address, float, bool, bool>())
-      .def("run", &PackedBlock::run);
+                    const std::vector<PyMatrix>&, int64_t, int64_t, Address, Address, float, bool, bool>())
+      .def("run", &PyBlock::run);
   m.def("attend", &py_attend);
   m.def("rms_norm", &py_rms_norm);
   m.def("route", &py_route);

@@ -17,7 +17,7 @@ namespace localmimo {
 namespace {
 
 // Calls follow each other within a millisecond while tokens are made, and waking a sleeper takes some
-// 100 us in a virtual machine. After kSpin the waiting gives way to whoever else wants the core.
+// 100 us in a virtual machine. After kSpin a waiting thread yields its core to others.
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr auto kYield = std::chrono::microseconds(1000);
 
@@ -84,8 +84,8 @@ void Pool::start() {
     // After a fork the workers are gone: forget their handles and counters instead of joining them.
     new std::vector<std::thread>(std::move(workers_));
     workers_.clear();
-    bed_.release();
-    bed_.reset(new Bed);
+    sleep_.release();
+    sleep_.reset(new Sleep);
     sleepers_ = 0;
     inside_ = 0;
   }
@@ -97,10 +97,10 @@ void Pool::start() {
 void Pool::stop() {
   if (owner_pid_ != process()) return;
   {
-    std::lock_guard<std::mutex> lock(bed_->mutex);
+    std::lock_guard<std::mutex> lock(sleep_->mutex);
     stopping_ = true;
   }
-  bed_->wake.notify_all();
+  sleep_->wake.notify_all();
   for (auto& worker : workers_) worker.join();
   workers_.clear();
   stopping_ = false;
@@ -119,9 +119,9 @@ void Pool::reserve(size_t bytes) {
 }
 
 void Pool::take(int thread) {
-  const auto claim = [this] { return next_.fetch_add(1, std::memory_order_relaxed); };
-  for (int64_t unit = claim(); unit < n_units_;) {
-    const int64_t next = claim();
+  const auto take_next = [this] { return next_.fetch_add(1, std::memory_order_relaxed); };
+  for (int64_t unit = take_next(); unit < n_units_;) {
+    const int64_t next = take_next();
     (*unit_)(unit, next < n_units_ ? next : -1, thread);
     unit = next;
   }
@@ -137,9 +137,9 @@ bool Pool::wait_for_job(uint64_t seen) {
       std::this_thread::yield();
       continue;
     }
-    std::unique_lock<std::mutex> lock(bed_->mutex);
+    std::unique_lock<std::mutex> lock(sleep_->mutex);
     ++sleepers_;
-    bed_->wake.wait(lock, [&] { return job_.load() != seen || stopping_.load(); });
+    sleep_->wake.wait(lock, [&] { return job_.load() != seen || stopping_.load(); });
     --sleepers_;
   }
   return !stopping_.load();
@@ -168,12 +168,12 @@ void Pool::run(int64_t n, const Unit& unit, bool alone) {
   open_.store(true);
   job_.fetch_add(1);
   if (sleepers_.load() > 0) {
-    { std::lock_guard<std::mutex> lock(bed_->mutex); }
-    bed_->wake.notify_all();
+    { std::lock_guard<std::mutex> lock(sleep_->mutex); }
+    sleep_->wake.notify_all();
   }
   take(0);
   open_.store(false);
-  // Every unit is claimed; those of others are done when nobody is inside any more.
+  // Every unit is taken; those of other threads are done when no thread is inside any more.
   for (int i = 0; inside_.load() != 0; ++i) {
     if (i < 4096) relax();
     else std::this_thread::yield();

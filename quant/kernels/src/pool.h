@@ -11,7 +11,7 @@
 
 namespace localmimo {
 
-// The calling thread always takes part, so n threads need n - 1 workers. Units are claimed one ahead:
+// The calling thread always takes part, so n threads need n - 1 workers. Units are taken one ahead:
 // a thread that the system holds back delays at most the two units it holds. Workers spin briefly after a
 // job, because a layer's two phases and the next layer's call follow within microseconds, then sleep.
 class Pool {
@@ -52,11 +52,11 @@ class Pool {
   std::vector<std::unique_ptr<char[]>> memory_;
   size_t scratch_bytes_ = 0;
 
-  struct Bed {
+  struct Sleep {
     std::mutex mutex;
     std::condition_variable wake;
   };
-  std::unique_ptr<Bed> bed_{new Bed};  // replaced after a fork, where it would remember dead sleepers
+  std::unique_ptr<Sleep> sleep_{new Sleep};  // replaced after a fork, where it would count threads that no longer exist
   std::atomic<uint64_t> job_{0};  // counts jobs; a change is the signal
   std::atomic<bool> open_{false};
   std::atomic<bool> stopping_{false};

@@ -92,7 +92,7 @@ inline float end_factor(const Matrix& w) {
 
 // n tokens, one row group, straight from the packed bytes.
 template <class V, Format f, int n>
-void direct(const Matrix& w, int64_t group, const Rows& x, float* out, const Course& course) {
+void direct(const Matrix& w, int64_t group, const ActivationPointers& x, float* out, const ReadAhead& read_ahead) {
   using R = Reader<f>;
   // The halves of a block are summed apart: for the two parts of nf4-16, and where few tokens leave
   // nothing else to do while a sum waits for the one before.
@@ -110,9 +110,9 @@ void direct(const Matrix& w, int64_t group, const Rows& x, float* out, const Cou
     for (int t = 0; t < n; ++t)
       for (int h = 0; h < kHalves; ++h) sum[t][h] = V::no_sum();
     const uint8_t* block = codes + b * codes_per_block(f);
-    V::template prefetch<codes_per_block(f), kEvery<f, n> * kLine>(course.codes.ahead(block, kAhead));
+    V::template prefetch<codes_per_block(f), kEvery<f, n> * kLine>(read_ahead.codes.ahead(block, kAhead));
     if constexpr (kTwice<f, n>) V::template prefetch<codes_per_block(f), kLine, true>(block + kNear);
-    V::template prefetch<1>(course.scales.ahead(scales + b * scales_per_block(f), kBlocksAhead * scales_per_block(f)));
+    V::template prefetch<1>(read_ahead.scales.ahead(scales + b * scales_per_block(f), kBlocksAhead * scales_per_block(f)));
     R::template steps<V>(block, table, [&](const typename V::Step& step, int column) LM_INLINE_LAMBDA {
       for (int t = 0; t < n; ++t)
         V::mac(sum[t][kHalves == 2 ? column / 16 : 0], step, V::acts(acts[t] + b * kBlock + column));
@@ -131,11 +131,11 @@ void direct(const Matrix& w, int64_t group, const Rows& x, float* out, const Cou
 }
 
 template <class V, Format f, int most>
-void direct_any(const Matrix& w, int64_t group, const Rows& x, int n, float* out, const Course& course) {
+void direct_any(const Matrix& w, int64_t group, const ActivationPointers& x, int n, float* out, const ReadAhead& read_ahead) {
   if constexpr (most > 1) {
-    if (n < most) return direct_any<V, f, most - 1>(w, group, x, n, out, course);
+    if (n < most) return direct_any<V, f, most - 1>(w, group, x, n, out, read_ahead);
   }
-  direct<V, f, most>(w, group, x, out, course);
+  direct<V, f, most>(w, group, x, out, read_ahead);
 }
 
 // Unpacked weights of up to kPanelBlocks blocks of one row group.
@@ -165,7 +165,7 @@ void unpack(const Matrix& w, int64_t group, int64_t first, int count, Panel& pan
 
 // A register tile: n_groups x n tokens over the blocks of a panel, continuing the totals in `out`.
 template <class V, int n_parts, int n_groups, int n>
-void tile(const Panel* panels, int count, const Rows& x, int64_t first, float* out) {
+void tile(const Panel* panels, int count, const ActivationPointers& x, int64_t first, float* out) {
   typename V::F total[n_groups][n];
   for (int g = 0; g < n_groups; ++g)
     for (int t = 0; t < n; ++t) total[g][t] = first ? V::load(out + t * kStrip + g * kLanes) : V::zero();
@@ -198,7 +198,7 @@ void tile(const Panel* panels, int count, const Rows& x, int64_t first, float* o
 }
 
 template <class V, int n_parts, int n_groups, int most>
-void tile_any(const Panel* panels, int count, const Rows& x, int64_t first, int n, float* out) {
+void tile_any(const Panel* panels, int count, const ActivationPointers& x, int64_t first, int n, float* out) {
   if constexpr (most > 1) {
     if (n < most) return tile_any<V, n_parts, n_groups, most - 1>(panels, count, x, first, n, out);
   }
@@ -207,7 +207,7 @@ void tile_any(const Panel* panels, int count, const Rows& x, int64_t first, int 
 
 // Tiles of at most `most` tokens, as equal as can be: small ones keep the arithmetic units less busy.
 template <class V, int n_parts, int n_groups, int most>
-void tiles(const Panel* panels, int count, const Rows& x, int64_t first, int n_tokens, float* out) {
+void tiles(const Panel* panels, int count, const ActivationPointers& x, int64_t first, int n_tokens, float* out) {
   const int n_tiles = (n_tokens + most - 1) / most, size = n_tokens / n_tiles, longer = n_tokens % n_tiles;
   for (int i = 0, t = 0; i < n_tiles; ++i) {
     const int n = size + (i < longer);
@@ -218,7 +218,7 @@ void tiles(const Panel* panels, int count, const Rows& x, int64_t first, int n_t
 
 // One strip and the blocks of one panel: unpack it once for all tokens, then run register tiles over it.
 template <class V, Format f, int n_groups>
-void panel_of(const Matrix& w, int64_t group, int64_t first, int count, const Rows& x, int n_tokens, float* out,
+void panel_of(const Matrix& w, int64_t group, int64_t first, int count, const ActivationPointers& x, int n_tokens, float* out,
               Panel* panels) {
   for (int g = 0; g < n_groups; ++g) unpack<V, f>(w, group + g, first, count, panels[g]);
   tiles<V, Reader<f>::kParts, n_groups, V::kTile / 2>(panels, count, x, first, n_tokens, out);
@@ -226,7 +226,7 @@ void panel_of(const Matrix& w, int64_t group, int64_t first, int count, const Ro
 
 // Many tokens: all strips take their turn at the activations of one panel's columns, which stay in the cache.
 template <class V, Format f>
-void panelled(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n_tokens, float* out, void* scratch) {
+void panelled(const Matrix& w, int64_t group, int n_groups, const ActivationPointers& x, int n_tokens, float* out, void* scratch) {
   Panel* panels = static_cast<Panel*>(scratch);
   const int64_t n_blocks = blocks(f, w.cols);
   for (int64_t first = 0; first < n_blocks; first += kPanelBlocks) {
@@ -243,8 +243,8 @@ void panelled(const Matrix& w, int64_t group, int n_groups, const Rows& x, int n
 }
 
 template <class V, Format f>
-void product_of(const Matrix& w, int64_t strip, int n_strips, const Rows& x, int n_tokens, float* out,
-                void* scratch, const Course& course) {
+void product_of(const Matrix& w, int64_t strip, int n_strips, const ActivationPointers& x, int n_tokens, float* out,
+                void* scratch, const ReadAhead& read_ahead) {
   const int64_t group = 2 * strip, left = row_groups(w.rows) - group;
   const int n_groups = static_cast<int>(left < 2 * n_strips ? left : 2 * n_strips);
   if constexpr (V::kPanels) {
@@ -255,18 +255,18 @@ void product_of(const Matrix& w, int64_t strip, int n_strips, const Rows& x, int
     for (int t = 0; t < n_tokens; t += part) {
       const int n = part < n_tokens - t ? part : n_tokens - t;
       float* to = out + (g / 2 * n_tokens + t) * kStrip + g % 2 * kLanes;
-      direct_any<V, f, V::kDirect>(w, group + g, {x.codes + t, x.scales + t}, n, to, course);
+      direct_any<V, f, V::kDirect>(w, group + g, {x.codes + t, x.scales + t}, n, to, read_ahead);
     }
 }
 
 template <class V>
-void product(const Matrix& w, int64_t strip, int n_strips, const Rows& x, int n_tokens, float* out, void* scratch,
-             const Course& course) {
+void product(const Matrix& w, int64_t strip, int n_strips, const ActivationPointers& x, int n_tokens, float* out, void* scratch,
+             const ReadAhead& read_ahead) {
   switch (w.format) {
-    case Format::nf4: return product_of<V, Format::nf4>(w, strip, n_strips, x, n_tokens, out, scratch, course);
-    case Format::nf4_16: return product_of<V, Format::nf4_16>(w, strip, n_strips, x, n_tokens, out, scratch, course);
-    case Format::mxfp4: return product_of<V, Format::mxfp4>(w, strip, n_strips, x, n_tokens, out, scratch, course);
-    case Format::int8: return product_of<V, Format::int8>(w, strip, n_strips, x, n_tokens, out, scratch, course);
+    case Format::nf4: return product_of<V, Format::nf4>(w, strip, n_strips, x, n_tokens, out, scratch, read_ahead);
+    case Format::nf4_16: return product_of<V, Format::nf4_16>(w, strip, n_strips, x, n_tokens, out, scratch, read_ahead);
+    case Format::mxfp4: return product_of<V, Format::mxfp4>(w, strip, n_strips, x, n_tokens, out, scratch, read_ahead);
+    case Format::int8: return product_of<V, Format::int8>(w, strip, n_strips, x, n_tokens, out, scratch, read_ahead);
   }
 }
 
