@@ -86,3 +86,21 @@ def test_only_the_first_one_calls_the_next() -> None:
         assert third.n_before == 0 and line.n_waiting == 0 and line.busy
 
     asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
+def test_an_answers_time_runs_from_its_own_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        now = [100.0]
+        monkeypatch.setattr("localmimo.serve.queue.time.monotonic", lambda: now[0])
+        line = RequestQueue(3)
+        first, second, third = (line.join() for _ in range(3))
+        now[0] += 40
+        second.leave()  # while the first one is being served
+        now[0] += 2
+        first.leave()
+        assert line.mean_s == 42
+        now[0] += 10
+        third.leave()
+        assert line.mean_s == pytest.approx(0.8 * 42 + 0.2 * 10)
+
+    asyncio.run(scenario())
