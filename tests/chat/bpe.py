@@ -1,4 +1,4 @@
-"""Byte-level tokenizers for the tests: a small one trained on the spot, and the real Qwen2-type one, rebuilt from the
+"""Byte-level tokenizers for the tests: a small one trained at once, and the real one of Qwen2, rebuilt from the
 ranks that the PyPI package dashscope ships, or from those among them that occur in one prompt."""
 
 from __future__ import annotations

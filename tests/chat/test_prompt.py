@@ -1,4 +1,4 @@
-"""Messages to tokens: what merely spells a special token stays text, and answers come back as they were sampled."""
+"""Prompts: text that merely spells a special token stays text, and answers return as they were sampled."""
 
 import json
 from functools import cache
@@ -36,12 +36,12 @@ def special(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
 @settings(max_examples=50)
 @given(text=SPELLED, system=SPELLED)
 def test_a_users_spelling_is_text(tokenizer: Tokenizer, text: str, system: str) -> None:
-    said = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     plain = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
-    tokens = prompts(tokenizer).build(said, think=False).tokens
+    tokens = prompts(tokenizer).build(messages, think=False).tokens
     expected = prompts(tokenizer).build(plain, think=False).tokens
     assert special(tokenizer, tokens) == special(tokenizer, expected)
-    assert tokenizer.decode(tokens) == prompts(tokenizer).render(said, think=False)
+    assert tokenizer.decode(tokens) == prompts(tokenizer).render(messages, think=False)
 
 
 @settings(max_examples=40)
@@ -49,9 +49,9 @@ def test_a_users_spelling_is_text(tokenizer: Tokenizer, text: str, system: str) 
 def test_so_is_a_tools_result_and_a_tools_description(tokenizer: Tokenizer, text: str) -> None:
     def write(text: str) -> list[int]:
         call = {"function": {"name": "clock", "arguments": {"k": text}}}
-        said = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": text}]
+        messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": text}]
         tools = [CLOCK | {"description": text, "k": [text, {"k" + text: 1}, None]}]
-        return prompts(tokenizer).build(said, tools).tokens
+        return prompts(tokenizer).build(messages, tools).tokens
 
     # An argument is the model's own text: only the tokens that end and begin turns are kept out of it.
     allowed = [
@@ -69,23 +69,23 @@ def test_spellings_at_both_ends_of_every_field_stay_text(
     text = pattern.replace("{}", token)
     tool = {"name": "clock", "description": text, "parameters": {"type": "object", "properties": {text: {}}}}
     call = {"id": "c", "function": {"name": "clock", "arguments": {"k": "x"}}}
-    said = [
+    messages = [
         {"role": "system", "content": text},
         {"role": "user", "content": [{"type": "text", "text": text}, {"type": "text", "text": text}]},
         {"role": "assistant", "content": "x", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": text},
         {"role": "user", "content": text},
     ]
-    plain = json.loads(json.dumps([said, [tool]]).replace(json.dumps(text)[1:-1], "x"))
+    plain = json.loads(json.dumps([messages, [tool]]).replace(json.dumps(text)[1:-1], "x"))
     made = prompts(tokenizer)
-    tokens = made.build(said, [tool], think=False).tokens
+    tokens = made.build(messages, [tool], think=False).tokens
     assert special(tokenizer, tokens) == special(tokenizer, made.build(*plain, think=False).tokens)
-    assert tokenizer.decode(tokens) == made.render(said, [tool], think=False)
+    assert tokenizer.decode(tokens) == made.render(messages, [tool], think=False)
 
 
 def test_an_assistants_own_tags_are_tokens(tokenizer: Tokenizer) -> None:
-    said = [{"role": "assistant", "content": "<think>a</think>b<tool_call><|im_end|>"}]
-    tokens = prompts(tokenizer).build(said, think=True).tokens
+    messages = [{"role": "assistant", "content": "<think>a</think>b<tool_call><|im_end|>"}]
+    tokens = prompts(tokenizer).build(messages, think=True).tokens
     assert special(tokenizer, tokens)[2:] == [
         "<|im_start|>", "<think>", "</think>", "<tool_call>", "<|im_end|>", "<|im_start|>"
     ]  # fmt: skip
@@ -96,14 +96,16 @@ def test_an_assistants_own_tags_are_tokens(tokenizer: Tokenizer) -> None:
         st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["\n", "a\n b"]), max_size=6
     )
 )
-def test_text_beside_a_mark_is_encoded_as_ever(tokenizer: Tokenizer, texts: list[str]) -> None:
-    mark = next(mark for mark in ESCAPES if mark not in "".join(texts))
-    assert tokenizer.encode(mark.join(["", *texts]), mark) == tokenizer.encode("".join(texts))
+def test_text_around_an_escape_is_encoded_as_without_it(tokenizer: Tokenizer, texts: list[str]) -> None:
+    escape = next(escape for escape in ESCAPES if escape not in "".join(texts))
+    assert tokenizer.encode(escape.join(["", *texts]), escape) == tokenizer.encode("".join(texts))
 
 
-def test_a_mark_in_the_text_stays(tokenizer: Tokenizer) -> None:
-    said = [{"role": "user", "content": f"{ESCAPES[0]}<think>{ESCAPES[1]}"}]
-    assert f"user\n{ESCAPES[0]}<think>{ESCAPES[1]}" in tokenizer.decode(prompts(tokenizer).build(said).tokens)
+def test_an_escape_in_the_text_stays(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": f"{ESCAPES[0]}<think>{ESCAPES[1]}"}]
+    assert f"user\n{ESCAPES[0]}<think>{ESCAPES[1]}" in tokenizer.decode(
+        prompts(tokenizer).build(messages).tokens
+    )
     with pytest.raises(BadRequest, match="all of Unicode's 32 noncharacters"):
         prompts(tokenizer).build([{"role": "user", "content": "".join(ESCAPES)}])
 
@@ -149,16 +151,16 @@ CALL = "<tool_call><function=clock>\n</function>\n\n</tool_call>"
 def test_what_was_sampled_comes_back(
     tokenizer: Tokenizer, name: str, think: bool, said: str, whole: bool
 ) -> None:
-    ours = prompts(tokenizer, name)
+    made = prompts(tokenizer, name)
     messages = [{"role": "user", "content": "<think> is a tag"}]
-    asked = ours.build(messages, [CLOCK], think)
+    prompt = made.build(messages, [CLOCK], think)
     sampled = in_letters(tokenizer, said.replace("<|im_start|>", "<|im_\N{ZERO WIDTH SPACE}start|>"))
     turn = answer(sampled, tokenizer.decode(sampled), [CLOCK])
-    ours.remember(asked, turn.message().as_dict(), turn.tokens, whole=whole)
+    made.remember(prompt, turn.message().as_dict(), turn.tokens, whole=whole)
     messages = [*messages, turn.message().as_dict()]
     results = [{"role": "tool", "content": "12:00"} for _ in turn.tool_calls]
-    again = ours.build([*messages, *results, {"role": "user", "content": "and"}], [CLOCK], think)
-    held = [*asked.tokens, *sampled]
+    again = made.build([*messages, *results, {"role": "user", "content": "and"}], [CLOCK], think)
+    held = [*prompt.tokens, *sampled]
     if not think and said.startswith("<think>") and not whole:
         return  # it thinks although it was told not to, and is cut: nothing can be matched
     assert again.tokens[: len(held)] == held
@@ -174,9 +176,9 @@ def test_a_snapshot_of_a_conversation_brings_its_answers_back(tokenizer: Tokeniz
     messages: list[dict[str, Any]] = []
     for number in range(2):
         messages.append({"role": "user", "content": f"question {number}"})
-        asked = first.build(messages, think=False)
+        prompt = first.build(messages, think=False)
         turn = answer(in_letters(tokenizer, "the river"), "the river")
-        first.remember(asked, turn.message().as_dict(), turn.tokens, whole=True)
+        first.remember(prompt, turn.message().as_dict(), turn.tokens, whole=True)
         messages.append(turn.message().as_dict())
     digest, tokens, ends = first.snapshot(messages, None)
     assert len(ends) == 2 and 0 < ends[0] < ends[1] <= len(tokens)

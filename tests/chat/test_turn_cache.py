@@ -15,11 +15,11 @@ CALLING = Message("Let me see. \n", "\nHm.\n", (CALL,)).as_dict()
 PLAIN = Message("\n\nPlain answer.\n", "Secret thought.").as_dict()
 
 
-def turns(*said: dict[str, Any]) -> TurnCache:
-    made = TurnCache()
+def cache_of(*said: dict[str, Any]) -> TurnCache:
+    cache = TurnCache()
     for message in said:
-        made.add([USER], message)
-    return made
+        cache.add([USER], message)
+    return cache
 
 
 def sent(message: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -28,28 +28,28 @@ def sent(message: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return kept | {"content": message["content"].strip()} | changes
 
 
-def second(made: TurnCache, message: dict[str, Any], first: dict[str, Any] = USER) -> dict[str, Any]:
-    return made.restore([first, message])[1]
+def second(cache: TurnCache, message: dict[str, Any], first: dict[str, Any] = USER) -> dict[str, Any]:
+    return cache.restore([first, message])[1]
 
 
 @pytest.mark.parametrize("said", [CALLING, PLAIN])
 def test_what_the_client_dropped_is_put_back(said: dict[str, Any]) -> None:
-    made = turns(said)
+    cache = cache_of(said)
     for back in (sent(said), said, sent(said, reasoning=said["reasoning_content"].strip())):
-        restored = second(made, back)
+        restored = second(cache, back)
         assert restored["reasoning_content"] == said["reasoning_content"]
         assert restored["content"] == said["content"]
 
 
 def test_arguments_may_be_written_in_another_way() -> None:
     function = {"name": "f", "arguments": '{ "b":"x",\n"a":7 }'}
-    restored = second(turns(CALLING), sent(CALLING, tool_calls=[{"id": CALL.id, "function": function}]))
+    restored = second(cache_of(CALLING), sent(CALLING, tool_calls=[{"id": CALL.id, "function": function}]))
     assert restored["content"] == CALLING["content"] and restored["tool_calls"][0]["id"] == CALL.id
 
 
 def test_a_call_is_known_by_its_id_in_another_history_too() -> None:
     assert "reasoning_content" in second(
-        turns(CALLING), sent(CALLING), {"role": "user", "content": "Shortened."}
+        cache_of(CALLING), sent(CALLING), {"role": "user", "content": "Shortened."}
     )
 
 
@@ -63,14 +63,14 @@ def test_a_call_is_known_by_its_id_in_another_history_too() -> None:
     ],
 )
 def test_what_the_client_changed_stays(change: dict[str, Any]) -> None:
-    restored = second(turns(CALLING), sent(CALLING, **change))
+    restored = second(cache_of(CALLING), sent(CALLING, **change))
     assert restored.get("reasoning_content") == change.get("reasoning_content")
 
 
 def test_a_turn_of_another_conversation_is_not_used() -> None:
-    made = turns(PLAIN)
-    assert "reasoning_content" not in second(made, sent(PLAIN), {"role": "user", "content": "Other?"})
-    assert "reasoning_content" in second(made, sent(PLAIN))
+    cache = cache_of(PLAIN)
+    assert "reasoning_content" not in second(cache, sent(PLAIN), {"role": "user", "content": "Other?"})
+    assert "reasoning_content" in second(cache, sent(PLAIN))
 
 
 def test_the_least_recently_used_turn_is_dropped_first() -> None:
@@ -112,31 +112,31 @@ def test_a_turn_that_does_not_match_is_not_used() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    made = TurnCache(max_bytes=20_000)
+    cache = TurnCache(max_bytes=20_000)
     for number in range(100):
-        made.add([{"role": "user", "content": str(number)}], Message("word " * 100).as_dict())
-    assert 5 <= len(made) <= 20
+        cache.add([{"role": "user", "content": str(number)}], Message("word " * 100).as_dict())
+    assert 5 <= len(cache) <= 20
 
 
 def test_tokens_are_found_by_the_text_they_belong_to() -> None:
-    made = TurnCache(max_bytes=8500)
+    cache = TurnCache(max_bytes=8500)
     for text in ("ab", "abcd", "abcdef"):
-        made.add([{"role": "user", "content": text}], PLAIN, text, [len(text)] * 400)
-    assert made.longest_prefix("abcdefgh") == (6, [6] * 400)
-    assert made.longest_prefix("abcdx") == (4, [4] * 400)
-    assert made.longest_prefix("xab") == (0, [])
-    made.add([USER], PLAIN, "x", [1] * 400)  # no room for four: the first was not used since
-    assert made.longest_prefix("abx") == (0, []) and made.longest_prefix("xab") == (1, [1] * 400)
+        cache.add([{"role": "user", "content": text}], PLAIN, text, [len(text)] * 400)
+    assert cache.longest_prefix("abcdefgh") == (6, [6] * 400)
+    assert cache.longest_prefix("abcdx") == (4, [4] * 400)
+    assert cache.longest_prefix("xab") == (0, [])
+    cache.add([USER], PLAIN, "x", [1] * 400)  # too many bytes: the first was not used since
+    assert cache.longest_prefix("abx") == (0, []) and cache.longest_prefix("xab") == (1, [1] * 400)
 
 
-def test_the_same_conversation_takes_no_more_room() -> None:
-    made = TurnCache()
+def test_the_same_conversation_takes_no_more_memory() -> None:
+    cache = TurnCache()
     for number in range(3):
-        made.add([USER], PLAIN, "text", [number])
-    assert len(made) == 1 and made.longest_prefix("text") == (4, [2])
-    made.add([USER], PLAIN | {"reasoning_content": "Another thought."}, "another text", [7])
-    assert made.longest_prefix("text") == (4, [2]) and made.longest_prefix("another text") == (12, [7])
-    assert second(made, sent(PLAIN))["reasoning_content"] == "Another thought."  # the latest
+        cache.add([USER], PLAIN, "text", [number])
+    assert len(cache) == 1 and cache.longest_prefix("text") == (4, [2])
+    cache.add([USER], PLAIN | {"reasoning_content": "Another thought."}, "another text", [7])
+    assert cache.longest_prefix("text") == (4, [2]) and cache.longest_prefix("another text") == (12, [7])
+    assert second(cache, sent(PLAIN))["reasoning_content"] == "Another thought."  # the latest
 
 
 def test_what_makes_no_sense_is_refused() -> None:
@@ -157,36 +157,36 @@ def test_what_makes_no_sense_is_refused() -> None:
     ],
 )
 def test_a_session_holds_a_turn_but_for_its_ending(session: list[int], held: bool) -> None:
-    made = TurnCache()
-    made.add_text("a text", list(range(100, 150)))
-    assert len(made.held_by(session)) == held
+    cache = TurnCache()
+    cache.add_text("a text", list(range(100, 150)))
+    assert len(cache.held_by(session)) == held
 
 
 def test_a_turn_of_few_tokens_is_not_held_by_an_empty_session() -> None:
-    made = TurnCache()
-    made.add_text("a", [5])
-    assert made.held_by([]) == [] and len(made.held_by([5])) == 1
+    cache = TurnCache()
+    cache.add_text("a", [5])
+    assert cache.held_by([]) == [] and len(cache.held_by([5])) == 1
 
 
 def test_a_continued_text_is_found_by_its_beginning() -> None:
-    made = TurnCache()
-    made.add_text("once upon a time", [7, 8, 9])
-    assert made.longest_prefix("once upon a time there") == (len("once upon a time"), [7, 8, 9])
-    assert made.longest_prefix("once upon") == (0, [])
+    cache = TurnCache()
+    cache.add_text("once upon a time", [7, 8, 9])
+    assert cache.longest_prefix("once upon a time there") == (len("once upon a time"), [7, 8, 9])
+    assert cache.longest_prefix("once upon") == (0, [])
 
 
 @pytest.mark.parametrize("n_held", [0, 40, 50, 60])
 def test_a_turn_is_the_same_after_it_was_written_beside_its_session(n_held: int) -> None:
     """The session's file has the first tokens; the turn brings its own ending."""
     tokens = list(range(100, 150))
-    made, other = TurnCache(), TurnCache()
+    cache, other = TurnCache(), TurnCache()
     message = {"role": "assistant", "content": "Hello.", "reasoning_content": "They say hello."}
-    made.add([USER], message, "<user>Hi.<answer>Hello.", tokens)
-    (turn,) = made.held_by(tokens)
+    cache.add([USER], message, "<user>Hi.<answer>Hello.", tokens)
+    (turn,) = cache.held_by(tokens)
     held = [*tokens, *range(10)][:n_held]
     assert turn.as_dict(n_held)["ending"] == tokens[n_held:]
     other.put(Turn.of_dict(turn.as_dict(n_held), held))
     assert other.longest_prefix("<user>Hi.<answer>Hello.") == (len("<user>Hi.<answer>Hello."), tokens)
     dropped = [USER, {"role": "assistant", "content": "Hello."}]
-    assert other.restore(dropped) == made.restore(dropped)
+    assert other.restore(dropped) == cache.restore(dropped)
     assert other.restore(dropped)[1]["reasoning_content"] == "They say hello."

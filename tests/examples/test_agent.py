@@ -1,4 +1,4 @@
-"""The tools of examples/agent.py stay in their box."""
+"""The tools of examples/agent.py keep to their folder and their limits."""
 
 import importlib.util
 import socket
@@ -72,10 +72,10 @@ def test_python_has_limits(agent: ModuleType, monkeypatch: pytest.MonkeyPatch) -
 def test_python_has_no_network(agent: ModuleType) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        said = agent.python(
+        printed = agent.python(
             f"import socket; socket.create_connection(('127.0.0.1', {port}), 2); print('reached')"
         )
-    assert "reached" not in said or "does not let us take the network away" in said
+    assert "reached" not in printed or "does not let us take the network away" in printed
 
 
 def test_the_calculator_takes_sums_only(agent: ModuleType) -> None:

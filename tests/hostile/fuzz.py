@@ -60,7 +60,7 @@ ODD = (
 EntryReader = Callable[[bytes], object]
 
 
-class Room:
+class FuzzTarget:
     """A folder with a pack, its checkpoint and an open session, and the readers over it."""
 
     def __init__(self, folder: Path) -> None:
@@ -73,22 +73,22 @@ class Room:
             session.save(folder / "session")
             self.held = session.tokens.copy()
         write_profile(folder / "profile", Profile.empty(2, 6))
-        self.shelf = folder / "shelf"
-        self.shelf.mkdir()
+        self.sessions = folder / "sessions"
+        self.sessions.mkdir()
         import numpy as np
 
-        shutil.copy(folder / "session", self.shelf / f"{0:032x}.kv")
-        _write_index(self.shelf / f"{0:032x}.kv", np.asarray(self.held, np.int32), [2])
+        shutil.copy(folder / "session", self.sessions / f"{0:032x}.kv")
+        _write_index(self.sessions / f"{0:032x}.kv", np.asarray(self.held, np.int32), [2])
 
     def live(self) -> dict[str, bytes]:
-        """Seeds that only this room's own files can be."""
+        """Seeds that only this target's own files can be."""
         some = {
             "index": self.checkpoint / INDEX,
             "manifest": self.pack / "manifest.json",
             "session": self.folder / "session",
             "profile": self.folder / "profile",
             "tokenizer": self.pack / "tokenizer.json",
-            "shelf": self.shelf / f"{0:032x}.tokens",
+            "session_tokens": self.sessions / f"{0:032x}.tokens",
         }
         return {name: path.read_bytes() for name, path in some.items()}
 
@@ -121,8 +121,8 @@ class Room:
             "speeds": lambda raw: self._swapped(
                 self.folder / "speeds.json", raw, lambda: speeds.kept("ram", "read")
             ),
-            "shelf": lambda raw: self._shelved(".tokens", raw),
-            "notes": lambda raw: self._shelved(".notes.json", raw),
+            "session_tokens": lambda raw: self._stored(".tokens", raw),
+            "notes": lambda raw: self._stored(".notes.json", raw),
         }
 
     def _at(self, raw: bytes) -> Path:
@@ -156,12 +156,12 @@ class Room:
         finally:
             template.close()
 
-    def _shelved(self, end: str, raw: bytes) -> None:
+    def _stored(self, end: str, raw: bytes) -> None:
         self._swapped(
-            self.shelf / f"{0:032x}{end}", raw, lambda: SessionStore(self.shelf, 1 << 20, TurnCache())
+            self.sessions / f"{0:032x}{end}", raw, lambda: SessionStore(self.sessions, 1 << 20, TurnCache())
         )
-        if not (self.shelf / f"{0:032x}.kv").exists():  # dropped, as it should be
-            shutil.copy(self.folder / "session", self.shelf / f"{0:032x}.kv")
+        if not (self.sessions / f"{0:032x}.kv").exists():  # dropped, as it should be
+            shutil.copy(self.folder / "session", self.sessions / f"{0:032x}.kv")
 
 
 def mutated(draw: random.Random, seeds: list[bytes]) -> bytes:
@@ -203,9 +203,9 @@ def peak_bytes() -> int:
 def main() -> None:
     folder, n, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     os.environ["LOCALMIMO_HOME"] = str(folder)
-    room = Room(folder)
-    live, before, counts = room.live(), limit_memory(), {}
-    for name, read in room.readers().items():
+    target = FuzzTarget(folder)
+    live, before, counts = target.live(), limit_memory(), {}
+    for name, read in target.readers().items():
         kept = sorted((CORPUS / name).glob("*")) if (CORPUS / name).is_dir() else []
         seeds = [path.read_bytes() for path in kept] + ([live[name]] if name in live else [])
         some = n if name != "template" else n // 20  # each is a process
@@ -222,7 +222,7 @@ def main() -> None:
                 print(f"{name}: {type(error).__name__}: {error} ({at})", flush=True)
         counts[name] = [len(seeds), taken]
     print(json.dumps({"more_bytes": peak_bytes() - before, "seeds_and_taken": counts}))
-    room.engine.close()
+    target.engine.close()
 
 
 if __name__ == "__main__":

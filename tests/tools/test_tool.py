@@ -1,4 +1,4 @@
-"""Functions become schemas; calls are held against them; results are text; files of functions; the agent's loop."""
+"""Tools: schemas of functions, calls checked against them, results as text, files of functions, the agent's loop."""
 
 import asyncio
 import time
@@ -203,8 +203,8 @@ def _private(x: int) -> int: ...
 
 
 def test_a_file_of_functions(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(FILE)
-    file = ToolFile(tmp_path / "mine.py")
+    (tmp_path / "tools.py").write_text(FILE)
+    file = ToolFile(tmp_path / "tools.py")
     count, _hang, die = file.tools
     assert count.schema()["function"]["description"] == "Counts its calls."
     assert [count.call({}), count.call({"up": 2})] == ["1", "3"]
@@ -216,8 +216,8 @@ def test_a_file_of_functions(tmp_path: Path) -> None:
 
 def test_a_function_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localmimo.tools.tool_file.GRACE_S", 1.0)
-    (tmp_path / "mine.py").write_text(FILE)
-    file = ToolFile(tmp_path / "mine.py")
+    (tmp_path / "tools.py").write_text(FILE)
+    file = ToolFile(tmp_path / "tools.py")
     assert file.tools[1].call({}, limit_s=0.2) == "error: hang took longer than 0.2 s."
     assert file._helper._process is None
 
