@@ -24,6 +24,7 @@ def test_every_route_is_described(server: Running) -> None:
     importlib.util.find_spec("schemathesis") is None, reason="the extra clients is not installed"
 )
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # 50 examples of every operation
 def test_no_request_is_a_500(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = engine.stream
 
