@@ -341,9 +341,8 @@ class Worker:
             for name in [n for n in sys.modules if n.split(".")[0] in TREE]:
                 del sys.modules[name]
             seeded = ["--hypothesis-seed=0"] if "hypothesis" in sys.modules else []
-            code = import_module("pytest").main(
-                ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={self.scratch / 'tmp'}", *seeded, *tests]
-            )
+            plain = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={self.scratch / 'tmp'}"]
+            code = import_module("pytest").main([*plain, *seeded, *tests])
             sys.stdout.flush()
             os._exit(int(code))
         finally:
