@@ -97,6 +97,7 @@ def test_a_prefix_without_a_hidden_state_gives_its_logits(engine: Engine, n: int
 def test_a_rewind_to_an_unknown_hidden_state_leaves_no_checkpoint(engine: Engine) -> None:
     expected = fresh(engine, tokens(49))
     with engine.session() as session:
+        session.rewind(10**6)
         session.sync(tokens(50))
         for token in tokens(40, seed=2):
             session.step(token)
