@@ -1,8 +1,8 @@
 """Graphs: a step's layers as a GPU records them once, and runs them again without the host between them.
 
-A stretch of layers ends at one whose experts need the host; where all experts of all layers lie on the GPU a step is
-one stretch. What changes from step to step lies in tensors that stay where they are: the rows, their positions, the
-table of blocks, the slots of each layer's experts. Knows layers and rows; not where an expert's bytes lie.
+A range of layers ends at one whose experts need the host; where all experts of all layers are on the GPU a step is
+one range. What changes from step to step is in tensors that stay where they are: the rows, their positions, the
+table of blocks, the slots of each layer's experts. Knows layers and rows; not where an expert's bytes are.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,10 +19,12 @@ from localmimo.model.attention import Rows
 from localmimo.model.protocols import Experts, nothing_to_check, nothing_to_report
 from localmimo.model.transformer import PromptChunk, Transformer, rope_rows
 
-MOST_TOKENS = 8  # of a step: longer ones are prompts, which are few
-MOST_GRAPHS = 256  # of one shape: where placement changes often, old stretches are forgotten
+MAX_TOKENS = 8  # of a step: longer ones are prompts, which are few
+MAX_GRAPHS = 256  # of one shape: where placement changes often, old ranges are forgotten
 
-Stretch = tuple[int, int, bool]  # its first layer, its last, and whether the last one's experts need the host
+LayerRange = tuple[
+    int, int, bool
+]  # its first layer, its last, and whether the last one's experts need the host
 
 
 class DeviceExperts(Experts, Protocol):
@@ -34,30 +36,30 @@ class DeviceExperts(Experts, Protocol):
 
     @property
     def generation(self) -> int:
-        """Another number as soon as what is on the device lies at other addresses."""
+        """Another number as soon as what is on the device has other addresses."""
 
     def shrink(self) -> bool:
-        """Give some of the device's memory back; False where there is none to give."""
+        """Free some of the device's memory; False where there is none to free."""
 
     @property
     def watched(self) -> bool:
-        """Whether somebody wants to hear of every choice."""
+        """Whether an observer is told of every choice."""
 
     def begin_step(self) -> None:
         """Let pages move, and count what was noted."""
 
     def is_resident(self, layer: int) -> bool:
-        """Whether every expert of a layer lies on the device, and a kernel finds it there."""
+        """Whether every expert of a layer is on the device, and a kernel finds it there."""
 
     def run_resident(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """`run` where all lie there; the host does nothing but launch."""
+        """`run` where all are on the device; the host does nothing but launch."""
 
     def note(self, layer: int, chosen: Tensor) -> None:
         """A step's choice [n, k] of a layer run so, good until the next step."""
 
 
 class Graphs:
-    """Runs a model's steps; those of one timeline and a few tokens from records, made at the second step of a shape."""
+    """Runs a model's steps; those of one sequence and a few tokens from records, made at the second step of a shape."""
 
     def __init__(self, model: Transformer, experts: DeviceExperts) -> None:
         self._model = model
@@ -81,9 +83,9 @@ class Graphs:
             if step is not None:
                 cache.reserve(len(tokens))
                 self._experts.begin_step()
-                stretches = list(self._stretches())
-                if self._record(step, stretches):
-                    return self._replay(step, stretches, tokens, cache, check, report)
+                ranges = list(self._ranges())
+                if self._record(step, ranges):
+                    return self._replay(step, ranges, tokens, cache, check, report)
         return self._model.forward(tokens, cache, experts, check, report)
 
     def shrink(self) -> bool:
@@ -93,7 +95,7 @@ class Graphs:
 
     def _step(self, n: int, cache: KVCache) -> "GraphStep | None":
         """The records of a shape; none at its first step, which gets kernels compiled and libraries started."""
-        if n > MOST_TOKENS or self.refused or self._experts.watched:
+        if n > MAX_TOKENS or self.refused or self._experts.watched:
             return None
         steps = self._steps.setdefault(cache, {})
         if n not in steps:
@@ -105,7 +107,7 @@ class Graphs:
             step = steps[n] = GraphStep(self._model, self._experts, cache, n, self._pool)
         return step
 
-    def _stretches(self) -> Iterator[Stretch]:
+    def _ranges(self) -> Iterator[LayerRange]:
         first, last = 0, len(self._model.config.layers) - 1
         for layer in self._model.config.moe_layers:
             if not self._experts.is_resident(layer):
@@ -114,14 +116,14 @@ class Graphs:
         if first <= last:
             yield first, last, False
 
-    def _record(self, step: "GraphStep", stretches: list[Stretch]) -> bool:
+    def _record(self, step: "GraphStep", ranges: list[LayerRange]) -> bool:
         """Record what is not yet; False, from now on, where the device or a kernel refuses."""
         try:
-            step.drop_old_graphs(len(stretches))
-            for stretch in stretches:
-                step.record(stretch)
+            step.drop_old_graphs(len(ranges))
+            for layers in ranges:
+                step.record(layers)
         except torch.OutOfMemoryError:
-            raise  # experts give way
+            raise  # the experts shrink
         except Exception as error:
             self.refused = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._steps.clear()
@@ -131,17 +133,17 @@ class Graphs:
     def _replay(
         self,
         step: "GraphStep",
-        stretches: list[Stretch],
+        ranges: list[LayerRange],
         tokens: Tensor,
         cache: KVCache,
         check: Callable[[], None],
         report: Callable[[float], None],
     ) -> Tensor:
         step.begin(self._model.embed(tokens), cache.length)
-        for stretch in stretches:
+        for layers in ranges:
             check()
-            step.replay(stretch)
-            report((stretch[1] + 1) / len(cache.layers))
+            step.replay(layers)
+            report((layers[1] + 1) / len(cache.layers))
         for layer in cache.layers:
             layer.commit(layer.next_rows(len(tokens)), len(tokens))
         cache.advance(len(tokens))
@@ -169,24 +171,24 @@ class GraphStep:
         still = StaticCache(cache.length, [StaticKV(layer.next_rows(n)) for layer in cache.layers])
         self._piece = PromptChunk(still, 0, n, None, self._positions, self._ropes)
         self._pool = pool
-        self._graphs: dict[Stretch, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[LayerRange, torch.cuda.CUDAGraph] = {}
 
     def drop_old_graphs(self, n: int) -> None:
         """Forget what was recorded where n more could be too much."""
-        if len(self._graphs) + n > MOST_GRAPHS:
+        if len(self._graphs) + n > MAX_GRAPHS:
             self._graphs.clear()
 
-    def record(self, stretch: Stretch) -> None:
-        """Have a stretch's record; nothing of it runs."""
-        if stretch in self._graphs:
+    def record(self, layers: LayerRange) -> None:
+        """Record a range of layers; nothing of it runs."""
+        if layers in self._graphs:
             return
-        first, last, ends_at_host = stretch
+        first, last, ends_at_host = layers
         graph = torch.cuda.CUDAGraph()
         # Other threads may ask the device for memory meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             for layer in range(first, last + 1):
                 self._layer(layer, to_host=ends_at_host and layer == last)
-        self._graphs[stretch] = graph
+        self._graphs[layers] = graph
 
     def _layer(self, layer: int, *, to_host: bool) -> None:
         choice = self._model.attend_and_choose(layer, self.x, [self._piece])
@@ -205,13 +207,13 @@ class GraphStep:
         self.x.copy_(x)
         self._positions.copy_(torch.arange(position, position + self._n, device=x.device))
         for rope, tables in self._ropes.items():
-            for there, table in zip(tables, rope_rows(position, self._n, *rope, x.device), strict=True):
-                there.copy_(table)
+            for buffer, table in zip(tables, rope_rows(position, self._n, *rope, x.device), strict=True):
+                buffer.copy_(table)
 
-    def replay(self, stretch: Stretch) -> None:
-        """Run a stretch, and then its last layer's experts where the host is needed."""
-        first, last, ends_at_host = stretch
-        self._graphs[stretch].replay()
+    def replay(self, layers: LayerRange) -> None:
+        """Run a range of layers, and then its last layer's experts where the host is needed."""
+        first, last, ends_at_host = layers
+        self._graphs[layers].replay()
         for layer in range(first, last + (not ends_at_host)):
             if layer in self._model.config.moe_layers:
                 self._experts.note(layer, self._chosen[layer])
@@ -241,7 +243,7 @@ class StaticCache:
     layers: list[StaticKV]
 
     def reserve(self, n: int) -> None:
-        raise AssertionError("room is made before a record")
+        raise AssertionError("memory is reserved before a record")
 
     def advance(self, n: int) -> None:
         raise AssertionError("a record runs nothing")

@@ -188,13 +188,13 @@ class MeasuredDepth:
         """Whether a depth can be faster, one more draft costing and giving what the last one did."""
         if deeper == 1:
             return True
-        here = self.cost(self.current)
-        step = (here - 1) / self.current
-        return self.tokens(deeper) / (here + step) > self.tokens(self.current) / here
+        cost_now = self.cost(self.current)
+        step = (cost_now - 1) / self.current
+        return self.tokens(deeper) / (cost_now + step) > self.tokens(self.current) / cost_now
 
 
 def depth_policy_of(draft: Draft, n_heads: int) -> DepthPolicy:
-    """The pace of a setting, with so many heads at hand."""
+    """The depth policy of a setting, with so many draft heads."""
     return (
         MeasuredDepth(n_heads)
         if draft == "auto" and n_heads

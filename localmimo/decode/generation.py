@@ -101,18 +101,18 @@ class Generation:
 
     def run(self, prompt: Sequence[int]) -> Iterator[Step]:
         """Yield steps; the last one has a finish_reason. Raises ContextFull before anything is read."""
-        ahead = SpeculativeSteps(self.session, self.depth_policy, self.stats.drafts, self._pages)
+        speculative = SpeculativeSteps(self.session, self.depth_policy, self.stats.drafts, self._pages)
         try:
             logits = self.begin(prompt)
             while True:
                 yield from self.take(logits)
                 if self.reason is not None:
                     break
-                logits = ahead.advance(self.token, self._room(), self._guess, self.check)
+                logits = speculative.advance(self.token, self._n_wanted(), self._draw_draft, self.check)
         except Cancelled:
             self.reason = "cancelled"
         finally:
-            ahead.settle()
+            speculative.settle()
             self.session.checkpoint()
         yield from self.end()
 
@@ -168,7 +168,7 @@ class Generation:
             return "length"
         return "context" if len(self._seen) > self.session.context else None
 
-    def _room(self) -> int:
+    def _n_wanted(self) -> int:
         """How many tokens may still come after the next one."""
         most = self.rules.max_tokens
         return MAX_DRAFTS if most is None else most - self.stats.generated_tokens - 1
@@ -183,8 +183,8 @@ class Generation:
         logprob, top = logprobs(logits, token, self.rules.n_logprobs)
         return _Draw(token, logprob, tuple(top))
 
-    def _guess(self, logits: Tensor, drafts: Sequence[int]) -> int:
-        """The token that a draft head's logits would give here: drawn like any other, so that it often is the same."""
+    def _draw_draft(self, logits: Tensor, drafts: Sequence[int]) -> int:
+        """The token that a draft head's logits would give: drawn like any other, so that it often is the same."""
         if self.constraint is not None:
             logits = self.constraint.allowed(logits, drafts)
         seen = [*self._seen, *drafts] if self.sampling.counts_tokens else self._seen

@@ -1,6 +1,6 @@
 """The draft heads of MiMo-V2 (multi-token prediction): each is one small block that proposes one token further on.
 
-Holds the heads' weights, and per timeline a Drafter with their rings. Knows nothing of sampling, budgets or whether
+Holds the heads' weights, and per sequence a Drafter with their rings. Knows nothing of sampling, budgets or whether
 drafting pays. All heads are fed the main model's hidden states as they are before its final norm; head k reads them
 beside the embedding of the token k + 1 places on (embedding first), and shares embedding and output head with the main
 model. Sources: arXiv 2601.02780, section 2.3; SGLang's mimo_v2_nextn.py.
@@ -97,8 +97,8 @@ def _vector(source: DenseSource, name: str) -> Tensor:
 class _Ring:
     """One head's keys and values, and what they were made of.
 
-    Rows lie at positions relative to `base`: rotations are relative, and a ring that starts in the middle of a text
-    must not claim positions that it never saw. Only final rows stay between two rounds: row i of head k holds
+    Rows are at positions relative to `base`: rotations are relative, and a ring that starts in the middle of a text
+    must not use positions that it never read. Only final rows stay between two rounds: row i of head k holds
     token i + 1 + k.
     """
 
@@ -121,7 +121,7 @@ class _Ring:
 
 
 class Drafter:
-    """Proposes tokens for one timeline. Rows are read from the timeline's trail, when they are first needed."""
+    """Proposes tokens for one sequence. Rows are read from its hidden states, when they are first needed."""
 
     def __init__(self, heads: Sequence[DraftHead], kv_dtype: torch.dtype) -> None:
         self.heads = heads
@@ -131,26 +131,28 @@ class Drafter:
         self._next: tuple[int, int] | None = None  # position and token that the last round took for certain
 
     def truncate(self, length: int) -> None:
-        """The timeline has been cut: tokens from position `length` on may be others now."""
+        """The sequence has been cut: tokens from position `length` on may be others now."""
         self._next = None
         for k, ring in enumerate(self._rings):
             ring.truncate(length - 1 - k)
 
     def restart(self) -> None:
-        """The timeline has become another one."""
+        """The sequence has become another one."""
         self._next = None
         for ring in self._rings:
             ring.restart(0)
 
-    def propose(self, tokens: Sequence[int], trail: HiddenStates, n: int, choose: Choose) -> list[int]:
-        """n tokens, at most one per head, that may follow `tokens`: the last so many of the timeline.
+    def propose(
+        self, tokens: Sequence[int], hidden_states: HiddenStates, n: int, choose: Choose
+    ) -> list[int]:
+        """n tokens, at most one per head, that may follow `tokens`: the last so many of the sequence.
 
-        The last of them has not been through the main model yet; `trail` has the hidden states of those before it.
+        The last of them has not been through the main model yet; `hidden_states` has the rows of those before it.
         """
-        self._forget_another(tokens, trail.length)
+        self._forget_another(tokens, hidden_states.length)
         drafts: list[int] = []
         for k in range(n):
-            logits = self._catch_up(k, [*tokens, *drafts], trail)
+            logits = self._catch_up(k, [*tokens, *drafts], hidden_states)
             drafts.append(choose(logits, drafts))
         return drafts
 
@@ -162,19 +164,19 @@ class Drafter:
                 self.truncate(before)
         self._next = position, tokens[-1]
 
-    def _catch_up(self, k: int, known: Sequence[int], trail: HiddenStates) -> Tensor:
-        """Take every row of the trail into head k that it has not got; logits [vocab] of the last row.
+    def _catch_up(self, k: int, known: Sequence[int], hidden_states: HiddenStates) -> Tensor:
+        """Take every row of the hidden states into head k that it has not got; logits [vocab] of the last row.
 
         known: the last tokens, the last of them k + 1 places behind the last row.
         """
         head, ring = self.heads[k], self._rings[k]
-        ring.truncate(trail.length - 1)  # a round that was stopped left nothing new to read
-        oldest = max(trail.first, trail.length - min(REBUILT, trail.rows))
+        ring.truncate(hidden_states.length - 1)  # a round that was stopped left nothing new to read
+        oldest = max(hidden_states.first, hidden_states.length - min(REBUILT, hidden_states.rows))
         if ring.end < oldest or not ring.cache.length:
             ring.restart(oldest)
         first = ring.end
-        rows = trail.length - first
+        rows = hidden_states.length - first
         following = torch.tensor(known[len(known) - rows :])
-        logits = head.run(following, trail.rows_from(first), ring.cache)
-        ring.truncate(trail.length - k)  # the rows after it hold tokens that were only guessed
+        logits = head.run(following, hidden_states.rows_from(first), ring.cache)
+        ring.truncate(hidden_states.length - k)  # the rows after it hold tokens that were only guessed
         return logits

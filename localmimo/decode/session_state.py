@@ -72,7 +72,7 @@ class SessionState:
         self.truncate(self.cache.length)
 
     def truncate(self, length: int) -> None:
-        """Forget what lies behind `length`; the cache has been cut already."""
+        """Forget everything from position `length` on; the cache has been cut already."""
         del self.tokens[length:]
         self.hidden_states.truncate(length)
         self.checkpoints = [c for c in self.checkpoints if c.length <= length]

@@ -33,9 +33,9 @@ class SpeculativeSteps:
     _seconds: float = 0.0
 
     def advance(
-        self, token: int, room: int, choose: Choose, check: Callable[[], None] = nothing_to_check
+        self, token: int, n_wanted: int, choose: Choose, check: Callable[[], None] = nothing_to_check
     ) -> Tensor:
-        """The logits [vocab] after `token`, which was drawn. At most `room` more tokens are wanted after it."""
+        """The logits [vocab] after `token`, which was drawn. At most `n_wanted` more tokens are wanted after it."""
         if self._drafts and self._drafts[0] == token:
             assert self._logits is not None
             self.stats.accepted[self._row] += 1
@@ -43,7 +43,7 @@ class SpeculativeSteps:
             self._row += 1
             return self._logits[self._row]
         self.settle()
-        return self._pass(token, self._room(room), choose, check)
+        return self._pass(token, self._max_depth(n_wanted), choose, check)
 
     def settle(self) -> None:
         """Take back drafts that were not drawn: the session then holds what was, but for the last token."""
@@ -55,12 +55,12 @@ class SpeculativeSteps:
         self._drafts.clear()
         self._logits = None
 
-    def _room(self, room: int) -> int:
-        return max(0, min(room, self.session.context - self.session.position - 1, self.session.n_heads))
+    def _max_depth(self, n_wanted: int) -> int:
+        return max(0, min(n_wanted, self.session.context - self.session.position - 1, self.session.n_heads))
 
-    def _pass(self, token: int, room: int, choose: Choose, check: Callable[[], None]) -> Tensor:
+    def _pass(self, token: int, n_wanted: int, choose: Choose, check: Callable[[], None]) -> Tensor:
         began, pages = time.perf_counter(), self.pages()
-        depth = min(self.depth_policy.depth(), room)
+        depth = min(self.depth_policy.depth(), n_wanted)
         drafts = self.session.draft(token, depth, choose) if depth else []
         logits = self.session.extend([token, *drafts], check)
         self._logits, self._drafts, self._row, self._depth = logits, deque(drafts), 0, depth

@@ -57,8 +57,8 @@ class Stats:
     pages_disk: int = 0  # expert pages read from disk
     bytes_read: int = 0
     read_s: float = 0.0  # time in which the disk was being read
-    prefetch_useful: int = 0  # pages read on a guess that were then asked for
-    prefetch_wasted: int = 0  # pages read on a guess for nothing
+    prefetch_useful: int = 0  # prefetched pages that were then needed
+    prefetch_wasted: int = 0  # prefetched pages that were not needed
     drafts: DraftStats = field(default_factory=DraftStats)
 
     @property

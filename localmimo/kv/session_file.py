@@ -53,11 +53,11 @@ class SessionIdentity:
             ("kv", "KV type"),
             ("dtype", "dtype"),
         ):
-            theirs, ours = found.get(key, "none"), asdict(self)[key]
-            if theirs != ours:
+            saved_as, in_use = found.get(key, "none"), asdict(self)[key]
+            if saved_as != in_use:
                 model = f" ({found.get('model')}; this is {self.model})" if key == "pack" else ""
                 raise BadSession(
-                    f"{path} was saved with the {what} {theirs[:12]}, and the one in use is {ours[:12]}{model}: "
+                    f"{path} was saved with the {what} {saved_as[:12]}, and the one in use is {in_use[:12]}{model}: "
                     "the conversation has to be read again."
                 )
 
@@ -173,7 +173,7 @@ def _views(tensor: Tensor | RowPieces) -> Iterator[Tensor]:
 
 
 def _parts(tensor: Tensor | RowPieces) -> Iterable[Tensor]:
-    """What of the tensor lies side by side, in order."""
+    """The contiguous parts of the tensor, in order."""
     if isinstance(tensor, RowPieces):
         return tensor.pieces()
     return [tensor] if tensor.is_contiguous() else tensor.unbind(0)

@@ -37,7 +37,7 @@ class DeviceKv:
 def device_kv(
     config: ModelConfig, context: int, item_bytes: int, slack: int, page_bytes: int, max_batch: int = 1
 ) -> DeviceKv:
-    """The KV of `max_batch` timelines. Raises DoesNotFit where a slot has no room for a token."""
+    """The KV of `max_batch` sequences. Raises DoesNotFit where a slot is too small for a token."""
     windows = kv_bytes(config, 0, item_bytes, slack)
     row_bytes = kv_bytes(config, 1, item_bytes, slack) - windows
     if not row_bytes:
@@ -47,9 +47,9 @@ def device_kv(
 
 
 def positions_per_slot(slot_bytes: int, row_bytes: int) -> int:
-    """Positions of a sequence whose rows of `row_bytes` lie in a slot: a multiple of 16 where there is room for it.
+    """Positions of a sequence whose rows of `row_bytes` fit in a slot: a multiple of 16 where it is large enough.
 
-    Raises DoesNotFit where there is no room for one.
+    Raises DoesNotFit where not even one fits.
     """
     if slot_bytes < row_bytes:
         raise DoesNotFit(
@@ -64,7 +64,7 @@ def positions_per_slot(slot_bytes: int, row_bytes: int) -> int:
 
 
 def draft_bytes(config: ModelConfig, item_bytes: int, slack: int, n_drafts: int) -> int:
-    """What a timeline keeps for its draft heads: a ring each, and hidden states in float32, the marks' too."""
+    """What a sequence keeps for its draft heads: a ring each, and hidden states in float32, the checkpoints' too."""
     if not n_drafts:
         return 0
     spec = config.mtp_layer

@@ -36,7 +36,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
 
 
-# ---- attention over keys and values that lie side by side ----
+# ---- attention over keys and values in contiguous rows ----
 
 
 def window_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -78,11 +78,11 @@ def sink_softmax(logits: Tensor, sink: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Keys and values as they lie in a cache: position p in row (p - first) mod rows.
+    """Keys and values in a cache: position p in row (p - first) mod rows.
 
     keys [kv_heads, rows, d_k], values [kv_heads, rows, d_v] in float32 or bfloat16; or in int8, where the last four
     bytes of each row are a float32 scale. With a table int32 [blocks] they are [slots, kv_heads, rows, d], and position
-    p lies in row p mod rows of slot table[p // rows].
+    p is in row p mod rows of slot table[p // rows].
     """
 
     keys: Tensor
@@ -93,8 +93,8 @@ class Rows:
     def put(self, begin: int, keys: Tensor, values: Tensor) -> None:
         """Write rows [kv_heads, n, d] of the positions from `begin` on."""
         at = self._at(begin, begin + keys.shape[1])
-        for there, new in ((self.keys, keys), (self.values, values)):
-            there[at] = new if self.table is None else new.transpose(0, 1)
+        for target, new in ((self.keys, keys), (self.values, values)):
+            target[at] = new if self.table is None else new.transpose(0, 1)
 
     def get(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values [kv_heads, n, d] of positions begin to end - 1."""
@@ -141,7 +141,7 @@ def extend(
     """Rotate, write into the cache, attend: joined [n, queries | keys | values] -> [n, heads * d_v], both float32 but
     on a GPU, where they may be bfloat16.
 
-    The first token is at `position`; everything before it that it sees lies in `rows` already. positions: of all
+    The first token is at `position`; `rows` already has everything before it that it sees. positions: of all
     tokens, int64 [n], where a GPU is to read them.
     """
     head_dims = spec.head_dim, spec.v_head_dim
@@ -157,7 +157,7 @@ def extend(
             joined, *rope, rows.keys, rows.values, positions=positions, table=rows.table, **facts
         )
     if position is None:
-        raise ValueError("Only the kernels of the GPU can attend where the position lies on the device.")
+        raise ValueError("Only the kernels of the GPU can attend where the position is on the device.")
     if native.serves(joined):
         return native.attend(joined, *rope, rows.keys, rows.values, position=position, **facts)
     return extend_reference(joined, rope, rows, position, spec, sink, value_scale)

@@ -231,10 +231,10 @@ def _layers(reader: _Reader, window_keys: int | None) -> tuple[LayerSpec, ...]:
     )
 
 
-def _agree(reader: _Reader, key: str, ours: str, expected: list[str]) -> None:
+def _agree(reader: _Reader, key: str, flat_key: str, expected: list[str]) -> None:
     """transformers writes the same lists under other names: they must not say something else."""
     if reader.get(key, expected) != expected:
-        raise BadModel(f"config.json's {key} and {ours} disagree: remove one of them.")
+        raise BadModel(f"config.json's {key} and {flat_key} disagree: remove one of them.")
 
 
 def _layer(

@@ -1,4 +1,4 @@
-"""Protocols: what the model needs of a KV cache, of the routed experts, and of whoever may stop it.
+"""Protocols: what the model needs of a KV cache, of the routed experts, and of a caller that may stop it.
 
 Knows shapes only. Must not know how a cache is laid out or where an expert's bytes are.
 """
@@ -15,7 +15,7 @@ class LayerKV(Protocol):
     """One layer's keys and values of one sequence."""
 
     def next_rows(self, n: int) -> Rows:
-        """Where the next n tokens' rows go; all that they see is there already."""
+        """Rows for the next n tokens; they also hold every earlier position that these tokens see."""
 
     def commit(self, rows: Rows, n: int) -> None:
         """The n tokens that `rows` was for are written."""
@@ -40,8 +40,8 @@ Guess = Callable[[], tuple[int, Tensor]]  # (layer, chosen [n, k]) that the next
 class Experts(Protocol):
     """Runs the routed experts of a layer for x [n, hidden] -> float32 [n, hidden].
 
-    `guess`, where there is one, runs the next MoE layer's router early, on what goes into this layer; calling it is
-    left to whoever gains by it. A row's result depends on its own token, experts and weights alone.
+    `guess`, where there is one, runs the next MoE layer's router early, on what goes into this layer; it is
+    called only where that pays. A row's result depends on its own token, experts and weights alone.
     """
 
     def run(

@@ -1,7 +1,7 @@
 """The maths of MiMo-V2: embedding, blocks of attention and MLP, router, output head.
 
 Holds the dense weights and no sequence: the KV cache and the runner of the routed experts come as arguments.
-Knows nothing of files, budgets, tokenizers or where an expert's bytes lie. The residual stream is float32;
+Knows nothing of files, budgets, tokenizers or where an expert's bytes are. The residual stream is float32;
 projections run in the dtype their input is cast to. Sources: arXiv 2601.02780 and transformers 5.23
 (`mimo_v2_flash`), against which tests/model compares it.
 """
@@ -70,7 +70,7 @@ GUESS_TOKENS = 8  # the most for which the next layer's experts are guessed: mor
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Rows of one timeline that go through a layer's attention together."""
+    """Rows of one sequence that go through a layer's attention together."""
 
     cache: Cache
     first: int  # row in the batch
@@ -81,30 +81,30 @@ class PromptChunk:
 
 
 def pieces_of(
-    timelines: Sequence[tuple[int, Cache]], ropes: set[tuple[int, float]], device: torch.device | None = None
+    sequences: Sequence[tuple[int, Cache]], ropes: set[tuple[int, float]], device: torch.device | None = None
 ) -> list[list[PromptChunk]]:
-    """Cut timelines of n tokens into pieces of at most PREFILL_CHUNK; groups of pieces of at most as many rows."""
+    """Cut sequences of n tokens into pieces of at most PREFILL_CHUNK; groups of pieces of at most as many rows."""
     groups: list[list[PromptChunk]] = []
-    first = room = 0
-    for n_tokens, cache in timelines:
+    first = n_left = 0
+    for n_tokens, cache in sequences:
         for at in range(0, n_tokens, PREFILL_CHUNK):
             n = min(PREFILL_CHUNK, n_tokens - at)
-            if n > room:
+            if n > n_left:
                 groups.append([])
-                room = PREFILL_CHUNK
+                n_left = PREFILL_CHUNK
             position = cache.length + at
             tables = {rope: rope_rows(position, n, *rope, device) for rope in ropes}
             on_gpu = device is not None and device.type == "cuda"
             positions = torch.arange(position, position + n, device=device) if on_gpu else None
             groups[-1].append(PromptChunk(cache, first, n, position, positions, tables))
-            first, room = first + n, room - n
+            first, n_left = first + n, n_left - n
     return groups
 
 
 def rope_rows(
     position: int, n: int, rotary_dim: int, theta: float, device: torch.device | None = None
 ) -> Rope:
-    """`rope_table` of n positions from one on: rows of a kept table where they lie in one."""
+    """`rope_table` of n positions from one on: rows of a kept table where one table has them all."""
     table, first = divmod(position, ROPE_TABLE)
     if first + n > ROPE_TABLE:
         return rope_table(torch.arange(position, position + n, device=device), rotary_dim, theta)
@@ -164,21 +164,21 @@ class Transformer:
     ) -> Tensor:
         """Run tokens [n] behind what the cache holds; returns the last layer's hidden states, before the final norm.
 
-        `check` is called between layers, and between the pieces of a long stretch within a layer; it may raise to
-        stop: the cache is then as long as before. `report` hears which share of the layers is done.
+        `check` is called between layers, and between the pieces of a long segment within a layer; it may raise to
+        stop: the cache is then as long as before. `report` is told which share of the layers is done.
         """
         return self.forward_many([(tokens, cache)], experts, check, report)[0]
 
     def forward_many(
         self,
-        timelines: Sequence[tuple[Tensor, Cache]],
+        sequences: Sequence[tuple[Tensor, Cache]],
         experts: Experts,
         check: Callable[[], None] = nothing_to_check,
         report: Callable[[float], None] = nothing_to_report,
     ) -> list[Tensor]:
-        """`forward` of several timelines at once, each with a cache of its own: they share projections and experts."""
-        x = self.embed(torch.cat([tokens for tokens, _ in timelines]))
-        return self.through(x, [(len(tokens), cache) for tokens, cache in timelines], experts, check, report)
+        """`forward` of several sequences at once, each with a cache of its own: they share projections and experts."""
+        x = self.embed(torch.cat([tokens for tokens, _ in sequences]))
+        return self.through(x, [(len(tokens), cache) for tokens, cache in sequences], experts, check, report)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings float32 [n, hidden] of tokens [n] in main memory."""
@@ -188,21 +188,21 @@ class Transformer:
     def through(
         self,
         x: Tensor,
-        timelines: Sequence[tuple[int, Cache]],
+        sequences: Sequence[tuple[int, Cache]],
         experts: Experts,
         check: Callable[[], None] = nothing_to_check,
         report: Callable[[float], None] = nothing_to_report,
     ) -> list[Tensor]:
-        """Take rows x [n, hidden] of timelines through the layers, so many rows of each; x is overwritten."""
-        for n, cache in timelines:
+        """Take rows x [n, hidden] of sequences through the layers, so many rows of each; x is overwritten."""
+        for n, cache in sequences:
             cache.reserve(n)
-        groups = pieces_of(timelines, {spec.rope for spec in self.config.layers}, self.device)
+        groups = pieces_of(sequences, {spec.rope for spec in self.config.layers}, self.device)
         for layer in range(len(self.config.layers)):
             self._layer(layer, x, groups, experts, check)
             report((layer + 1) / len(self.config.layers))
-        for n, cache in timelines:
+        for n, cache in sequences:
             cache.advance(n)
-        return list(x.split([n for n, _ in timelines]))
+        return list(x.split([n for n, _ in sequences]))
 
     def _layer(
         self,

@@ -77,20 +77,20 @@ class OnDevice:
 class ReportedWeights:
     """Hands a pack's tensors on; n_heads draft heads are read, the others are not."""
 
-    def __init__(self, pack: Pack, n_heads: int, hear: OnProgress) -> None:
+    def __init__(self, pack: Pack, n_heads: int, on_progress: OnProgress) -> None:
         left_out = tuple(f"mtp.{k}." for k in range(n_heads, MAX_DRAFTS))
         sizes = {name: info.nbytes for name, info in pack.tensors.items()}
         self._sizes = {name: n_bytes for name, n_bytes in sizes.items() if not name.startswith(left_out)}
         self._total = sum(self._sizes.values())
         self._done = 0
         self._pack = pack
-        self._hear = hear
+        self._on_progress = on_progress
 
     def tensor(self, name: str) -> QTensor | Tensor:
         """The pack's tensor; then the listener is told."""
         tensor = self._pack.tensor(name)
         self._done += self._sizes.get(name, 0)
-        self._hear(self._done, self._total)
+        self._on_progress(self._done, self._total)
         return tensor
 
 

@@ -51,7 +51,7 @@ def move(engine: Engine, session: Session, i: int) -> None:
 def test_the_same_bits(share: float, kv: str) -> None:
     found, stretches = [], []
     for way in (nullcontext(), without_records()):
-        few = patch("localmimo.decode.cuda_graphs.MOST_GRAPHS", 6)
+        few = patch("localmimo.decode.cuda_graphs.MAX_GRAPHS", 6)
         with way, few, on_gpu(share, kv=kv) as engine, engine.session() as session:
             rows = session._state.cache.layers[1].rows  # type: ignore[union-attr]
             n = rows - 4  # the rings go round, and blocks are added, while it steps
