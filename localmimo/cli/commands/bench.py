@@ -21,8 +21,9 @@ from localmimo.cli.options import INTERRUPTED, Json, Model, Quiet, Verbose, carr
 from localmimo.cli.packs import EMBEDDED, folder_of, pack_folder
 from localmimo.cli.plots.bench_card import card, card_lines
 from localmimo.cli.plots.bench_plot import chart, draw
+from localmimo.cli.plots.bench_table import head, live_line, plan_line, row
 from localmimo.cli.plots.plot import check_plot, picture
-from localmimo.cli.ui import Ui, bar, parse_count, rows, seconds
+from localmimo.cli.ui import Ui, bar, parse_count
 from localmimo.decode.draft_depth import check_draft
 from localmimo.errors import BadRequest
 from localmimo.experts.policy.trace import TraceWriter
@@ -42,11 +43,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "md")
 ITEM_BYTES = {"bfloat16": 2, "int8": 1, "float32": 4}  # of the KV cache
-# Heads and widths of the table; every row is printed as soon as its depth is done.
-COLUMNS = (
-    ("depth", 7), ("prefill tok/s", 15), ("decode tok/s", 13), ("first token", 11), ("read/token", 10),
-    ("disk GB/s", 9), ("drafts", 6), ("experts found in", 16),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,83 +407,3 @@ class BenchReport:
 def _cut_short(bench: Bench, n_done: int) -> Sequence[int]:
     """The depth that was being measured, if anything of it was."""
     return [depth for depth in bench.job.depths[n_done : n_done + 1] if bench.runs_at(depth)]
-
-
-# ---- the plan ----
-
-
-def plan_line(depth: int, check: dict[str, Any]) -> str:
-    """Predicted and measured, for people."""
-    low, high = map(_speed, check["predicted_tps"])
-    verdict = "inside" if check["inside"] else "outside"
-    return (
-        f" plan at depth {depth:,}: {low} to {high} tok/s at a hit rate of {check['hit_rate']:.0%}; "
-        f"measured {_speed(check['measured_tps'])}: {verdict}"
-    )
-
-
-# ---- the table ----
-
-
-def head(form: str) -> str:
-    if form == "md":
-        return _markdown([name for name, _ in COLUMNS]) + "\n" + "|---" * len(COLUMNS) + "|"
-    return "\n" + _aligned([name for name, _ in COLUMNS])
-
-
-def row(found: dict[str, Any], form: str) -> str:
-    """The figures of a depth."""
-    decode = found["decode"]
-    cells = [
-        f"{found['depth']:,}",
-        _with_spread(found, "prefill_tps"),
-        _with_spread(found, "decode_tps"),
-        seconds(found["first_token_s"]),
-        "–" if decode["disk_bytes_per_token"] is None else format_bytes(decode["disk_bytes_per_token"]),
-        "–" if decode["disk_read"] is None else f"{decode['disk_read'] / 1e9:.2f}",
-        "–" if found["drafts"]["acceptance"] is None else f"{found['drafts']['acceptance']:.0%}",
-        found_in(decode["hits"]),
-    ]
-    return _markdown(cells) if form == "md" else _aligned(cells)
-
-
-def found_in(shares: dict[str, float]) -> str:
-    """ram 79% disk 21%."""
-    return " ".join(f"{tier} {share:.0%}" for tier, share in shares.items()) or "–"
-
-
-def _with_spread(found: dict[str, Any], name: str) -> str:
-    mean, sd = found[name], found[f"{name}_sd"]
-    if mean is None:
-        return "–"
-    return _speed(mean) if sd is None else f"{_speed(mean)} ± {_speed(sd)}"
-
-
-def _speed(tps: float) -> str:
-    return f"{tps:.0f}" if tps >= 100 else f"{tps:.1f}" if tps >= 1 else f"{tps:.2f}"
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _aligned(cells: Sequence[str]) -> str:
-    return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
-
-
-def live_line(run: BenchRun, request: BenchOptions) -> str:
-    """What is going on now, and what the tiers gave in this answer so far."""
-    from localmimo.bench.runs import tier_figures
-
-    so_far = tier_figures(run.steps)
-    speed = len(run.steps) / sum(step.seconds for step in run.steps)
-    parts = [
-        f" depth {run.depth:,}",
-        f"run {run.number + 1}/{request.repeat}",
-        f"token {len(run.steps) + 1}/{request.max_tokens}",
-        f"{_speed(speed)} tok/s",
-        f"experts {found_in(so_far['hits'])}",
-    ]
-    if so_far["disk_read"]:
-        parts.append(f"disk {so_far['disk_read'] / 1e9:.2f} GB/s")
-    return rows(parts, 1000, indent=0)
