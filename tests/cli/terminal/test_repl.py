@@ -8,6 +8,7 @@ import pytest
 
 from localmimo.cli.terminal.repl import ChatSettings, Repl
 from localmimo.cli.terminal.screen import Screen
+from localmimo.decode.options import OPTIONS, SAMPLING_OPTIONS
 from localmimo.errors import BadRequest
 from tests.scripted import INTERRUPT, Capture, ScriptedEngine, ScriptedReader, full
 
@@ -154,10 +155,15 @@ def test_set_and_think_reach_the_engine() -> None:
 
 
 def test_set_alone_shows_what_holds() -> None:
-    _, shown = converse(ScriptedEngine(), "/set")
-    assert shown.err == (
-        "  temperature 0.7 · top-k 0 · top-p 0.95 · min-p 0.0 · repetition-penalty 1.0\n"
-        "  presence-penalty 0.0 · frequency-penalty 0.0 · seed off · max-tokens off\n"
+    shown = " · ".join(converse(ScriptedEngine(), "/set")[1].err.split("\n")).replace("  ", "").strip(" ·")
+    declared = {**SAMPLING_OPTIONS, "max_tokens": OPTIONS["max_tokens"]}
+    assert shown.split(" · ") == [
+        f"{option.set_names[0]} {'off' if option.default is None else option.default}"
+        for option in declared.values()
+        if option.set_names
+    ]
+    assert (
+        "temperature 0.7 · top-k 0 · top-p 0.95 · min-p 0.0" in shown and "seed off · max-tokens off" in shown
     )
 
 
