@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from localmimo.hardware.host import Machine, format_bytes
 
-
 if TYPE_CHECKING:
     from quant import Source
     from quant.conversion.listing import Listing
