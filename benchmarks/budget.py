@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.make_checkpoint import Shape, make_checkpoint
 from benchmarks.mmap import GROUPS, capped
+from benchmarks.report import write_result
 from localmimo.hardware.host import parse_bytes
 from quant import convert
 
@@ -193,7 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.pairs:
         found = pairs(options.pairs, options.seed)
-        print(json.dumps(found))
+        write_result("budget", found)
         sys.exit(1 if found["broken"] else 0)
     if options.pack is None:
         parser.error("name a pack, or give --pairs")
@@ -203,10 +204,9 @@ def main() -> None:
     if not options.json:
         for run in runs:
             print(run)
-    print(
-        json.dumps(
-            {"runs": runs, "same_tokens": same, "worst": max((run["over"] for run in ran), default=None)}
-        )
+    write_result(
+        "budget",
+        {"runs": runs, "same_tokens": same, "worst": max((run["over"] for run in ran), default=None)},
     )
 
 

@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import write_result
+
 START_S = 1.8  # until Python has loaded what it needs and the conversion begins
 
 CHILD = """
@@ -103,7 +105,7 @@ def main() -> None:
     if not options.json:
         for name, value in facts.items():
             print(f"{name:16} {value}")
-    print(json.dumps(facts))
+    write_result("convert", facts)
 
 
 if __name__ == "__main__":

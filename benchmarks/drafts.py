@@ -7,12 +7,12 @@ within a round. Greedy, over questions that the embedded model knows; every sett
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from benchmarks.report import write_result
 from localmimo import Sampling, load
 from localmimo.decode.draft_depth import Draft
 from localmimo.decode.steps import DraftStats
@@ -103,7 +103,7 @@ def main() -> None:
         print(
             f"draft {draft:>4}: {figures['speed']:.2f} x, accepted by head {shares}, passes {figures['passes_at']}"
         )
-    print(json.dumps(found))
+    write_result("drafts", found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast tokens come: fixed cost, attention, long contexts, drafts, sessions, and a model beside llama.cpp.
 
-    python -m benchmarks.generation [--only fixed,attention,kv,long,needle,drafts,sessions,timelines,mid] [--json]
+    python -m benchmarks.generation [--only fixed,attention,kv,long,needle,drafts,sessions,batch,mid] [--json]
         [--long-pack DIR] [--mid PACK --gguf FILE --rival-python PYTHON]
 
 fixed      a decode step of the embedded model, whose arithmetic is next to nothing, per layer
@@ -10,8 +10,8 @@ long       a narrow model with V2-Flash's 48 layers at up to 1,048,576 positions
 needle     how often the embedded model finds a word again that its windows do not reach
 drafts     the embedded model's draft heads against none (benchmarks.drafts)
 sessions   a saved session of 8,192 tokens against reading them again (benchmarks.sessions)
-timelines  four timelines in step against one after the other, on the pack --mid with a third of its experts in RAM
-           (benchmarks.timelines)
+batch      four sequences in a batch against one after the other, on the pack --mid with a third of its experts in RAM
+           (benchmarks.batch)
 mid        decode and prefill in turns with llama.cpp; PACK and FILE as benchmarks.make_checkpoint and rival_model
            make them of the shape `mid`; PYTHON has llama-cpp-python
 """
@@ -31,8 +31,9 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks import drafts, sessions, timelines
+from benchmarks import batch, drafts, sessions
 from benchmarks.make_checkpoint import SHAPES, Shape, make_checkpoint
+from benchmarks.report import write_result
 from localmimo import load
 from localmimo.decode.session import Session
 from localmimo.engine import Engine
@@ -243,11 +244,11 @@ def _try(engine: Engine, filler: list[int], firsts: list[int], i: int, distance:
     return int(logits[firsts].argmax()) == word, int(logits.argmax()) == firsts[word]
 
 
-# ---- several timelines ----
+# ---- several sequences ----
 
 
 def _third(pack: Path) -> str:
-    """A budget that holds a third of a pack's experts beside four timelines."""
+    """A budget that holds a third of a pack's experts beside four sequences."""
     with load(pack, context=512, draft=0, max_batch=4, profile=None) as engine:
         plan = engine.plan
         return str(plan.used_bytes - plan.slots_bytes + plan.n_pages // 3 * plan.page_bytes)
@@ -342,7 +343,7 @@ def main() -> None:
             "sessions": lambda: sessions.measure(
                 str(_pack(Path(folder) / "small", SHAPES["small"])), 8192, None
             ),
-            "timelines": lambda: timelines.measure(str(options.mid), _third(options.mid), 4, 24),
+            "batch": lambda: batch.measure(str(options.mid), _third(options.mid), 4, 24),
             "mid": lambda: mid(
                 options.mid, options.gguf, options.rival_python, options.tasks.split(","), options.rounds
             ),
@@ -352,7 +353,7 @@ def main() -> None:
             found[name] = parts[name]()
             if not options.json:
                 print(name, json.dumps(found[name], indent=2))
-    print(json.dumps(found))
+    write_result("generation", found)
 
 
 if __name__ == "__main__":

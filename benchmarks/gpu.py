@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import write_result
 from localmimo.errors import NoDevice
 from localmimo.hardware.device import Device, find_device
 from localmimo.hardware.host import Machine, format_bytes
@@ -323,7 +324,7 @@ def _config(bench: Bench, n_layers: int | None = None) -> ModelConfig:
 
 def _run(bench: Bench, config: ModelConfig, ram: int, prompt: int, steps: int) -> Facts:
     """Prefill and decode of one model with random weights, and what bounds them."""
-    from benchmarks.flash import opened
+    from benchmarks.random_engine import opened
     from localmimo.hardware.bandwidth import measure_ram
 
     machine = Machine.probe()
@@ -391,7 +392,7 @@ PARTS: dict[str, Callable[[Bench], Facts]] = {
 CHECKS = ("kernels", "engine", "whole")  # what --interpret runs
 # Held against the speeds that `copies` measures.
 AGAINST_COPIES = ("products", "attention", "resident", "whole")
-LEAST_S = {"resident": 60, "whole": 150}  # a part is left out where less is left
+MIN_S = {"resident": 60, "whole": 150}  # a part is left out where less is left
 
 
 def carry_out(bench: Bench, names: list[str]) -> dict[str, Facts]:
@@ -399,7 +400,7 @@ def carry_out(bench: Bench, names: list[str]) -> dict[str, Facts]:
     found: dict[str, Facts] = {}
     for name in names:
         began = time.perf_counter()
-        if bench.left_s < LEAST_S.get(name, 5):
+        if bench.left_s < MIN_S.get(name, 5):
             found[name] = {"left_out": f"{bench.left_s:.0f} s were left"}
         else:
             try:
@@ -480,7 +481,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = carry_out(bench, names)
     card = {"device": bench.facts.title, "torch": torch.__version__, "cuda": torch.version.cuda}
     ok = all(facts.get("ok", True) and "error" not in facts for facts in found.values())
-    print(json.dumps(card | {"interpret": asked.interpret, "ok": ok, "parts": found}, default=str))
+    write_result("gpu", card | {"interpret": asked.interpret, "ok": ok, "parts": found})
     return 0 if ok else 1
 
 

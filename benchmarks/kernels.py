@@ -18,7 +18,6 @@ do (quant/files/hugepages.py). The last line is JSON:
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,7 +30,8 @@ from math import prod
 
 import torch
 
-from benchmarks.rivals import Rival, expert_rivals, matrix_rivals
+from benchmarks.other_kernels import Rival, expert_rivals, matrix_rivals
+from benchmarks.report import write_result
 from quant import kernels
 from quant.files.hugepages import allocate
 from quant.formats.codec import codec
@@ -281,7 +281,7 @@ def main() -> None:
         result["rate"] = measure_rate(args.rounds)
     if "batch" in parts:
         result["batch"] = measure_batch(args.rounds)
-    print(json.dumps(result))
+    write_result("kernels", result)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.mmap PACK RIVAL.gguf --rival-python VENV/bin/python --cap 2650MB [--tokens 48]
 
-PACK and RIVAL are random models of one shape (`benchmarks.make_checkpoint`, `benchmarks.rival_model`). Every arm is a
+PACK and RIVAL are random models of one shape (`benchmarks.make_checkpoint`, `benchmarks.random_gguf`). Every arm is a
 process in a memory control group of its own, so that its page cache counts against the cap as its heap does; the page
 cache is dropped before each arm. The arms take turns, `--rounds` times: ours; llama.cpp with the disk's read-ahead as
 it comes; llama.cpp with 128 KB, its best here. All feed the same tokens one by one: drawn evenly (`uniform`), and by
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import write_result
 from localmimo.hardware.host import parse_bytes
 
 GROUPS = Path("/sys/fs/cgroup/memory")
@@ -166,8 +167,8 @@ def main() -> None:
     parser.add_argument("--kinds", default="uniform,zipf")
     options = parser.parse_args()
     found = {kind: compare(options, kind) for kind in options.kinds.split(",")}
-    print(
-        json.dumps({"cap": options.cap, "pack": str(options.pack.name), "rival": options.rival.name} | found)
+    write_result(
+        "mmap", {"cap": options.cap, "pack": str(options.pack.name), "rival": options.rival.name} | found
     )
 
 

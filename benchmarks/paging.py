@@ -17,7 +17,6 @@ at random, so that routing is as uniform as the router makes it: no policy can h
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import write_result
 from localmimo import Engine, load
 from localmimo.decode.session import Session
 from localmimo.experts.policy.adaptive import Adaptive
@@ -243,7 +243,7 @@ def main() -> None:
         runs = [(None, True, False), (ram, True, False), (ram, False, False), (ram, True, True)]
         answers = {tuple(greedy(options.pack, *run)) for run in runs}
         found["same_tokens"] = len(answers) == 1
-    print(json.dumps(found))
+    write_result("paging", found)
 
 
 def disk_part(path: Path, pack: Pack, ram: int, n: int, compare: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import write_result
 from localmimo import load
 
 MIB = 1 << 20
@@ -81,10 +82,9 @@ def main() -> None:
         if not options.json:
             print(line(runs[-1]), flush=True)
     widest = max(run["predicted_tps"][1] / run["predicted_tps"][0] for run in runs)
-    print(
-        json.dumps(
-            {"inside": sum(run["inside"] for run in runs), "of": len(runs), "widest": widest, "runs": runs}
-        )
+    write_result(
+        "plan_check",
+        {"inside": sum(run["inside"] for run in runs), "of": len(runs), "widest": widest, "runs": runs},
     )
 
 

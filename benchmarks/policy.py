@@ -8,7 +8,6 @@ synthetic ones through `localmimo replay`'s code, with slots for 1.2 to 5 token 
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import numpy as np
 
 from benchmarks import routing
 from benchmarks.record_traces import record
+from benchmarks.report import write_result
 from benchmarks.routing import Language, Shape, trace_of
 from localmimo.experts.policy.baselines import Adaptive, Page
 from localmimo.experts.policy.replay import replay
@@ -143,7 +143,7 @@ def main() -> None:
                         )
                 result[group] = {"traces": runs, **summary(runs)}
     result["cost"] = cost()
-    print(json.dumps(result))
+    write_result("policy", result)
 
 
 if __name__ == "__main__":

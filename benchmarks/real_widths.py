@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generated import REPOSITORY, first_layers, serving
+from benchmarks.report import write_result
 from localmimo.model.members import MEMBERS, find_member
 from quant.checkpoint.published import published_tensors
 
@@ -120,7 +121,7 @@ def main() -> None:
             shutil.rmtree(pack, ignore_errors=True)
     for name, value in facts.items():
         print(f"{name:24} {value}")
-    print(json.dumps(facts))
+    write_result("real_widths", facts)
 
 
 if __name__ == "__main__":

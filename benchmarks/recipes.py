@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.report import write_result
 from localmimo import load
 from localmimo.engine import Engine
 from localmimo.experts.compute.cpu_runner import grouped
@@ -229,7 +230,7 @@ def main() -> None:
             print(
                 f"{name:36} KL {facts['mean_kl']:.5f}  top-1 {facts['top1_agreement']:.2%}  {facts['bits']:.3f} bits"
             )
-    print(json.dumps(arms))
+    write_result("recipes", arms)
 
 
 if __name__ == "__main__":

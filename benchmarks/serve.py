@@ -8,7 +8,6 @@ Starts `localmimo serve` on a free port and sends to it alone. The last line is 
 
 import argparse
 import asyncio
-import json
 import re
 import statistics
 import subprocess
@@ -18,6 +17,8 @@ from dataclasses import dataclass, field
 
 import httpx2
 import psutil
+
+from benchmarks.report import write_result
 
 SAMPLE_S = 0.5
 WARM_UP = 0.25  # of the requests, before memory counts as settled
@@ -120,7 +121,7 @@ def main() -> None:
         try:
             began = time.perf_counter()
             tally = asyncio.run(load(url, psutil.Process(process.pid), arguments))
-            print(json.dumps(report(tally, time.perf_counter() - began, arguments)))
+            write_result("serve", report(tally, time.perf_counter() - began, arguments))
         finally:
             process.terminate()
 

@@ -7,7 +7,6 @@ that follow must be the same either way.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import write_result
 from localmimo import Session, load
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     print(
         f"{found['read_s']:.2f} s read, {found['load_s']:.3f} s loaded: {found['times_sooner']:.0f} x sooner"
     )
-    print(json.dumps(found))
+    write_result("sessions", found)
 
 
 if __name__ == "__main__":

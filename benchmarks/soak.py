@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.report import write_result
 from localmimo import load
 from localmimo.decode.options import Sampling
 from localmimo.engine import Engine
@@ -268,7 +269,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     found = soak(60 * asked.minutes, asked.seed)
-    print(json.dumps(found, indent=1))
+    write_result("soak", found)
     if found["grown"]:
         sys.exit(f"Not flat: {', '.join(found['grown'])} (early and late above).")
 

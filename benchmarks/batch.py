@@ -1,17 +1,17 @@
-"""Timelines in step: tokens per second of several together against one, where the disk is the limit.
+"""Several sequences in one batch against one alone: tokens per second where the disk is the limit.
 
-    python -m benchmarks.timelines PACK --ram 2GiB [--batch 4] [--tokens 24]
+    python -m benchmarks.batch PACK --ram 2GiB [--batch 4] [--tokens 24]
 
 PACK: `benchmarks.make_checkpoint DIR --shape mid`, converted; --ram: so little that most experts come from the disk.
 A disk that is never idle gives no more than the ratio of the bytes that a token reads alone and together.
-Each timeline must say what it says alone.
+Each sequence must give the tokens that it gives alone.
 """
 
 import argparse
-import json
 import time
 from typing import Any
 
+from benchmarks.report import write_result
 from localmimo import Completion, Sampling, load
 
 PROMPTS = (
@@ -48,7 +48,6 @@ def measure(pack: str, ram: str | None, batch: int, n_tokens: int) -> dict[str, 
         shared = speed(*together)
         shared |= {"token_bytes": max(b.stats.bytes_read for b in together[0]) / shared["tokens"]}
         return {
-            "benchmark": "timelines",
             "config": engine.effective(),
             "batch": batch,
             "one": one,
@@ -75,7 +74,7 @@ def main() -> None:
         f"{found['aggregate']:.2f} x, {found['aggregate_by_bytes']:.2f} x by the bytes that each token reads; "
         f"the disk was being read {found['read_share_one']:.0%} of the time"
     )
-    print(json.dumps(found))
+    write_result("batch", found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Write a random GGUF of llama.cpp's `mimo2` architecture in the shape of a checkpoint: the rival in comparisons.
+"""Write a random GGUF of llama.cpp's `mimo2` architecture in the shape of a checkpoint, for comparisons.
 
-    python -m benchmarks.rival_model CONFIG.json OUT.gguf [--type Q4_0|Q8_0] [--skew 0.5]
+    python -m benchmarks.random_gguf CONFIG.json OUT.gguf [--type Q4_0|Q8_0] [--skew 0.5]
 
 Runs in the rival's environment (package `gguf`; no torch). CONFIG.json is a checkpoint's or a pack's. Every matrix has
 random codes under a scale that gives it the gain of 1 / sqrt(columns), so that routing is as it is in

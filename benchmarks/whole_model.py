@@ -1,6 +1,6 @@
-"""Walk every unit of a whole model without having it: a generated source, an output that is discarded.
+"""The conversion of a whole model, unit by unit, without its files: a generated source, a discarded output.
 
-    python -m benchmarks.walk mimo-v2-flash|mimo-v2.5|mimo-v2.5-pro|mimo-v2.6-flash|... [--experts-per-layer 1]
+    python -m benchmarks.whole_model mimo-v2-flash|mimo-v2.5|mimo-v2.5-pro|mimo-v2.6-flash|... [--experts-per-layer 1]
 
 Every stored tensor is listed from the published config.json. Of every unit of the pack it is checked that its parts
 tile the file without holes, and of every stored tensor of the text model that it is read exactly once, by the canonical
@@ -11,7 +11,6 @@ that of its bytes at the speed of those parts.
 
 import argparse
 import bisect
-import json
 import resource
 import time
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.generated import Pools
+from benchmarks.report import write_result
 from localmimo.model.members import MEMBERS, find_member
 from quant import Recipe, Source
 from quant.checkpoint.pieces import Matrix
@@ -127,7 +127,7 @@ def _cut(matrix: Matrix, n_rows: int) -> tuple[Any, ...]:
     return tuple(pieces)
 
 
-def walk(name: str, n_experts: int, recipe: Recipe) -> dict[str, Any]:
+def check_model(name: str, n_experts: int, recipe: Recipe) -> dict[str, Any]:
     began = time.perf_counter()
     source, shard = generated_source(name)
     listing: Listing = make_listing(source, recipe)
@@ -170,10 +170,10 @@ def main() -> None:
     parser.add_argument("--experts", default="nf4")
     parser.add_argument("--dense", default="int8")
     options = parser.parse_args()
-    facts = walk(options.model, options.experts_per_layer, Recipe(options.experts, options.dense))
+    facts = check_model(options.model, options.experts_per_layer, Recipe(options.experts, options.dense))
     for key, value in facts.items():
         print(f"{key:24} {value}")
-    print(json.dumps(facts))
+    write_result("whole_model", facts)
 
 
 if __name__ == "__main__":

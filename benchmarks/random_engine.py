@@ -73,12 +73,12 @@ def random_page(layout: PageLayout) -> Tensor:
     """A page of random codes under scales that keep what goes through it at its size."""
     page = torch.randint(0, 256, (layout.bytes,), dtype=torch.uint8)
     for part in layout.slices:
-        there = page[part.offset : part.offset + part.spec.nbytes]
+        part_bytes = page[part.offset : part.offset + part.spec.nbytes]
         cols = layout.shape(part.matrix)[1]
         if part.part == "scales":
-            there.fill_(0x38)  # 1 in e4m3
+            part_bytes.fill_(0x38)  # 1 in e4m3
         elif part.part == "scale":
-            there.copy_(torch.tensor([1.7 / cols**0.5]).view(torch.uint8))
+            part_bytes.copy_(torch.tensor([1.7 / cols**0.5]).view(torch.uint8))
     return page
 
 
@@ -205,8 +205,8 @@ def _write(file: Path, layout: PageLayout, n_experts: int) -> None:
     with file.open("wb") as out:
         for _ in range(n_experts):
             for part in codes:  # other codes in every page, at the price of a copy
-                there = page[part.offset : part.offset + part.spec.nbytes]
-                there.copy_(there.roll(4096 + 64))
+                part_bytes = page[part.offset : part.offset + part.spec.nbytes]
+                part_bytes.copy_(part_bytes.roll(4096 + 64))
             out.write(page.numpy().data)
 
 

@@ -1,4 +1,4 @@
-"""Other people's CPU kernels over low-bit weights, as far as they are installed: what ours are compared with.
+"""CPU kernels of other libraries over low-bit weights, as far as they are installed, to compare with.
 
 Each rival gets random weights of its own format and cycles through several copies, so that no cache helps it.
 What is not installed, or does not run on this CPU, is left out with a line on stderr.
