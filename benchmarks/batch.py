@@ -8,10 +8,9 @@ Each sequence must give the tokens that it gives alone.
 """
 
 import argparse
-import time
 from typing import Any
 
-from benchmarks.report import write_result
+from benchmarks.report import timed, write_result
 from localmimo import Completion, Sampling, load
 
 PROMPTS = (
@@ -33,9 +32,7 @@ def measure(pack: str, ram: str | None, batch: int, n_tokens: int) -> dict[str, 
 
         def say(texts: list[str], n: int) -> tuple[list[Completion], float]:
             engine.generate(texts, max_tokens=1, sampling=sampling)  # read
-            began = time.perf_counter()
-            done = engine.generate(texts, max_tokens=n, sampling=sampling)
-            return done, time.perf_counter() - began
+            return timed(lambda: engine.generate(texts, max_tokens=n, sampling=sampling))
 
         say(prompts, n_tokens)  # the store as it is in the long run
         alone, rounds = [], []

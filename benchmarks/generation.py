@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import torch
 
 from benchmarks import batch, drafts, sessions
 from benchmarks.make_checkpoint import SHAPES, Shape, make_checkpoint
-from benchmarks.report import write_result
+from benchmarks.report import timed, write_result
 from localmimo import load
 from localmimo.decode.session import Session
 from localmimo.engine import Engine
@@ -49,9 +48,7 @@ Figures = dict[str, Any]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    return timed(work)[1]
 
 
 # ---- fixed cost ----

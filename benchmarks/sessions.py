@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import write_result
+from benchmarks.report import timed, write_result
 from localmimo import Session, load
 
 
@@ -38,12 +38,8 @@ def measure(pack: str, n_tokens: int, ram: str | None) -> dict[str, Any]:
         most = min(engine.config.vocab_size, 8000)
         tokens = torch.randint(3, most, (n_tokens,), generator=draws).tolist()
         with engine.session() as session:
-            began = time.perf_counter()
-            logits = session.sync(tokens)
-            read_s = time.perf_counter() - began
-            began = time.perf_counter()
-            n_bytes = session.save(path)
-            save_s = time.perf_counter() - began
+            logits, read_s = timed(lambda: session.sync(tokens))
+            n_bytes, save_s = timed(lambda: session.save(path))
             expected = follow(session, logits)
             session.rewind(10**9)
             with path.open("rb") as file:
