@@ -231,7 +231,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<int, int64_t, int64_t, const std::vector<int64_t>&>())
       .def("run", &PyExperts::run)
       .def("run_places", &PyExperts::run_places);
-  nb::class_<PyBlock>(m, "LayerBlock")
+  nb::class_<PyBlock>(m, "Block")
       .def(nb::init<const std::vector<int64_t>&, const std::vector<float>&, const std::vector<Address>&,
                     const std::vector<PyMatrix>&, int64_t, int64_t, Address, Address, float, bool, bool>())
       .def("run", &PyBlock::run);
