@@ -102,7 +102,7 @@ class FusedBlock:
         _check(plain, hidden, heads, sink, matrices)
         self._kept = (plain, [kernels._checked_parts(q) for q in matrices])
         addresses = [attn_norm.data_ptr(), mlp_norm.data_ptr(), 0 if sink is None else sink.data_ptr()]
-        self._native = kernels._native.LayerBlock(
+        self._native = kernels._native.Block(
             sizes, [eps, heads.d_k**-0.5, value_scale], addresses, [_matrix(q) for q in matrices], *router
         )
 
