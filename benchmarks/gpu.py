@@ -162,11 +162,11 @@ def engine(bench: Bench) -> Facts:
         with load(**plain, device=str(bench.facts), vram=budget) as one:
             same = sum(sum(_followed(one, *pair)) for pair in zip(prompts, wanted, strict=True))
             own = one.generate(prompts[0], max_tokens=n, sampling=greedy).tokens
-            traffic = one.counters
+            counters = one.counters
             out[name] = {
                 "same": same, "of": sum(map(len, wanted)), "own_answer_same": own == wanted[0],
                 "gpu_slots": one.plan.gpu_slots, "pinned": one.effective()["pinned"],
-                "gpu_pages": traffic.gpu_pages, "ram_pages": traffic.ram_pages, "disk_pages": traffic.disk_pages,
+                "gpu_pages": counters.gpu_pages, "ram_pages": counters.ram_pages, "disk_pages": counters.disk_pages,
             }  # fmt: skip
         out["ok"] &= same >= 0.95 * out[name]["of"]
     return out
@@ -337,8 +337,8 @@ def _run(bench: Bench, config: ModelConfig, ram: int, prompt: int, steps: int) -
         model.prefill(min(512, prompt))  # compiles
         prefill_s = model.prefill(prompt)
         model.decode(steps)
-        before, took = model.store.traffic.copy(), model.decode(steps)
-        seen = model.store.traffic.copy().since(before)
+        before, took = model.store.counters.copy(), model.decode(steps)
+        seen = model.store.counters.copy().since(before)
         dense, experts = model.token_bytes
         n_passed = model.plan.n_pages - model.plan.gpu_slots  # over the bus, once per stretch of the prompt
         moved = n_passed * model.layout.bytes * -(-prompt // model.plan.stretch_tokens)

@@ -82,22 +82,22 @@ def random_tokens(engine: Engine, n: int, seed: int) -> list[int]:
 
 def steps(engine: Engine, session: Session, tokens: list[int]) -> dict[str, float]:
     """Feed tokens one by one; per token: seconds, bytes read; and the disk's speed while it was read."""
-    before, began, times = engine._store.traffic.copy(), time.perf_counter(), []
+    before, began, times = engine._store.counters.copy(), time.perf_counter(), []
     for token in tokens:
         started = time.perf_counter()
         session.step(token)
         times.append(time.perf_counter() - started)
-    wall, traffic = time.perf_counter() - began, engine._store.traffic.since(before)
-    pages = traffic.ram_pages + traffic.disk_pages
+    wall, counters = time.perf_counter() - began, engine._store.counters.since(before)
+    pages = counters.ram_pages + counters.disk_pages
     return {
         "token_s": wall / len(tokens),
         "median_s": statistics.median(times),
-        "token_bytes": traffic.disk_bytes / len(tokens),
-        "disk_bps": traffic.disk_bytes / traffic.read_s if traffic.read_s else 0.0,
-        "busy_share": traffic.read_s / wall,
-        "hit_rate": traffic.ram_pages / pages if pages else 1.0,
-        "useful": traffic.prefetch_useful / len(tokens),
-        "wasted": traffic.prefetch_wasted / len(tokens),
+        "token_bytes": counters.disk_bytes / len(tokens),
+        "disk_bps": counters.disk_bytes / counters.read_s if counters.read_s else 0.0,
+        "busy_share": counters.read_s / wall,
+        "hit_rate": counters.ram_pages / pages if pages else 1.0,
+        "useful": counters.prefetch_useful / len(tokens),
+        "wasted": counters.prefetch_wasted / len(tokens),
     }
 
 

@@ -20,12 +20,13 @@ import torch
 
 from localmimo.decode.cuda_graphs import Graphs
 from localmimo.decode.session import Session
+from localmimo.experts.compute.gpu_experts import measured_costs
 from localmimo.experts.compute.hybrid_runner import HybridRunner
 from localmimo.experts.policy.adaptive import Adaptive
 from localmimo.experts.policy.baselines import Page
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.store.store import ExpertStore
-from localmimo.experts.tiers.gpu_slots import GpuSlots, measured_costs
+from localmimo.experts.tiers.gpu_slots import GpuSlots
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.limits import SLACK
@@ -219,12 +220,12 @@ def _store(
         known = stats.chances()
         return {page: float(known[stats.row[page[0]], page[1]]) for page in asked}
 
-    shelf = None
+    gpu_slots = None
     n_experts = dict.fromkeys(config.moe_layers, config.n_experts)
     if plan.vram is not None and plan.vram.n_slots:
         tier = GpuTier(plan.vram.n_slots, pages.layout.bytes, device)
         costs = measured_costs(tier, pages.layout, torch.bfloat16)
-        shelf = GpuSlots(tier, pages.layout, n_experts, chances, costs)
+        gpu_slots = GpuSlots(tier, pages.layout, n_experts, chances, costs)
     policy = Adaptive(stats, room_for_all=plan.held_slots >= plan.n_pages)
     store = ExpertStore(
         pages,
@@ -232,12 +233,14 @@ def _store(
         plan.n_slots,
         policy,
         trust=True,
-        gpu=shelf,
+        gpu=gpu_slots,
         pinning=pinning,  # type: ignore[arg-type]
     )
     every = [(layer, expert) for layer in config.moe_layers for expert in range(config.n_experts)]
     while (
-        shelf is not None and shelf.n_free and store.lift([page for page in every if page not in shelf][:64])
+        gpu_slots is not None
+        and gpu_slots.n_free
+        and store.promote([page for page in every if page not in gpu_slots][:64])
     ):
         pass
     store.warm(every)

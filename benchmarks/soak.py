@@ -211,9 +211,9 @@ def soak(seconds: float, seed: int = 0) -> dict[str, Any]:
     """Keep an engine busy for so long; the figures."""
     with (
         tempfile.TemporaryDirectory() as place,
-        tempfile.TemporaryDirectory() as shelf,
+        tempfile.TemporaryDirectory() as gpu_slots,
         load(context=2048, ram="512MiB", profile=None) as engine,
-        Door(engine, Path(shelf)) as door,
+        Door(engine, Path(gpu_slots)) as door,
     ):
         run = Soak(engine, door, Path(place), seed)
         began = time.perf_counter()

@@ -143,7 +143,7 @@ class Engine:
     @property
     def counters(self) -> PageCounters:
         """What was asked of the expert store since the engine was opened."""
-        return self._store.traffic.copy()
+        return self._store.counters.copy()
 
     def effective(self) -> dict[str, Any]:
         """The configuration in force, for people and for JSON."""
@@ -160,7 +160,7 @@ class Engine:
 
     def speculative_steps(self, session: Session, stats: DraftStats) -> SpeculativeSteps:
         """Steps a session with this engine's drafts, as `stream` does, and counts them. `settle` ends it."""
-        return SpeculativeSteps(session, self._depth_policy, stats, lambda: self._store.traffic.n_pages)
+        return SpeculativeSteps(session, self._depth_policy, stats, lambda: self._store.counters.n_pages)
 
     def record(self, observer: Record | None) -> None:
         """Call `observer` with every choice of experts from now on: layer and experts [n, k]. None ends it."""
@@ -369,7 +369,7 @@ class Engine:
             parser=StreamParser(options.callable, thinking) if chat else PlainTextParser(),
             sampling=self._constraints.sampling(options),
             rules=options.rules,
-            counters=lambda: self._store.traffic,
+            counters=lambda: self._store.counters,
             cancel=options.cancel,
             progress=options.progress,
             depth_policy=self._depth_policy,

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from localmimo.experts.compute.gpu_experts import measured_costs
 from localmimo.experts.policy.baselines import Adaptive, Page
 from localmimo.experts.policy.profile import profile_path
 from localmimo.experts.policy.router_stats import RouterStats
 from localmimo.experts.store import placement
 from localmimo.experts.store.memory_pressure import MemoryPressure, low_bytes
 from localmimo.experts.store.store import ExpertStore
-from localmimo.experts.tiers.gpu_slots import GpuSlots, measured_costs
+from localmimo.experts.tiers.gpu_slots import GpuSlots
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.tiers import GpuTier
 from localmimo.hardware.device import no_kernels
@@ -63,10 +64,12 @@ class ExpertCache:
         with ExitStack() as opened:  # what is closed, last first, where a later step fails
             if self._pinning is not None:
                 opened.callback(self._pinning.close)
-            shelf = self._shelf(pack, vram, device, dtype) if device and vram and vram.n_slots else None
+            gpu_slots = (
+                self._gpu_slots(pack, vram, device, dtype) if device and vram and vram.n_slots else None
+            )
             self.store = ExpertStore(
                 pack, plan.page_bytes, plan.n_slots, policy,
-                prefetch=prefetch, trust=trust, gpu=shelf, pinning=self._pinning,
+                prefetch=prefetch, trust=trust, gpu=gpu_slots, pinning=self._pinning,
             )  # fmt: skip
             opened.callback(self.store.close)
             opened.callback(self._stop_filling)
@@ -76,7 +79,7 @@ class ExpertCache:
             opened.callback(pressure.close)
             self._stop = opened.pop_all().close
 
-    def _shelf(self, pack: Pack, vram: Vram, device: torch.device, dtype: torch.dtype) -> GpuSlots:
+    def _gpu_slots(self, pack: Pack, vram: Vram, device: torch.device, dtype: torch.dtype) -> GpuSlots:
         """Slots for pages of the largest layout; pages of others stay in RAM."""
         layout = pack.page
         assert layout is not None
@@ -87,10 +90,10 @@ class ExpertCache:
             raise
         except Exception as error:  # whatever a compiler or a driver may come up with
             raise no_kernels(error) from error
-        shelf = GpuSlots(tier, layout, experts_of(pack), self._chances, costs)
+        gpu_slots = GpuSlots(tier, layout, experts_of(pack), self._chances, costs)
         if len(pack.layouts) > 1:
-            shelf.fits = lambda page: pack.page_at(*page).codec == layout.codec
-        return shelf
+            gpu_slots.fits = lambda page: pack.page_at(*page).codec == layout.codec
+        return gpu_slots
 
     def _chances(self, pages: Sequence[Page]) -> Mapping[Page, float]:
         chances, row = self._stats.chances(), self._stats.row
@@ -106,7 +109,7 @@ class ExpertCache:
             for at in range(0, min(n_gpu, len(pages)), LIFT):
                 if self._over.is_set():
                     return
-                self.store.lift(pages[at : min(n_gpu, at + LIFT)])
+                self.store.promote(pages[at : min(n_gpu, at + LIFT)])
             self.store.warm(pages)  # those that are not there yet
 
         self._filling = threading.Thread(target=fill, name="gpu-fill", daemon=True)

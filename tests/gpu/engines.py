@@ -35,6 +35,6 @@ def on_gpu(share: float = 0.4, **options: object) -> Iterator[Engine]:
         with stay, load(**asked, vram=budget) as engine:  # type: ignore[arg-type]
             pages = [(layer, e) for layer in engine.config.moe_layers for e in range(engine.config.n_experts)]
             for at in range(0, engine.plan.gpu_slots if share else 0, 16):
-                engine._store.lift(pages[at : at + 16])
+                engine._store.promote(pages[at : at + 16])
             assert engine.plan.gpu_slots_at(engine.context) == round(share * n_pages)
             yield engine

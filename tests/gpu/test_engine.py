@@ -68,7 +68,7 @@ def test_the_kernels_of_the_gpu_in_their_place(dtype: str, recipe: Recipe, tmp_p
             engine.session() as session,
         ):
             if device:
-                engine._store.lift([(1, e) for e in range(8)] + [(2, e) for e in range(4)])
+                engine._store.promote([(1, e) for e in range(8)] + [(2, e) for e in range(4)])
             first = session.sync(tokens)
             found.append(torch.stack([first, *map(session.step, (12, 7))]))  # the last one from records
             assert engine.effective()["graphs"] == (None if device is None else "on")

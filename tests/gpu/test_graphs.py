@@ -34,15 +34,15 @@ def recorded(engine: Engine) -> list[GraphStep]:
 
 def move(engine: Engine, session: Session, i: int) -> None:
     """What may come between two steps: experts go, come back, and go altogether."""
-    shelf = engine._store.gpu
-    assert isinstance(shelf, GpuSlots)
+    gpu_slots = engine._store.gpu
+    assert isinstance(gpu_slots, GpuSlots)
     if i == 3:
-        other = BlockTable(shelf, 1, 60)
+        other = BlockTable(gpu_slots, 1, 60)
         other.reserve(60)
-        assert shelf.n_slots + 60 == shelf._tier.n_slots - len(session._state.cache._blocks.slots)  # type: ignore[union-attr]
+        assert gpu_slots.n_slots + 60 == gpu_slots._tier.n_slots - len(session._state.cache._blocks.slots)  # type: ignore[union-attr]
         other.cut(0)
     elif i == 5:
-        engine._store.lift([(layer, e) for layer in engine.config.moe_layers for e in range(28)][:40])
+        engine._store.promote([(layer, e) for layer in engine.config.moe_layers for e in range(28)][:40])
     elif i == 6:
         assert engine._experts.shrink()  # type: ignore[union-attr]
 

@@ -221,7 +221,7 @@ def test_a_reader_whose_report_fails_is_replaced() -> None:
     def report() -> None:
         raise SystemExit
 
-    guess = readers.guess(lambda: None, report)
+    guess = readers.prefetch(lambda: None, report)
     assert readers.wait([guess], 5) and not guess.error
     asked = readers.demand(lambda: None)
     assert readers.wait([asked], 5) and not asked.error

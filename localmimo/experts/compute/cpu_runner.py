@@ -1,7 +1,7 @@
 """Runs the routed experts of a layer on the CPU: tokens grouped by expert, a weighted sum.
 
 Owns no page. The outputs of a token are added in ascending order of its experts, whatever the order in which the
-pages come: where a page lay, and when it came, never changes the answer.
+pages come: where a page was, and when it came, never changes the answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +16,6 @@ from localmimo.limits import EXPERT_ROWS, STEP_TOKENS, TAIL_TOKENS
 from localmimo.model.protocols import Guess
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order
-
-# Up to so many tokens are a decode step, its pages as they come; more are a prompt, its pages in file order.
-# Rows of a prompt that experts work on at a time: bounds the workspace, which plan.py counts.
-# Last tokens of a prompt that count in the statistics.
 
 Record = Callable[[int, Tensor], None]  # layer, chosen experts [n, k]
 
@@ -53,9 +49,10 @@ class ExpertRunner:
         for i, arrivals in enumerate(self._store.fetch(layer, list(spans))):
             if i == 0:
                 self._prefetch(guess)
-            for here in by_layout(arrivals):
-                edges = [edge for arrival in here for edge in spans[arrival.expert]]
-                run_pages(x, here[0].layout, [it.page for it in here], places, edges, weights, outputs)
+            for group in by_layout(arrivals):
+                edges = [edge for arrival in group for edge in spans[arrival.expert]]
+                pages = [arrival.page for arrival in group]
+                run_pages(x, group[0].layout, pages, places, edges, weights, outputs)
         return in_order(outputs.view(*chosen.shape, -1))
 
     def shrink(self) -> bool:
@@ -66,7 +63,7 @@ class ExpertRunner:
         if guess is None or not self._store.prefetching:
             return
         layer, chosen = guess()
-        self._store.prefetch(layer, chosen.unique().tolist())
+        self._store.prefetch(layer, chosen.unique().tolist())  # type: ignore[no-untyped-call]
 
     def _run_prompt(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Pages in file order, their outputs added as they come: ascending experts, no row for every choice."""
@@ -86,15 +83,15 @@ PageRows = tuple[Arrival, int, int]  # an expert's page, and the places, start t
 def _add_group(x: Tensor, group: Sequence[PageRows], tokens: Tensor, shares: Tensor, total: Tensor) -> None:
     """Run a few experts of one layout, in order, and add their outputs to total [n, hidden]."""
     rows = [slice(start, stop) for _, start, stop in group]
-    mine = torch.cat([tokens[row] for row in rows])
+    own = torch.cat([tokens[row] for row in rows])
     sizes = [stop - start for _, start, stop in group]
     ends = list(accumulate(sizes))
     edges = [edge for size, end in zip(sizes, ends, strict=True) for edge in (end - size, end)]
-    outputs = torch.empty(len(mine), x.shape[1])
+    outputs = torch.empty(len(own), x.shape[1])
     pages, weights = [arrival.page for arrival, _, _ in group], torch.cat([shares[row] for row in rows])
-    run_pages(x[mine], group[0][0].layout, pages, torch.arange(len(mine)), edges, weights, outputs)
+    run_pages(x[own], group[0][0].layout, pages, torch.arange(len(own)), edges, weights, outputs)
     for start, end in zip(edges[::2], edges[1::2], strict=True):
-        total.index_add_(0, mine[start:end], outputs[start:end])
+        total.index_add_(0, own[start:end], outputs[start:end])
 
 
 def grouped(chosen: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:
@@ -104,7 +101,7 @@ def grouped(chosen: Tensor) -> tuple[Tensor, dict[int, tuple[int, int]]]:
     """
     if len(chosen) <= STEP_TOKENS:
         return _few_grouped(chosen.reshape(-1).tolist())
-    experts, counts = chosen.unique(return_counts=True)
+    experts, counts = chosen.unique(return_counts=True)  # type: ignore[no-untyped-call]
     stops = counts.cumsum(0).tolist()
     return chosen.reshape(-1).argsort(stable=True), dict(
         zip(experts.tolist(), zip([0, *stops], stops, strict=False), strict=True)

@@ -1,6 +1,6 @@
 """HybridRunner: the routed experts of a layer where the rest of the model lies on a GPU.
 
-A step's experts are computed where their pages lie: on the GPU, and on the CPU meanwhile. The pages of a long prompt
+A step's experts are computed where their pages are: on the GPU, and on the CPU meanwhile. The pages of a long prompt
 pass through the GPU. Owns no page. The outputs of a token are added in ascending order of its experts.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from localmimo.experts.compute.cpu_runner import ExpertRunner, Record, by_layout, grouped
+from localmimo.experts.compute.gpu_experts import GpuExperts
 from localmimo.experts.compute.host_transfer import HostTransfer
 from localmimo.experts.compute.page_staging import PageStaging
 from localmimo.experts.store.store import ExpertStore
@@ -32,8 +33,9 @@ class HybridRunner:
 
     def __init__(self, store: ExpertStore, slot_bytes: int, device: torch.device) -> None:
         self._store = store
-        self._bridge = HostTransfer(device)
-        self._conveyor = PageStaging(slot_bytes, device)
+        self._gpu = None if store.gpu is None else GpuExperts(store.gpu)
+        self._transfer = HostTransfer(device)
+        self._staging = PageStaging(slot_bytes, device)
         self.record: Record | None = None  # told of every choice while it is set
 
     def run(
@@ -41,7 +43,7 @@ class HybridRunner:
     ) -> Tensor:
         """x [n, hidden], chosen experts int64 [n, k] ascending, weights float32 [n, k] -> float32 [n, hidden].
 
-        All of them lie on the device. `guess` is asked only where the store wants to read ahead of the next layer.
+        All of them are on the device. `guess` is asked only where the store wants to read ahead of the next layer.
         """
         if self.record is not None:
             self.record(layer, chosen.cpu())
@@ -49,11 +51,11 @@ class HybridRunner:
             if len(x) > SHARED_TOKENS:
                 return self._pass_through(layer, x, chosen, weights)
             if len(x) <= STEP_TOKENS:
-                self._store.turn(layer)
+                self._store.begin_layer(layer)
             rows = self._rows(layer, x.contiguous(), chosen, weights, guess)
             return gpu.combine(rows) if rows.is_cuda else in_order(rows)
 
-    # ---- for steps that run from records (graphs.py) ----
+    # ---- for steps that run from CUDA graphs (decode/cuda_graphs.py) ----
 
     @property
     def lock(self) -> AbstractContextManager[object]:
@@ -62,33 +64,35 @@ class HybridRunner:
 
     @property
     def generation(self) -> int:
-        """Another number as soon as the pages on the device lie at other addresses."""
+        """Another number as soon as the pages on the device are at other addresses."""
         return 0 if self._store.gpu is None else self._store.gpu.generation
 
     @property
     def watched(self) -> bool:
-        """Whether somebody wants to hear of every choice."""
+        """Whether every choice is reported."""
         return self.record is not None
 
     def begin_step(self) -> None:
         """Let pages move, and count what was noted."""
-        self._store.turn(-1)
+        self._store.begin_layer(-1)
         if self._store.gpu is not None:
             self._store.gpu.order()
 
     def is_resident(self, layer: int) -> bool:
-        """Whether every expert of a layer lies on the device, and a kernel finds it there."""
-        shelf = self._store.gpu
-        return shelf is not None and shelf.by_kernel and shelf.has_all(layer)
+        """Whether every expert of a layer is on the device, and a kernel finds it there."""
+        return self._gpu is not None and self._gpu.by_kernel and self._has_all(layer)
+
+    def _has_all(self, layer: int) -> bool:
+        return self._store.gpu is not None and self._store.gpu.has_all(layer)
 
     def run_resident(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """`run` where all lie there; the host does nothing but launch."""
-        assert self._store.gpu is not None
-        return gpu.combine(self._store.gpu.begin_settled(layer, x.contiguous(), chosen, weights))
+        """`run` where all are there; the host does nothing but launch."""
+        assert self._gpu is not None
+        return gpu.combine(self._gpu.begin_ordered(layer, x.contiguous(), chosen, weights))
 
     def note(self, layer: int, chosen: Tensor) -> None:
         """A step's choice [n, k] of a layer run so, good until the next step."""
-        self._store.resident.note(layer, chosen)
+        self._store.deferred.note(layer, chosen)
 
     # ---- memory ----
 
@@ -101,29 +105,29 @@ class HybridRunner:
 
     def _rows(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None) -> Tensor:
         """Weighted outputs [n, k, hidden] on the device."""
-        shelf, step = self._store.gpu, len(x) <= STEP_TOKENS
-        if step and shelf is not None and shelf.has_all(layer):  # nobody has to wait for anybody
-            self._store.resident.note(layer, chosen)
-            return shelf.begin(layer, x, chosen, weights)
+        step = len(x) <= STEP_TOKENS
+        if step and self._gpu is not None and self._has_all(layer):  # neither side waits for the other
+            self._store.deferred.note(layer, chosen)
+            return self._gpu.begin(layer, x, chosen, weights)
         ahead = guess() if guess is not None and self._store.prefetching else None
-        mine = self._bridge.down(x, chosen, weights, *(() if ahead is None else ahead[1:]))
-        on_gpu = None if shelf is None else shelf.begin(layer, x, chosen, weights)
-        places, spans = grouped(mine[1])
+        on_host = self._transfer.down(x, chosen, weights, *(() if ahead is None else ahead[1:]))
+        on_gpu = None if self._gpu is None else self._gpu.begin(layer, x, chosen, weights)
+        places, spans = grouped(on_host[1])
         if step:
             arriving = self._store.fetch(layer, list(spans))
         else:
-            self._store.note_prompt(layer, mine[1][-TAIL_TOKENS:].tolist())
+            self._store.note_prompt(layer, on_host[1][-TAIL_TOKENS:].tolist())
             arriving = self._store.stream(layer, self._store.without_gpu(layer, list(spans)))
-        here = self._bridge.room(-1, torch.Size((chosen.numel(), x.shape[1])), torch.float32).zero_()
+        outputs = self._transfer.buffer(-1, torch.Size((chosen.numel(), x.shape[1])), torch.float32).zero_()
         computed = False
         for i, arrivals in enumerate(arriving):
             if i == 0 and ahead is not None:
-                self._store.prefetch(ahead[0], mine[3].unique().tolist())  # type: ignore[no-untyped-call]
+                self._store.prefetch(ahead[0], on_host[3].unique().tolist())  # type: ignore[no-untyped-call]
             computed |= bool(arrivals)
-            _compute(arrivals, mine[0], places, spans, mine[2], here)
+            _compute(arrivals, on_host[0], places, spans, on_host[2], outputs)
         if on_gpu is not None and not computed:
             return on_gpu
-        rows = self._bridge.up(here).view(*chosen.shape, -1)
+        rows = self._transfer.up(outputs).view(*chosen.shape, -1)
         return rows if on_gpu is None else rows + on_gpu
 
     # ---- long prompts: pages in file order through the device ----
@@ -135,12 +139,12 @@ class HybridRunner:
         tokens, shares = places // chosen.shape[1], weights.reshape(-1, 1)[places]
         total = torch.zeros(x.shape, device=x.device)
         for arrivals in self._store.stream(layer, list(spans)):
-            pages = self._conveyor.through(arrival.page for arrival in arrivals)
+            pages = self._staging.through(arrival.page for arrival in arrivals)
             for arrival, page in zip(arrivals, pages, strict=True):
                 expert = arrival.layout.expert(page)
                 for rows in _pieces(*spans[arrival.expert]):
-                    here = tokens[rows]
-                    total.index_add_(0, here, run_expert(expert, x[here]).float() * shares[rows])
+                    own = tokens[rows]
+                    total.index_add_(0, own, run_expert(expert, x[own]).float() * shares[rows])
         return total
 
 
@@ -153,9 +157,9 @@ def _compute(
     outputs: Tensor,
 ) -> None:
     """Pages that have come, on the CPU: each output into its own row."""
-    for here in by_layout(arrivals):
-        edges = [edge for arrival in here for edge in spans[arrival.expert]]
-        run_pages(x, here[0].layout, [it.page for it in here], places, edges, weights, outputs)
+    for group in by_layout(arrivals):
+        edges = [edge for arrival in group for edge in spans[arrival.expert]]
+        run_pages(x, group[0].layout, [arrival.page for arrival in group], places, edges, weights, outputs)
 
 
 def _pieces(start: int, stop: int) -> Iterator[slice]:

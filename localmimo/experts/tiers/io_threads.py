@@ -68,7 +68,7 @@ class IoThreads:
         """Run `job` as soon as a thread is free."""
         return self._put(self._demanded, Task(job, True, None))
 
-    def guess(self, job: Job, on_end: Job | None = None) -> Task:
+    def prefetch(self, job: Job, on_end: Job | None = None) -> Task:
         """Run `job` when nothing that is needed waits, then `on_end`; `cancel` takes it back until it begins."""
         return self._put(self._guessed, Task(job, False, on_end))
 

@@ -40,7 +40,7 @@ class RamSlots:
         self._held: dict[Page, int] = {}
         self._free = list(range(ram.n_slots - 1, -1, -1))
         self._revoked: list[int] = []  # their memory is the system's
-        self._owed: list[
+        self._pending: list[
             Read
         ] = []  # reads that nobody waits for any more: their slots may still be written to
 
@@ -66,7 +66,7 @@ class RamSlots:
     @property
     def n_accounted(self) -> int:
         """Slots that are held, free, owed or revoked: all but those of reads under way."""
-        return len(self._held) + len(self._free) + len(self._owed) + len(self._revoked)
+        return len(self._held) + len(self._free) + len(self._pending) + len(self._revoked)
 
     def memory(self, slot: int) -> memoryview:
         """A slot's bytes, to read into."""
@@ -76,7 +76,7 @@ class RamSlots:
         """A held page as uint8 [slot bytes]."""
         return self._ram.tensor(self._held[page])
 
-    def bytes_in(self, slot: int) -> Tensor:
+    def data(self, slot: int) -> Tensor:
         """What lies in a slot that is the caller's, as uint8 [slot bytes]."""
         return self._ram.tensor(slot)
 
@@ -90,7 +90,7 @@ class RamSlots:
         self._policy.drop(page)
         return self._held.pop(page)
 
-    def give(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """A slot is free again."""
         self._free.append(slot)
 
@@ -103,20 +103,20 @@ class RamSlots:
         """Up to n pages that should give way, none of `keep`."""
         return self._policy.victims(n, keep)
 
-    def owe(self, reads: Collection[Read]) -> None:
+    def release_when_done(self, reads: Collection[Read]) -> None:
         """Nobody wants these reads any more: their slots come back when they are over."""
-        self._owed += reads
+        self._pending += reads
         self._collect()
 
     @property
-    def owed(self) -> list[Task]:
+    def pending(self) -> list[Task]:
         """Reads that nobody wants, under way."""
-        return [read.task for read in self._owed]
+        return [read.task for read in self._pending]
 
     def _collect(self) -> None:
-        if self._owed:
-            self._free += [read.slot for read in self._owed if read.task.done()]
-            self._owed = [read for read in self._owed if not read.task.done()]
+        if self._pending:
+            self._free += [read.slot for read in self._pending if read.task.done()]
+            self._pending = [read for read in self._pending if not read.task.done()]
 
     def revoke(self, slots: Collection[int]) -> None:
         """Give the memory of slots that the caller has taken back to the system."""

@@ -133,9 +133,9 @@ class DiskTier:
         """Start reading `page` into a slot; the task's result raises BadModel where the bytes are not the page's."""
         return self._readers.demand(partial(self._read, page, into[: page.nbytes]))
 
-    def guess(self, page: PageAt, into: memoryview, on_end: Job | None = None) -> Task:
+    def prefetch(self, page: PageAt, into: memoryview, on_end: Job | None = None) -> Task:
         """The same once the disk has nothing better to do; a reader's thread calls `on_end` then."""
-        return self._readers.guess(partial(self._read, page, into[: page.nbytes]), on_end)
+        return self._readers.prefetch(partial(self._read, page, into[: page.nbytes]), on_end)
 
     def cancel(self, read: Task) -> bool:
         """Take a read back; False where it has begun."""

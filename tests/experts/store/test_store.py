@@ -50,7 +50,7 @@ def fetched(store: ExpertStore, layer: int, experts: Sequence[int]) -> dict[int,
 
 def owned(store: ExpertStore) -> int:
     """Slots that the store can account for."""
-    return store._slots.n_accounted + len(store._guesses)
+    return store._slots.n_accounted + len(store._prefetches)
 
 
 requests = st.lists(
@@ -105,9 +105,9 @@ def test_a_right_guess_is_a_useful_read_and_a_wrong_one_a_wasted_one(pack: Pack)
     store.prefetch(2, [1, 2, 3])
     store.wait_until_warm()
     fetched(store, 2, [1, 2, 5])
-    traffic = store.traffic
-    assert (traffic.prefetch_useful, traffic.prefetch_wasted) == (2, 1)
-    assert (traffic.ram_pages, traffic.disk_pages) == (0, 3)
+    counters = store.counters
+    assert (counters.prefetch_useful, counters.prefetch_wasted) == (2, 1)
+    assert (counters.ram_pages, counters.disk_pages) == (0, 3)
     store.close()
 
 
@@ -117,7 +117,7 @@ def test_warm_pages_are_there_before_they_are_asked_for(pack: Pack) -> None:
     store.wait_until_warm()
     fetched(store, 1, range(8))
     fetched(store, 3, range(4))
-    assert (store.traffic.ram_pages, store.traffic.disk_pages) == (12, 0)
+    assert (store.counters.ram_pages, store.counters.disk_pages) == (12, 0)
     store.close()
 
 
@@ -127,10 +127,10 @@ def test_a_prompt_leaves_what_decode_keeps(pack: Pack) -> None:
         fetched(store, layer, [0, 1, 2, 3])
     for layer in (1, 2, 3, 4):
         assert [expert for expert, _ in streamed(store, layer, range(8))] == list(range(8))
-    before = store.traffic.disk_pages
+    before = store.counters.disk_pages
     for layer in (1, 2, 3, 4):
         fetched(store, layer, [0, 1, 2, 3])
-    assert store.traffic.disk_pages - before <= 2  # the ring has an eighth of the slots
+    assert store.counters.disk_pages - before <= 2  # the ring has an eighth of the slots
     store.close()
 
 
@@ -141,8 +141,8 @@ def test_a_prompt_reads_every_page_once_and_ahead_of_the_next_layer(pack: Pack) 
         store.note_prompt(layer, [[0, 1]])
         got = streamed(store, layer, range(8))
         assert all(torch.equal(gate, gate_of(pack, layer, expert)) for expert, gate in got)
-    assert (store.traffic.disk_pages, store.traffic.ram_pages) == (32, 0)
-    assert store.traffic.disk_bytes == sum(
+    assert (store.counters.disk_pages, store.counters.ram_pages) == (32, 0)
+    assert store.counters.disk_bytes == sum(
         pack.page_at(layer, expert).nbytes for layer in (1, 2, 3, 4) for expert in range(8)
     )
     assert owned(store) == 24
@@ -207,8 +207,8 @@ def test_any_number_of_slots_gives_the_right_pages(
         assert got.keys() == experts
         assert all(torch.equal(got[expert], gate_of(pack, layer, expert)) for expert in experts)
         assert owned(store) == n_slots
-    assert store.traffic.ram_pages + store.traffic.disk_pages == asked
-    assert store.traffic.disk_bytes <= store.traffic.disk_pages * pack.page.bytes
+    assert store.counters.ram_pages + store.counters.disk_pages == asked
+    assert store.counters.disk_bytes <= store.counters.disk_pages * pack.page.bytes
     store.close()
 
 
@@ -218,7 +218,7 @@ def test_an_unfinished_fetch_loses_no_slot(pack: Pack) -> None:
         for _ in store.fetch(1, range(8)):
             break
     assert owned(store) == 5
-    assert not store._pinned
+    assert not store._supply.pinned
     store.close()
 
 
@@ -227,7 +227,7 @@ def test_everything_resident_reads_once(pack: Pack) -> None:
     for _ in range(3):
         for layer in (1, 2, 3, 4):
             assert len(fetched(store, layer, range(8))) == 8
-    assert (store.traffic.disk_pages, store.traffic.ram_pages) == (32, 64)
+    assert (store.counters.disk_pages, store.counters.ram_pages) == (32, 64)
     store.close()
 
 

@@ -29,7 +29,7 @@ def pack(packs: Callable[[str], Path]) -> Iterator[Pack]:
         yield pack
 
 
-def shelf(pack: Pack, n_slots: int, chances: Mapping[Page, float], costs: Costs = CHEAP) -> GpuSlots:
+def gpu_slots(pack: Pack, n_slots: int, chances: Mapping[Page, float], costs: Costs = CHEAP) -> GpuSlots:
     def of(pages: Sequence[Page]) -> Mapping[Page, float]:
         return {page: chances.get(page, 0.0) for page in pages}
 
@@ -65,9 +65,9 @@ def test_choices(ram: dict[Page, float], gpu: dict[Page, float], n_free: int, mo
     swaps = choose(ram, gpu, n_free, most, CHEAP)
     assert len(swaps) <= most
     assert len({swap.page for swap in swaps}) == len(swaps)
-    leaving = [swap.instead for swap in swaps if swap.instead is not None]
-    assert len(set(leaving)) == len(leaving)
-    assert len(swaps) - len(leaving) <= n_free
+    uploading = [swap.instead for swap in swaps if swap.instead is not None]
+    assert len(set(uploading)) == len(uploading)
+    assert len(swaps) - len(uploading) <= n_free
     for swap in swaps:
         assert swap.instead is None or pays_back(ram[swap.page], gpu[swap.instead], CHEAP)
     if swaps and most < len(ram):
@@ -90,7 +90,7 @@ def test_placement_changes_no_sum_and_no_page_is_lost(pack: Pack) -> None:
     assert pack.page is not None
     draw = random.Random(5)
     chances: dict[Page, float] = {}
-    gpu = shelf(pack, 6, chances)
+    gpu = gpu_slots(pack, 6, chances)
     tiered = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
     plain = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8))
     shared = HybridRunner(tiered, pack.page.bytes, torch.device("cpu"))
@@ -103,11 +103,11 @@ def test_placement_changes_no_sum_and_no_page_is_lost(pack: Pack) -> None:
             got = shared.run(layer, x, chosen, weights)
             wanted = ExpertRunner(plain).run(layer, x, chosen, weights)
             assert torch.equal(got, wanted) or (n == 300 and relative(got, wanted) < 1e-5)
-            assert not set(gpu) & (set(tiered._slots) - set(gpu._leaving))
-        assert tiered._slots.n_accounted + len(tiered._guesses) == 12
+            assert not set(gpu) & (set(tiered._slots) - set(gpu.uploading))
+        assert tiered._slots.n_accounted + len(tiered._prefetches) == 12
         assert len(list(gpu)) <= 6
-    assert tiered.traffic.gpu_pages > 0
-    assert tiered.traffic.uploads > 6
+    assert tiered.counters.gpu_pages > 0
+    assert tiered.counters.uploads > 6
     assert {"ram", "gpu"} == set(tiered.where().values())
     tiered.close()
     plain.close()
@@ -115,56 +115,56 @@ def test_placement_changes_no_sum_and_no_page_is_lost(pack: Pack) -> None:
 
 def test_free_slots_are_filled_and_then_nothing_moves_where_it_does_not_pay(pack: Pack) -> None:
     assert pack.page is not None
-    gpu = shelf(pack, 2, {(layer, e): 1.0 for layer in (1, 2) for e in range(8)}, Costs(1e-6, 1.0))
+    gpu = gpu_slots(pack, 2, {(layer, e): 1.0 for layer in (1, 2) for e in range(8)}, Costs(1e-6, 1.0))
     store = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
     for _ in range(4 * EVERY):
         for layer in (1, 2):
-            store.turn(layer)
+            store.begin_layer(layer)
             for _ in store.fetch(layer, [0, 1, 2]):
                 pass
-    assert store.traffic.uploads == 2
+    assert store.counters.uploads == 2
     store.close()
 
 
 def test_pages_that_a_prompt_streamed_through_may_go_to_the_gpu(pack: Pack) -> None:
     """They leave the ring with their slots: what takes slots afterwards must not find them there."""
     assert pack.page is not None
-    store = ExpertStore(pack, pack.page.bytes, 8, Lru(5, 8), gpu=shelf(pack, 16, {}))
+    store = ExpertStore(pack, pack.page.bytes, 8, Lru(5, 8), gpu=gpu_slots(pack, 16, {}))
     shared = HybridRunner(store, pack.page.bytes, torch.device("cpu"))
     plain = ExpertRunner(ExpertStore(pack, pack.page.bytes, 8, Lru(5, 8)))
     for step in range(30):
         for layer in (1, 2, 3, 4):
             asked = layer, *routed(40 if step % 5 == 0 else 1, 10 * step + layer)
             assert torch.equal(shared.run(*asked), plain.run(*asked))
-    assert store.traffic.uploads == 16
+    assert store.counters.uploads == 16
     store.close()
 
 
 def test_where_every_expert_of_a_layer_lies_here_the_host_is_not_asked(pack: Pack) -> None:
     assert pack.page is not None
-    gpu = shelf(pack, 8, {})
+    gpu = gpu_slots(pack, 8, {})
     store = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
-    assert store.lift([(2, e) for e in range(8)]) == 8 and gpu.has_all(2) and not gpu.has_all(1)
+    assert store.promote([(2, e) for e in range(8)]) == 8 and gpu.has_all(2) and not gpu.has_all(1)
     shared, alone = HybridRunner(store, pack.page.bytes, torch.device("cpu")), []
-    shared._bridge.down = lambda *there: pytest.fail("the host asked")  # type: ignore[method-assign]
+    shared._transfer.down = lambda *tensors: pytest.fail("the host asked")  # type: ignore[method-assign]
     for step in range(3):
         x, chosen, weights = routed(2, step)
         alone.append(shared.run(2, x, chosen, weights))
-        assert store.traffic.gpu_pages == sum(len(routed(2, s)[1].unique()) for s in range(step + 1))
-    assert store.traffic.ram_pages == 0
+        assert store.counters.gpu_pages == sum(len(routed(2, s)[1].unique()) for s in range(step + 1))
+    assert store.counters.ram_pages == 0
     store.close()
 
 
 def test_slots_are_given_back_and_the_sums_stay(pack: Pack) -> None:
     assert pack.page is not None
-    gpu = shelf(pack, 8, {})
+    gpu = gpu_slots(pack, 8, {})
     store = ExpertStore(pack, pack.page.bytes, 12, Lru(5, 8), gpu=gpu)
-    store.lift([(2, e) for e in range(8)])
+    store.promote([(2, e) for e in range(8)])
     shared = HybridRunner(store, pack.page.bytes, torch.device("cpu"))
     before = shared.run(2, *routed(3, 1))
-    left = []
+    uploaded = []
     while shared.shrink():
-        left.append(gpu.n_slots)
+        uploaded.append(gpu.n_slots)
         assert not list(gpu) and torch.equal(shared.run(2, *routed(3, 1)), before)
-    assert left == [6, 4, 3, 2, 1, 0]
+    assert uploaded == [6, 4, 3, 2, 1, 0]
     store.close()
