@@ -211,9 +211,9 @@ def soak(seconds: float, seed: int = 0) -> dict[str, Any]:
     """Keep an engine busy for so long; the figures."""
     with (
         tempfile.TemporaryDirectory() as place,
-        tempfile.TemporaryDirectory() as gpu_slots,
+        tempfile.TemporaryDirectory() as sessions_dir,
         load(context=2048, ram="512MiB", profile=None) as engine,
-        Door(engine, Path(gpu_slots)) as door,
+        Door(engine, Path(sessions_dir)) as door,
     ):
         run = Soak(engine, door, Path(place), seed)
         began = time.perf_counter()

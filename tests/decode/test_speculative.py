@@ -137,7 +137,7 @@ def test_each_draft_that_was_drawn_is_counted_for_its_head(n_right: int) -> None
 def test_pages_on_the_gpu_count_for_drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What drafting asks for is asked for wherever the pages are."""
     monkeypatch.setattr(
-        type(engine._store), "traffic", property(lambda store: PageCounters(gpu_pages=5 * len(asked)))
+        type(engine._store), "counters", property(lambda store: PageCounters(gpu_pages=5 * len(asked)))
     )
     asked: list[int] = []
     engine.record(lambda layer, chosen: asked.append(layer))

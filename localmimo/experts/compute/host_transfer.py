@@ -1,4 +1,4 @@
-"""Host transfer: copies between the device and main memory for one step, through pinned memory. Knows no tensor's meaning.
+"""Host transfer: copies between the device and main memory, through pinned memory. Knows no tensor's meaning.
 
 A buffer is used again in the next layer. That is safe because every use of one begins with a wait for the device, which
 has then done all that it was given before.

@@ -1,4 +1,4 @@
-"""Choices of experts that enter the statistics later: a prompt's last tokens, and steps whose experts were all on the GPU.
+"""Choices of experts that are counted later: a prompt's last tokens, and steps whose experts were all on the GPU.
 
 Knows layers and the experts that were chosen; not where their pages are.
 """

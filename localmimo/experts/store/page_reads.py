@@ -1,4 +1,4 @@
-"""Reads of pages that are needed now, from the disk into slots of RAM: begun, taken over from a prefetch, arrived, given up.
+"""Reads of pages that are needed now, from the disk into slots of RAM.
 
 Knows pages, slots and reads; not who asks, nor which slot to take.
 """

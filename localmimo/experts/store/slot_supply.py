@@ -32,7 +32,7 @@ class SlotSupply:
     # ---- for a decode step ----
 
     def take(self, n: int) -> list[int]:
-        """Up to n slots: free ones, those of prefetches that have not begun, of streamed pages, of the policy's victims."""
+        """Up to n slots: free ones, of prefetches that have not begun, of streamed pages, of the policy's victims."""
         slots = self._slots.take(n)
         while len(slots) < n and (prefetch := self._prefetches.cancel_last()) is not None:
             self.next_layer.discard(prefetch[0])
@@ -45,7 +45,7 @@ class SlotSupply:
         return slots
 
     def must_take(self) -> int:
-        """A slot where only prefetches and reads that nobody needs any more are in the way: wait for them.
+        """A slot where only prefetches and unneeded reads are in the way: wait for them.
 
         Raises BadModel where none comes free.
         """
@@ -55,8 +55,8 @@ class SlotSupply:
         slots = self.take(1)
         if not slots:
             raise BadModel(
-                f"None of the {self._slots.n_slots:,} expert slots came free in {self._stall_s:.0f} s: the disk does not "
-                "answer. Check the disk, then ask again."
+                f"None of the {self._slots.n_slots:,} expert slots came free in {self._stall_s:.0f} s: the disk does "
+                "not answer. Check the disk, then ask again."
             )
         return slots[0]
 
@@ -100,7 +100,7 @@ class SlotSupply:
         return self.evict(victims[0]) if victims else None
 
     def take_from_last(self, waiting: Sequence[Page]) -> int | None:
-        """A slot for the first page of `waiting`, from the one in RAM that is needed last; None if the first is in RAM."""
+        """A slot for the first page of `waiting`, from the page in RAM that is needed last; None if the first is there."""
         if waiting[0] in self._slots:
             return None
         last = next((page for page in reversed(waiting) if page in self._slots), None)

@@ -2,7 +2,7 @@
 
 Knows pages, slots and bytes; nothing of tokens or of what an expert computes.
 
-Two ways to ask. `fetch` serves a decode step: a few pages of a layer, those in RAM at once, the others as they are read.
+Two ways to ask. `fetch` serves a decode step: a few pages of a layer, those in RAM at once, others as they are read.
 `stream` serves a prompt: many pages of a layer in the order of the file, through a few slots (prompt_stream.py).
 """
 

@@ -1,7 +1,7 @@
 """GpuSlots: which pages are on the GPU, which ones come and go, and the slots that hold keys and values instead.
 
-A page is on the GPU or in RAM, not in both. Keys and values of a growing context take slots from pages. On the device "cpu"
-the same code runs with a second slab in RAM, for tests. Knows pages and slots; not who asks, nor what an expert computes.
+A page is on the GPU or in RAM, not in both. Keys and values of a growing context take slots from pages. On the device
+"cpu" the same code runs with a second slab in RAM, for tests. Knows pages and slots; not what an expert computes.
 """
 
 import threading

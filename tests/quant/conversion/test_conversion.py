@@ -322,12 +322,12 @@ def test_too_little_space_is_refused_beforehand(
 def test_the_disk_fills_up(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_shot: dict[str, bytes]
 ) -> None:
-    buffer = 150_000
+    room = 150_000
 
     def pwrite(fd: int, data: bytes, offset: int) -> int:
-        nonlocal buffer
-        buffer -= len(data)
-        if buffer < 0:
+        nonlocal room
+        room -= len(data)
+        if room < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(fd, data, offset)
 
