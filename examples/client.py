@@ -25,6 +25,5 @@ for chunk in stream:
     for choice in chunk.choices:
         thinking = getattr(choice.delta, "reasoning_content", None)
         print(thinking or choice.delta.content or "", end="", flush=True)
-    if chunk.usage:  # in the last chunk
-        n_cached = chunk.usage.prompt_tokens_details.cached_tokens
-        print(f"\n[{chunk.usage.prompt_tokens} tokens of prompt, {n_cached} of them in the cache]")
+    if chunk.usage:  # in the last chunk: tokens of the prompt, of these in the cache, of the answer
+        print("\n" + chunk.usage.model_dump_json(exclude_none=True))

@@ -200,6 +200,10 @@ class WindowKV:
         """Copies of the keys and values of every position that the ring still has, in position order."""
         return self._rows_from(max(0, self._oldest, self._written - self.rows))
 
+    def clear(self) -> None:
+        """Forget every position."""
+        self.restore(0, self._keys[:, :0], self._values[:, :0])
+
     def empty(self, rows: int) -> tuple[Tensor, Tensor]:
         """Unset keys and values of `rows` positions, in the shape that `restore` takes."""
         keys, values = self._keys, self._values
@@ -311,8 +315,10 @@ class KVCache:
         self.length = length
 
     def clear(self) -> None:
-        """Become empty."""
-        self.restore(Snapshot(0, tuple(window.empty(0) for _, window in self.windows())))
+        """Become empty; takes no memory, since a device may have none left."""
+        for _, window in self.windows():
+            window.clear()
+        self._cut(0)
 
     def snapshot(self) -> Snapshot:
         """What `restore` needs to return to this length: only the windows, since global layers can be cut anywhere."""

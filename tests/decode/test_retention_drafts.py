@@ -59,7 +59,7 @@ class TurnCache:
 def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> TurnCache:
     """Filled as answers are made; one draft in four is wrong."""
     turns, rng = TurnCache(), random.Random(4)
-    begin, guess, end = Generation.begin, Generation._guess, Generation.end
+    begin, guess, end = Generation.begin, Generation._draw_draft, Generation.end
 
     def begun(self: Generation, prompt: list[int]) -> Any:
         logits = begin(self, prompt)
@@ -78,7 +78,7 @@ def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> TurnCache:
         return end(self)
 
     monkeypatch.setattr(Generation, "begin", begun)
-    monkeypatch.setattr(Generation, "_guess", guessed)
+    monkeypatch.setattr(Generation, "_draw_draft", guessed)
     monkeypatch.setattr(Generation, "end", ended)
     engine.prompts.turn_cache = Kept()
     return turns

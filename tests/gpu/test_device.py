@@ -41,7 +41,7 @@ def refused(words: str, name: str = "cuda") -> None:
 
 def test_a_torch_without_cuda() -> None:
     with patch.object(torch.version, "cuda", None):
-        refused("built without CUDA: install its CUDA build .*--device cpu")
+        refused('built without CUDA: install its CUDA build .*device="cpu"')
         assert find_device("auto").note == ""
         with patch.object(torch.version, "hip", "6.2"):
             refused("built for ROCm")

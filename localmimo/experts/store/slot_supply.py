@@ -100,7 +100,7 @@ class SlotSupply:
         return self.evict(victims[0]) if victims else None
 
     def take_from_last(self, waiting: Sequence[Page]) -> int | None:
-        """A slot for the first page of `waiting`, from the page in RAM that is needed last; None if the first is there."""
+        """A slot for the first page of `waiting`, from that in RAM which is needed last; None if the first is there."""
         if waiting[0] in self._slots:
             return None
         last = next((page for page in reversed(waiting) if page in self._slots), None)
