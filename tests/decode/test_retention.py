@@ -10,7 +10,8 @@ import pytest
 from localmimo import load
 from localmimo.chat.template import TEMPLATES
 from localmimo.chat.turn_cache import TurnCache
-from localmimo.cli.terminal.repl import ChatSettings, Repl
+from localmimo.cli.terminal.conversation import ChatSettings
+from localmimo.cli.terminal.repl import Repl
 from localmimo.cli.terminal.screen import Screen
 from localmimo.engine import Engine
 from quant import convert

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from localmimo.chat.turn_cache import TurnCache as Kept
-from localmimo.cli.terminal.repl import ChatSettings, Repl
+from localmimo.cli.terminal.conversation import ChatSettings
+from localmimo.cli.terminal.repl import Repl
 from localmimo.cli.terminal.screen import Screen
 from localmimo.decode.generation import Generation
 from localmimo.engine import Engine
@@ -108,7 +109,7 @@ def by(client: Callable[[], talks.Client]) -> Callable[[Engine, Script, Path], N
             asking = client()
             for text in talks.turns():
                 script.says(text)
-                asking.ask(server)
+                asking.request(server)
 
     return talk
 

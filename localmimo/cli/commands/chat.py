@@ -27,8 +27,8 @@ from localmimo.hardware.host import format_bytes
 from localmimo.loading.options import LoadOptions
 
 if TYPE_CHECKING:
+    from localmimo.cli.terminal.conversation import ChatSettings
     from localmimo.cli.terminal.keys import Choices
-    from localmimo.cli.terminal.repl import ChatSettings
     from localmimo.cli.terminal.slash_commands import Command
     from localmimo.decode.answer import Answer
     from localmimo.decode.grammar import Grammar
@@ -219,7 +219,7 @@ def _system_text(system: str | None, flag: str = "--system") -> str | None:
 
 
 def _settings(options: ChatOptions, ui: Ui) -> ChatSettings:
-    from localmimo.cli.terminal.repl import ChatSettings
+    from localmimo.cli.terminal.conversation import ChatSettings
     from localmimo.cli.terminal.step_log import StepLog
 
     stats = ui.err.is_terminal if options.stats is None else options.stats
@@ -316,7 +316,7 @@ def _answer_once(
     tool_approval: ToolApproval,
     prompt: str,
 ) -> int:
-    from localmimo.cli.terminal.repl import exchange, tell
+    from localmimo.cli.terminal.conversation import exchange, tell
     from localmimo.cli.terminal.screen import Screen
 
     ui.configuration(engine)

@@ -1,6 +1,6 @@
 """The slash commands of a conversation: a table of names, what they say of themselves, and what they do.
 
-Knows the Repl they act on; nothing of keys or models.
+Knows the Conversation they act on; nothing of keys or models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from localmimo.errors import BadRequest, LocalMimoError, with_flags
 from localmimo.hardware.host import format_bytes
 
 if TYPE_CHECKING:
-    from localmimo.cli.terminal.repl import Repl
+    from localmimo.cli.terminal.conversation import Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +30,25 @@ class Command:
     name: str
     usage: str
     help: str
-    run: Callable[[Repl, str], bool | None]
+    run: Callable[[Conversation, str], bool | None]
     choices: tuple[str, ...] | Literal["paths", "sessions"] = ()  # what Tab offers after its name
 
 
 ALIASES = {"quit": "exit", "bye": "exit", "?": "help"}
 
 
-def run_command(repl: Repl, entry: str) -> bool:
+def run_command(conversation: Conversation, entry: str) -> bool:
     """Carry out an entry that starts with a slash; False if it ends the conversation."""
     name, _, argument = entry[1:].strip().partition(" ")
     name = ALIASES.get(name, name)
     command = next((command for command in COMMANDS if command.name == name), None)
     if command is None:
-        repl.ui.note(_unknown(name))
+        conversation.ui.note(_unknown(name))
         return True
     try:
-        return command.run(repl, argument.strip()) is not False
+        return command.run(conversation, argument.strip()) is not False
     except (LocalMimoError, OSError) as error:
-        repl.ui.note(f"error: {with_flags(error)}", style="red")
+        conversation.ui.note(f"error: {with_flags(error)}", style="red")
         return True
 
 
@@ -58,62 +58,66 @@ def _unknown(name: str) -> str:
     return f"Unknown command /{name}.{guess} To send it as text, start with //."
 
 
-def _help(repl: Repl, _argument: str) -> None:
+def _help(conversation: Conversation, _argument: str) -> None:
     width = max(len(command.usage) for command in COMMANDS)
     for command in COMMANDS:
-        repl.ui.note(f"  {command.usage:<{width}}  {command.help}")
+        conversation.ui.note(f"  {command.usage:<{width}}  {command.help}")
     keys = (
         "Enter sends",
         "Alt-Enter starts a new line",
         "Ctrl-C stops an answer",
         "// sends a leading slash",
     )
-    repl.ui.parts(keys, style=None)
+    conversation.ui.parts(keys, style=None)
 
 
-def _exit(_repl: Repl, _argument: str) -> bool:
+def _exit(_repl: Conversation, _argument: str) -> bool:
     return False
 
 
-def _clear(repl: Repl, _argument: str) -> None:
-    repl.messages.clear()
-    repl.attached.clear()
-    repl.asked, repl.name, repl.last = "", "", None
-    repl.ui.note(
-        "  The conversation is empty" + (", the system prompt stays." if repl.system else "."), style="dim"
+def _clear(conversation: Conversation, _argument: str) -> None:
+    conversation.messages.clear()
+    conversation.attached.clear()
+    conversation.asked, conversation.name, conversation.last = "", "", None
+    conversation.ui.note(
+        "  The conversation is empty" + (", the system prompt stays." if conversation.system else "."),
+        style="dim",
     )
 
 
-def _system(repl: Repl, text: str) -> None:
+def _system(conversation: Conversation, text: str) -> None:
     if not text:
-        repl.ui.note(
-            f"  {repl.system}" if repl.system else "  No system prompt: the model's own is used.", style="dim"
+        conversation.ui.note(
+            f"  {conversation.system}"
+            if conversation.system
+            else "  No system prompt: the model's own is used.",
+            style="dim",
         )
     elif text == "off":
-        repl.system = None
-        repl.ui.note("  No system prompt: the model's own is used.", style="dim")
+        conversation.system = None
+        conversation.ui.note("  No system prompt: the model's own is used.", style="dim")
     else:
-        repl.system = text
-        repl.ui.note("  The system prompt holds from the next message on.", style="dim")
+        conversation.system = text
+        conversation.ui.note("  The system prompt holds from the next message on.", style="dim")
 
 
 # What /set may change: name -> option.
 SETTINGS = {name: option for option in OPTIONS.values() for name in option.set_names}
 
 
-def _set(repl: Repl, argument: str) -> None:
+def _set(conversation: Conversation, argument: str) -> None:
     for pair in argument.split():
-        _set_one(repl, pair)
-    sampling = repl.settings.stream_options()["sampling"]
+        _set_one(conversation, pair)
+    sampling = conversation.settings.stream_options()["sampling"]
     shown = {
-        option.set_names[0]: getattr(sampling if name in SAMPLING_OPTIONS else repl.settings, name)
+        option.set_names[0]: getattr(sampling if name in SAMPLING_OPTIONS else conversation.settings, name)
         for name, option in OPTIONS.items()
         if option.set_names
     }
-    repl.ui.parts(f"{name} {'off' if value is None else value}" for name, value in shown.items())
+    conversation.ui.parts(f"{name} {'off' if value is None else value}" for name, value in shown.items())
 
 
-def _set_one(repl: Repl, pair: str) -> None:
+def _set_one(conversation: Conversation, pair: str) -> None:
     key, equals, text = pair.partition("=")
     name = key.strip().lower().replace("_", "-")
     if not equals or name not in SETTINGS:
@@ -128,140 +132,160 @@ def _set_one(repl: Repl, pair: str) -> None:
     if option.name not in SAMPLING_OPTIONS:
         if value is not None and option.least is not None and value < option.least:
             raise BadRequest(f"/set {name}: {value} {option.refusal}, or off.")
-        setattr(repl.settings, option.name, value)
+        setattr(conversation.settings, option.name, value)
         return
-    before = repl.settings.sampling.get(option.name)
-    repl.settings.sampling[option.name] = value
+    before = conversation.settings.sampling.get(option.name)
+    conversation.settings.sampling[option.name] = value
     try:
-        repl.settings.stream_options()
+        conversation.settings.stream_options()
     except BadRequest:
-        repl.settings.sampling[option.name] = before
+        conversation.settings.sampling[option.name] = before
         raise
 
 
-def _think(repl: Repl, argument: str) -> None:
+def _think(conversation: Conversation, argument: str) -> None:
     match argument:
         case "on":
-            repl.settings.think, repl.settings.think_budget = True, None
+            conversation.settings.think, conversation.settings.think_budget = True, None
         case "off":
-            repl.settings.think, repl.settings.think_budget = False, None
+            conversation.settings.think, conversation.settings.think_budget = False, None
         case "":
             pass
         case _:
-            repl.settings.think, repl.settings.think_budget = True, parse_count(argument, "/think")
-    budget = repl.settings.think_budget
-    repl.ui.note(
-        f"  thinking {'on' if thinks(repl) else 'off'}"
+            conversation.settings.think, conversation.settings.think_budget = (
+                True,
+                parse_count(argument, "/think"),
+            )
+    budget = conversation.settings.think_budget
+    conversation.ui.note(
+        f"  thinking {'on' if thinks(conversation) else 'off'}"
         + ("" if budget is None else f", at most {budget:,} tokens"),
         style="dim",
     )
 
 
-def thinks(repl: Repl) -> bool:
+def thinks(conversation: Conversation) -> bool:
     """Whether the next answer starts with thinking."""
-    return repl.engine.template.think_default if repl.settings.think is None else repl.settings.think
+    return (
+        conversation.engine.template.think_default
+        if conversation.settings.think is None
+        else conversation.settings.think
+    )
 
 
-def _thoughts(repl: Repl, _argument: str) -> None:
+def _thoughts(conversation: Conversation, _argument: str) -> None:
     thoughts: list[str] = []  # since the last question, calls in between
-    for message in reversed(repl.messages):
+    for message in reversed(conversation.messages):
         if message["role"] == "user":
             break
         thoughts.insert(0, str(message.get("reasoning_content", "")).strip())
     said = "\n\n".join(filter(None, thoughts))
-    repl.ui.note(said or "  The last answer came without thinking.", style="dim")
+    conversation.ui.note(said or "  The last answer came without thinking.", style="dim")
 
 
-def _stats(repl: Repl, _argument: str) -> None:
-    if repl.last is not None and repl.last.stats is not None:
-        repl.ui.parts(figures(repl.last.stats, repl.engine.context))
-    repl.ui.configuration(repl.engine, always=True)
+def _stats(conversation: Conversation, _argument: str) -> None:
+    if conversation.last is not None and conversation.last.stats is not None:
+        conversation.ui.parts(figures(conversation.last.stats, conversation.engine.context))
+    conversation.ui.configuration(conversation.engine, always=True)
 
 
-def _retry(repl: Repl, _argument: str) -> None:
-    if not repl.asked:
+def _retry(conversation: Conversation, _argument: str) -> None:
+    if not conversation.asked:
         raise BadRequest("There is nothing to ask again.")
-    if repl.messages and repl.messages[-1]["role"] != "user":
-        repl.take_back()
-    repl.ask(repl.asked)
+    if conversation.messages and conversation.messages[-1]["role"] != "user":
+        conversation.take_back()
+    conversation.ask(conversation.asked)
 
 
-def _undo(repl: Repl, _argument: str) -> None:
-    if repl.take_back() is None:
+def _undo(conversation: Conversation, _argument: str) -> None:
+    if conversation.take_back() is None:
         raise BadRequest("There is nothing to take back.")
-    repl.last = None
-    n_left = sum(message["role"] == "user" for message in repl.messages)
-    repl.ui.note(f"  The last question and its answer are gone; {n_left} left.", style="dim")
+    conversation.last = None
+    n_left = sum(message["role"] == "user" for message in conversation.messages)
+    conversation.ui.note(f"  The last question and its answer are gone; {n_left} left.", style="dim")
 
 
-def _edit(repl: Repl, _argument: str) -> None:
-    question = repl.take_back() or repl.asked
+def _edit(conversation: Conversation, _argument: str) -> None:
+    question = conversation.take_back() or conversation.asked
     if not question:
         raise BadRequest("There is no question to edit.")
-    repl.draft, repl.last = question, None
-    repl.ui.note(
+    conversation.draft, conversation.last = question, None
+    conversation.ui.note(
         "  The last question is back at the prompt; Ctrl-X Ctrl-E opens it in an editor.", style="dim"
     )
 
 
-def _save(repl: Repl, name: str) -> None:
+def _save(conversation: Conversation, name: str) -> None:
     from localmimo.cli.terminal.saved_chats import folder_of, save, saved_names
 
-    name = name or repl.name or f"{datetime.now():%Y-%m-%d %H.%M}"
+    name = name or conversation.name or f"{datetime.now():%Y-%m-%d %H.%M}"
     folder = folder_of(name)
-    if name != repl.name and name in saved_names() and not _agrees(repl, f"{name} exists; write over it?"):
+    if (
+        name != conversation.name
+        and name in saved_names()
+        and not _agrees(conversation, f"{name} exists; write over it?")
+    ):
         return
-    sizes = save(repl.engine, name, repl.messages, repl.system, repl.tool_approval.schemas)
+    sizes = save(
+        conversation.engine,
+        name,
+        conversation.messages,
+        conversation.system,
+        conversation.tool_approval.schemas,
+    )
     n_tokens, n_bytes = next(sizes)
-    repl.ui.note(f"  {format_bytes(n_bytes)} for {n_tokens:,} tokens to {folder} ...", style="dim")
+    conversation.ui.note(f"  {format_bytes(n_bytes)} for {n_tokens:,} tokens to {folder} ...", style="dim")
     n_tokens, n_bytes = list(sizes)[-1]
-    repl.name = name
-    repl.ui.note(f"  saved, {format_bytes(n_bytes)}: /load {name}", style="dim")
+    conversation.name = name
+    conversation.ui.note(f"  saved, {format_bytes(n_bytes)}: /load {name}", style="dim")
 
 
-def _agrees(repl: Repl, question: str) -> bool:
-    return (repl.reader.ask(f"  {question} [y/N] ") or "").strip().lower() in ("y", "yes")
+def _agrees(conversation: Conversation, question: str) -> bool:
+    return (conversation.reader.ask(f"  {question} [y/N] ") or "").strip().lower() in ("y", "yes")
 
 
-def _load(repl: Repl, name: str) -> None:
+def _load(conversation: Conversation, name: str) -> None:
     from localmimo.cli.terminal.saved_chats import load, saved_names
 
     if not name:
         names = saved_names()
-        repl.ui.note(
+        conversation.ui.note(
             "  " + "\n  ".join(names) if names else "  Nothing is saved yet; /save keeps this conversation."
         )
         return
-    found, n_held, why = load(repl.engine, name, repl.tool_approval.schemas)
-    repl.messages, repl.system, repl.name = found.messages, found.system, name
-    repl.attached.clear()
+    found, n_held, why = load(conversation.engine, name, conversation.tool_approval.schemas)
+    conversation.messages, conversation.system, conversation.name = found.messages, found.system, name
+    conversation.attached.clear()
     questions = [message["content"] for message in found.messages if message["role"] == "user"]
-    repl.asked, repl.last = str(questions[-1]) if questions else "", None
+    conversation.asked, conversation.last = str(questions[-1]) if questions else "", None
     if questions:
-        repl.ui.note(f"  the last question: {fit(repl.asked, max(20, repl.ui.err.width - 22))}", style="dim")
+        conversation.ui.note(
+            f"  the last question: {fit(conversation.asked, max(20, conversation.ui.err.width - 22))}",
+            style="dim",
+        )
     if why:
-        repl.ui.note(f"  {why} It is read again with your next message.", style="yellow")
+        conversation.ui.note(f"  {why} It is read again with your next message.", style="yellow")
     counted = f"{len(questions)} question{'s' * (len(questions) != 1)}"
-    repl.ui.parts([counted, f"{n_held:,} tokens held", f"{len(found.tokens) - n_held:,} to read"])
+    conversation.ui.parts([counted, f"{n_held:,} tokens held", f"{len(found.tokens) - n_held:,} to read"])
 
 
-def _tools(repl: Repl, path: str) -> None:
+def _tools(conversation: Conversation, path: str) -> None:
     if path == "off":
-        repl.tool_approval.clear()
+        conversation.tool_approval.clear()
     elif path:
-        repl.tool_approval.open(path)
-    if not repl.tool_approval.tools:
-        repl.ui.note("  No tools; /tools FILE.py takes the functions of a Python file.", style="dim")
-    for tool in repl.tool_approval.tools.values():
+        conversation.tool_approval.open(path)
+    if not conversation.tool_approval.tools:
+        conversation.ui.note("  No tools; /tools FILE.py takes the functions of a Python file.", style="dim")
+    for tool in conversation.tool_approval.tools.values():
         parameters = ", ".join(tool.parameters["properties"])
-        unasked = "  (runs unasked)" if tool.name in repl.tool_approval.always else ""
-        repl.ui.note(
+        unasked = "  (runs unasked)" if tool.name in conversation.tool_approval.always else ""
+        conversation.ui.note(
             f"  {tool.name}({parameters})  {tool.description}{unasked}",
             style="dim",
         )
 
 
-def _read(repl: Repl, argument: str) -> None:
+def _read(conversation: Conversation, argument: str) -> None:
     try:
         names = shlex.split(argument)
     except ValueError as error:
@@ -270,13 +294,13 @@ def _read(repl: Repl, argument: str) -> None:
         raise BadRequest("/read: name at least one file.")
     for path in [Path(name).expanduser() for name in names]:
         text = _text_of(path)
-        n_tokens = len(repl.engine.encode(text))
-        if n_tokens >= repl.engine.context:
+        n_tokens = len(conversation.engine.encode(text))
+        if n_tokens >= conversation.engine.context:
             raise BadRequest(
-                f"{path} has {n_tokens:,} tokens and the context {repl.engine.context:,}; read a part of it."
+                f"{path} has {n_tokens:,} tokens and the context {conversation.engine.context:,}; read a part of it."
             )
-        repl.attached.append(f"File {path.name}:\n{text}")
-        repl.ui.note(f"  {path.name}: {n_tokens:,} tokens, goes with your next message", style="dim")
+        conversation.attached.append(f"File {path.name}:\n{text}")
+        conversation.ui.note(f"  {path.name}: {n_tokens:,} tokens, goes with your next message", style="dim")
 
 
 def _text_of(path: Path) -> str:

@@ -156,7 +156,7 @@ def test_folders_that_are_no_packs(tmp_path: Path) -> None:
 
 def test_greeting() -> None:
     from localmimo.cli.commands.chat import greet
-    from localmimo.cli.terminal.repl import ChatSettings
+    from localmimo.cli.terminal.conversation import ChatSettings
 
     shown = Capture()
     greet(ScriptedEngine(think=True), ChatSettings(), shown.ui)  # type: ignore[arg-type]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from localmimo.cli.terminal.repl import ChatSettings, Repl
+from localmimo.cli.terminal.conversation import ChatSettings
+from localmimo.cli.terminal.repl import Repl
 from localmimo.cli.terminal.screen import Screen
 from localmimo.decode.options import OPTIONS, SAMPLING_OPTIONS
 from localmimo.errors import BadRequest
