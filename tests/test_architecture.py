@@ -29,23 +29,9 @@ def modules(package: str) -> dict[str, Path]:
     return found
 
 
-def type_checking_nodes(tree: ast.Module) -> set[int]:
-    """Nodes that only a type checker sees."""
-    guarded = (
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
-    return {id(child) for node in guarded for child in ast.walk(node)}
-
-
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports anywhere, lazily too: modules, and modules with a name of theirs."""
-    tree = ast.parse(path.read_text())
-    skipped = type_checking_nodes(tree)
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    """Dotted names that a file imports anywhere, lazily or for its types too: modules, and names in them."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -107,11 +93,7 @@ def test_only_quantize_and_the_embedded_model_convert() -> None:
         for name, path in modules("localmimo").items()
         if {"quant.convert", "quant.conversion.conversion"} & set(imports(path))
     }
-    assert users <= {
-        "localmimo.cli.commands.quantize",
-        "localmimo.cli.disk_space",
-        "localmimo.loading.embedded",
-    }
+    assert users <= {"localmimo.cli.commands.quantize", "localmimo.loading.embedded"}
 
 
 def test_few_files_lie_directly_in_localmimo() -> None:

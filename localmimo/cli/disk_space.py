@@ -32,7 +32,7 @@ class DiskSpace:
 
     @classmethod
     def of(cls, out: Path, listing: Listing, source: Source, *, restart: bool) -> DiskSpace:
-        from quant.conversion.conversion import schedule_of
+        from quant.conversion.schedule import schedule_of
         from quant.conversion.writer import existing_parent, partial_path, read_journal
 
         out = out.expanduser().absolute()

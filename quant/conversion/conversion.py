@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from quant.conversion.listing import FilePlan, Listing, make_listing
 from quant.conversion.manifest import CARD, copied_files, make_card, make_manifest, settings_in, settings_of
 from quant.conversion.packing import make_page, write_dense
 from quant.conversion.recipe import Recipe
-from quant.conversion.schedule import Schedule, make_schedule
+from quant.conversion.schedule import schedule_of
 from quant.conversion.writer import (
     JOURNAL,
     OpenFile,
@@ -284,22 +284,6 @@ class _Job:
             elapsed_s=time.monotonic() - self.started,
             note=note,
         )
-
-
-def schedule_of(source: Source, listing: Listing, done: Mapping[str, object]) -> Schedule:
-    """The order in which the units that are left are made when the source's files come one by one."""
-    reads = {
-        file.name: sorted(source.files_of(entry.name for entry in file.entries))
-        for file in sorted(listing.files, key=_first_layer)
-        if file.name not in done
-    }
-    return make_schedule(reads, source.file_sizes)
-
-
-def _first_layer(file: FilePlan) -> tuple[int, int]:
-    """Where a unit begins in the model; what belongs to no layer comes first."""
-    layers = [int(e.name.split(".")[1]) for e in file.entries[:8] if e.name.startswith("layers.")]
-    return min(layers, default=-1), 0 if file.layer is None else 1
 
 
 def _only_leftovers(partial: Path) -> bool:

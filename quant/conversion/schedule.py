@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quant.checkpoint.source import Source
+    from quant.conversion.listing import FilePlan, Listing
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,22 @@ class Schedule:
     steps: tuple[ScheduleStep, ...]
     peak_bytes: int
     fetch_bytes: int
+
+
+def schedule_of(source: Source, listing: Listing, done: Mapping[str, object]) -> Schedule:
+    """The order in which the units that are left are made when the source's files come one by one."""
+    reads = {
+        file.name: sorted(source.files_of(entry.name for entry in file.entries))
+        for file in sorted(listing.files, key=_first_layer)
+        if file.name not in done
+    }
+    return make_schedule(reads, source.file_sizes)
+
+
+def _first_layer(file: FilePlan) -> tuple[int, int]:
+    """Where a unit begins in the model; what belongs to no layer comes first."""
+    layers = [int(e.name.split(".")[1]) for e in file.entries[:8] if e.name.startswith("layers.")]
+    return min(layers, default=-1), 0 if file.layer is None else 1
 
 
 def make_schedule(reads: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> Schedule:

@@ -300,7 +300,7 @@ class BenchReport:
         if self._log is not None:
             self._log.write(run.as_dict(cost))
         if run.steps:
-            self.ui.status.show(live_line(run, self.request))
+            self.ui.status.show(live_line(run, self.request.repeat, self.request.max_tokens))
 
     def _row(self, bench: Bench, depth: int) -> dict[str, Any]:
         from localmimo.bench.runs import figures

@@ -151,7 +151,10 @@ def run_plan(question: PlanOptions, ui: Ui) -> int:
     if question.as_json:
         ui.json(answer.as_dict())
     else:
-        ui.data("\n".join(report_lines(answer, question, ui)))
+        lines = report_lines(
+            answer, question.model, with_gpu=question.vram is not None, measured_anew=question.remeasure
+        )
+        ui.data("\n".join(lines))
     return 0
 
 

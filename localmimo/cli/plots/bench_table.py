@@ -14,9 +14,6 @@ from localmimo.hardware.host import format_bytes
 if TYPE_CHECKING:
     from localmimo.bench.runs import BenchRun
 
-if TYPE_CHECKING:
-    from localmimo.cli.commands.bench import BenchOptions
-
 # Heads and widths of the table; every row is printed as soon as its depth is done.
 COLUMNS = (
     ("depth", 7), ("prefill tok/s", 15), ("decode tok/s", 13), ("first token", 11), ("read/token", 10),
@@ -80,16 +77,16 @@ def _aligned(cells: Sequence[str]) -> str:
     return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
 
 
-def live_line(run: BenchRun, request: BenchOptions) -> str:
-    """What is going on now, and what the tiers gave in this answer so far."""
+def live_line(run: BenchRun, n_runs: int, max_tokens: int) -> str:
+    """Which of so many runs and tokens is being measured, and what the tiers gave in this answer so far."""
     from localmimo.bench.runs import tier_figures
 
     so_far = tier_figures(run.steps)
     speed = len(run.steps) / sum(step.seconds for step in run.steps)
     parts = [
         f" depth {run.depth:,}",
-        f"run {run.number + 1}/{request.repeat}",
-        f"token {len(run.steps) + 1}/{request.max_tokens}",
+        f"run {run.number + 1}/{n_runs}",
+        f"token {len(run.steps) + 1}/{max_tokens}",
         f"{_speed(speed)} tok/s",
         f"experts {found_in(so_far['hits'])}",
     ]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from localmimo.cli.ui import Ui, rows, seconds
+from localmimo.cli.ui import rows, seconds
 from localmimo.hardware.bandwidth import Speeds
 from localmimo.hardware.host import format_bytes
 from localmimo.planning.footprint import Footprint
@@ -18,9 +18,6 @@ from localmimo.planning.memory import (
     Vram,
 )
 from localmimo.planning.throughput import CACHE_BYTES, Estimate, Range, Tiers
-
-if TYPE_CHECKING:
-    from localmimo.cli.commands.plan import PlanOptions
 
 WORDS_PER_TOKEN = 0.7
 
@@ -69,7 +66,10 @@ def tps(speed: Range) -> str:
     return f"{low} tok/s" if low == high else f"{low}–{high} tok/s"
 
 
-def report_lines(answer: PlanReport, question: PlanOptions, ui: Ui) -> Iterator[str]:
+def report_lines(
+    answer: PlanReport, model_name: str, *, with_gpu: bool, measured_anew: bool
+) -> Iterator[str]:
+    """The report, line by line. model_name: as it was given; measured_anew: the speeds, for this report."""
     model, plan, tiers, figures = answer.model, answer.plan, answer.tiers, answer.estimate
     head = [model.name, model.codecs, f"{format_bytes(model.pack_bytes)} pack", f"context {plan.context:,}"]
     if model.source_bytes:
@@ -100,10 +100,10 @@ def report_lines(answer: PlanReport, question: PlanOptions, ui: Ui) -> Iterator[
         yield _line("better if", "; ".join(answer.better))
     for note in model.notes:
         yield f" {note}"
-    if question.vram is not None:
+    if with_gpu:
         yield from _gpu_notes(answer)
-    check = f" Check it: localmimo bench {question.model} --check-plan" if model.kind == "pack" else ""
-    measured = "measured" in (answer.speeds.disk_origin, answer.speeds.ram_origin) and not question.remeasure
+    check = f" Check it: localmimo bench {model_name} --check-plan" if model.kind == "pack" else ""
+    measured = "measured" in (answer.speeds.disk_origin, answer.speeds.ram_origin) and not measured_anew
     again = " Measured speeds are kept for a week: --remeasure." if measured else ""
     yield f" Structure is exact; speed is an estimate.{again}{check}"
     if model.member and (command := model.member.serve_command()) and model.member.server:

@@ -10,10 +10,9 @@ import pytest
 from quant import Source, convert
 from quant.checkpoint.hub import Hub
 from quant.conversion import listing
-from quant.conversion.conversion import schedule_of
 from quant.conversion.listing import make_listing
 from quant.conversion.recipe import Recipe
-from quant.conversion.schedule import make_schedule
+from quant.conversion.schedule import make_schedule, schedule_of
 from quant.errors import BadCheckpoint, Unreachable
 from tests.hubserver import HubServer, serving
 from tests.packs import add_tokenizer
