@@ -3,7 +3,7 @@
 import json
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from localmimo import BadSession, Cancelled, ContextFull
 from localmimo.decode.session import Session, step_together
 from localmimo.engine import Engine
+from localmimo.kv.block_table import BlockTable
 from localmimo.limits import N_SNAPSHOTS, SLACK
 
 pytestmark = pytest.mark.engine("bf16_pack", context=128, dtype="float32")
@@ -180,3 +181,124 @@ def test_steps_together_happen_for_all_or_for_none(engine: Engine) -> None:
         got = step_together([first, second], [5, 6])
         same(got[0], first)
         same(got[1], second)
+
+
+@pytest.mark.engine("bf16_pack", context=40, dtype="float32", max_batch=2)
+@pytest.mark.parametrize("call", range(1, 6))
+def test_steps_together_that_are_stopped_at_any_layer_leave_no_rows(engine: Engine, call: int) -> None:
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Cancelled("enough")
+
+    with engine._sessions.use(2) as pair:
+        pair[0].sync(tokens(20))
+        pair[1].sync(tokens(25, seed=2))
+        calls = 0
+        with pytest.raises(Cancelled):
+            step_together(pair, [5, 6], stop)
+        for session, n in zip(pair, (20, 25), strict=True):
+            cache = session._state.cache
+            assert session.position == n
+            assert [layer.length for layer in cache.layers] == [n] * len(cache.layers)
+
+
+@pytest.mark.engine("bf16_pack", context=1024, dtype="float32")
+@pytest.mark.parametrize(("n_shared", "kept"), [(400, True), (200, False)])
+def test_a_long_beginning_that_is_read_again_gets_a_checkpoint(
+    session: Session, n_shared: int, kept: bool
+) -> None:
+    session.sync(tokens(600))
+    branch = [*tokens(n_shared), *tokens(100, seed=4)]
+    session.sync(branch)
+    assert session.n_reused == 0
+    assert session.checkpoints == [*([n_shared] if kept else []), len(branch)]
+
+
+def test_a_return_within_the_slack_keeps_what_is_before_it(session: Session) -> None:
+    """The windows are cut, not replaced by the checkpoint's: a rewind from there reads nothing."""
+    session.sync(tokens(60))
+    step(session, 3)
+    session.sync(tokens(60))
+    calls: list[int] = []
+    session._read = lambda *arguments: calls.append(1)  # type: ignore[method-assign]
+    session.rewind(5)
+    assert session.position == 55 and not calls
+    same(session.step(7), session)
+
+
+@pytest.mark.parametrize(("n", "refused"), [(39, False), (40, False), (41, True)])
+def test_a_file_may_fill_the_context_and_no_more(
+    session: Session, engine: Engine, tmp_path: Path, n: int, refused: bool
+) -> None:
+    session.sync(tokens(n))
+    session.save(tmp_path / "s")
+    small = Session(session._model, session._experts, 40, torch.float32, identity=session._identity)
+    if refused:
+        with pytest.raises(BadSession, match="41 tokens and the context has 40"):
+            small.load(tmp_path / "s")
+        assert small.tokens == []
+    else:
+        small.load(tmp_path / "s")
+        assert small.tokens == tokens(n)
+
+
+class Pool:
+    """Slots of a pretended GPU for keys and values."""
+
+    def __init__(self) -> None:
+        self.slab = torch.zeros(60, 1 << 16, dtype=torch.uint8)
+        self.unused = list(range(60))
+
+    def allocate(self, table: BlockTable, n: int) -> list[int]:
+        taken, self.unused = self.unused[:n], self.unused[n:]
+        return taken
+
+    def free(self, slots: Sequence[int]) -> None:
+        self.unused += slots
+
+
+@pytest.fixture
+def pooled(session: Session) -> Session:
+    """A session whose global layers are in slots of a pool."""
+    return Session(
+        session._model, session._experts, 1024, torch.float32, identity=session._identity, pool=Pool()
+    )
+
+
+@pytest.mark.engine("bf16_pack", context=1024, dtype="float32")
+def test_a_damaged_file_takes_no_slots(session: Session, pooled: Session, tmp_path: Path) -> None:
+    session.sync(tokens(1000))
+    session.save(tmp_path / "s")
+    raw = (tmp_path / "s").read_bytes()
+    pooled.load(tmp_path / "s")
+    n_free = len(pooled._state.cache._blocks.pool.unused)
+    assert pooled.tokens == tokens(1000) and n_free < 58
+    (tmp_path / "s").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(BadSession, match="damaged"):
+        pooled.load(tmp_path / "s")
+    assert pooled.tokens == [] and len(pooled._state.cache._blocks.pool.unused) >= 59
+
+
+@pytest.mark.engine("bf16_pack", context=1024, dtype="float32")
+def test_a_sequence_whose_slots_were_lost_is_read_from_its_beginning(
+    session: Session, pooled: Session, tmp_path: Path
+) -> None:
+    session.sync(tokens(1000))
+    session.save(tmp_path / "s")
+    pooled.load(tmp_path / "s")
+    blocks = pooled._state.cache._blocks
+    assert pooled._state.cache.is_whole
+    blocks.relocate({blocks.slots[0]: 7})  # all others are lost
+    assert not pooled._state.cache.is_whole
+    read: list[int] = []
+
+    def forward(tokens, check, report=None):  # type: ignore[no-untyped-def]
+        read.append(pooled.position)
+        raise Cancelled("enough")
+
+    pooled._forward = forward  # type: ignore[method-assign]
+    with pytest.raises(Cancelled):
+        pooled.sync([*tokens(1000), 5])
+    assert read == [0] and pooled.tokens == [] and pooled.checkpoints == []

@@ -33,6 +33,14 @@ def test_context_is_the_last_limit(engine: Engine) -> None:
     assert len(done.tokens) + 5 <= engine.context + 1
 
 
+@pytest.mark.parametrize("n_prompt", [1, 90, 95, 96])
+def test_an_answer_fills_the_context_to_its_last_token(engine: Engine, n_prompt: int) -> None:
+    """And one token more, which nothing has to be read after."""
+    forced = Sampling(temperature=0, logit_bias={97: 1e9})
+    done = engine.generate("a" * n_prompt, sampling=forced)
+    assert done.finish_reason == "context" and len(done.tokens) == engine.context + 1 - n_prompt
+
+
 def test_stream_and_list_say_the_same(engine: Engine) -> None:
     texts = [engine.generate(prompt, max_tokens=9, sampling=GREEDY).text for prompt in ("abc", "xyz")]
     assert [done.text for done in engine.generate(["abc", "xyz"], max_tokens=9, sampling=GREEDY)] == texts

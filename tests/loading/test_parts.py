@@ -87,3 +87,13 @@ def test_the_errors_of_quant_become_errors_of_localmimo(pack: Path, tmp_path: Pa
         load("/nope")
     with pytest.raises(BadPack, match="is no pack"):
         load(tmp_path)
+
+
+def test_where_all_pages_fit_all_are_read_in_the_background(pack: Path) -> None:
+    """Those that the profile knows nothing of, too."""
+    with load(pack, context=64) as engine:
+        assert engine._parts.expert_cache.profile is not None
+        assert engine.plan.n_slots == engine.plan.n_pages
+        engine._parts.expert_cache.wait_until_warm()
+        engine.logits([3, 4, 5, 6, 7, 8])
+        assert engine.counters.disk_pages == 0 < engine.counters.ram_pages
