@@ -1,6 +1,6 @@
 """The agent's loop: the model answers, its calls are run, it reads the results, until it calls nothing more.
 
-Knows messages and tools; nothing of engines: it is given a function that answers.
+Knows messages and tools; nothing of engines: it gets a function that answers.
 """
 
 from collections.abc import Callable, Mapping, Sequence

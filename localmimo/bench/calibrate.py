@@ -1,7 +1,7 @@
 """Calibration: the speeds of this machine that a plan needs, measured with the engine and its kernels.
 
-Two are measured here. The first is a layer's seconds beyond the bytes that it reads, on the embedded model, whose bytes
-take almost no time. The second is how fast the kernels go through a pack's own pages. Knows the engine and packs.
+Two are measured. The first is a layer's seconds beyond the bytes that it reads, on the embedded model, whose bytes
+take almost no time. The second is how fast the kernels read a pack's own pages. Knows the engine and packs.
 """
 
 from __future__ import annotations

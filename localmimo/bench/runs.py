@@ -86,7 +86,7 @@ class BenchRun:
 
 
 class BenchObserver(Protocol):
-    """Is told of the progress. Only `on_read` is called while the clock runs."""
+    """Receives the progress. Only `on_read` is called while the clock runs."""
 
     def on_open(self, engine: Engine, corpus: Corpus) -> None: ...
 
@@ -96,7 +96,7 @@ class BenchObserver(Protocol):
 
 
 class Bench:
-    """Carries out a job. `runs` holds what was measured so far, also after an interrupt."""
+    """Runs a job. `runs` holds what was measured so far, also after an interrupt."""
 
     def __init__(
         self,

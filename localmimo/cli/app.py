@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Carry out a command line; the exit code."""
+    """Run a command line; the exit code."""
     settings = Settings()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no reason to fail
         if hasattr(stream, "reconfigure"):
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return complain("interrupted.", INTERRUPTED)
     except ShownError as error:
         return _usage(error)
-    except Exception as error:  # the last resort of the command line
+    except Exception as error:  # anything else becomes one sentence and an exit code
         return _fail(error, settings)
     return code if isinstance(code, int) else OK
 

@@ -1,4 +1,4 @@
-"""Disk space: what a conversion needs, what is there already, and what is free.
+"""Disk space: what a conversion needs, what exists already, and what is free.
 
 Knows sizes; writes nothing.
 """

@@ -109,8 +109,8 @@ def _parameter(option: Option) -> inspect.Parameter:
         facts["metavar"] = option.metavar
     if option.choices:
         facts["callback"] = _checker(option.choices)
-    wanted: Any = kind if default is not None else kind | None
-    annotation = Annotated[wanted, typer.Option(*option.flags, **facts)]
+    value_type: Any = kind if default is not None else kind | None
+    annotation = Annotated[value_type, typer.Option(*option.flags, **facts)]
     return inspect.Parameter(
         parameter_name(option), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )

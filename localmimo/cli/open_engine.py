@@ -1,4 +1,4 @@
-"""Opens the engine that a command line asks for, and shows how far it is.
+"""Opens the engine that a command line asks for, and shows the progress.
 
 Knows load options and sentences; imports torch only when a pack is opened.
 """
@@ -22,7 +22,7 @@ def open_engine(
     ui: Ui,
     on_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Engine:
-    """Load a pack, None for the embedded model, saying so while it lasts; `on_progress` as for `localmimo.load`."""
+    """Load a pack, None for the embedded model, showing the progress; `on_progress` as for `localmimo.load`."""
     folder = None if model is None else pack_folder(model)
     ui.status.show(f"  opening {model or EMBEDDED} ...", now=True)
     try:
@@ -30,7 +30,7 @@ def open_engine(
         from localmimo.loading.embedded import embedded_pack
 
         if folder is None:
-            ui.status.clear()  # the first use says what it does
+            ui.status.clear()  # a first use prints its own lines
         folder = folder or embedded_pack()
         name = folder.name
         ui.status.show(f"  opening {name} ...", now=True)

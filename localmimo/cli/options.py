@@ -20,7 +20,7 @@ OK, FAILED, USAGE, DOES_NOT_FIT, BAD_PACK, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 @dataclass(slots=True)
 class Settings:
-    """What -v and -q said, kept for the moment when something fails."""
+    """What -v and -q set; read when a command fails."""
 
     verbose: int = 0
     quiet: bool = False
@@ -83,7 +83,7 @@ def ui_of(verbose: int, quiet: bool) -> Any:
     return Ui.of_process(quiet=quiet, verbose=verbose)
 
 
-def carry_out(work: Callable[[], int]) -> int:
+def run_interruptible(work: Callable[[], int]) -> int:
     # In each command and not around everything: typer turns a KeyboardInterrupt into a silent exit.
     try:
         return work()

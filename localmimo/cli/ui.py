@@ -1,4 +1,4 @@
-"""What every command shows alike: two consoles, a status line that redraws itself, bars, numbers for people.
+"""What all commands share for output: two consoles, a status line that redraws itself, bars, numbers for people.
 
 Data goes to stdout, everything else to stderr. Knows no command, no model and no torch.
 """
@@ -26,7 +26,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Ui:
-    """The two ends of a command: `out` for data, `err` for people."""
+    """The consoles of a command: `out` for data, `err` for people."""
 
     def __init__(self, out: Console, err: Console, *, quiet: bool = False, verbose: int = 0) -> None:
         self.out = out
@@ -51,7 +51,7 @@ class Ui:
         """Short facts in a row, broken between facts where the terminal is narrow."""
         self.note(rows(parts, self.err.width, indent), style)
 
-    def placing(self, engine: Engine) -> None:
+    def show_placement(self, engine: Engine) -> None:
         """How the model was placed in memory, and why not in a better one."""
         self.parts(str(engine.plan).split(" · "))
         if note := engine.effective().get("note"):
@@ -79,7 +79,7 @@ class Ui:
 
 
 class StatusLine:
-    """One line on stderr that is written over, and gone when something else is said."""
+    """One line on stderr that is redrawn, and cleared before anything else is printed."""
 
     def __init__(self, console: Console, *, enabled: bool) -> None:
         self._console = console

@@ -1,6 +1,6 @@
-"""Answer: the assistant's turn while its steps come in; Message: the turn as it stands in the end.
+"""Answer: the assistant's turn while its steps come in; Message: the finished turn.
 
-Knows steps; nothing of prompts, engines or how a turn is shown.
+Knows steps; nothing of prompts, engines or terminals.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ from localmimo.tools.tool import DECLINED, LIMIT_S, MAX_CHARS, Tool
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The assistant's turn. `as_dict` is what goes back into the messages: the reasoning travels along."""
+    """The assistant's turn. `as_dict` is what goes back into the messages: with the reasoning."""
 
     content: str
     reasoning_content: str = ""
@@ -29,12 +29,12 @@ class Message:
     )  # those that can be run
 
     def as_dict(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"role": self.role, "content": self.content}
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.reasoning_content:
-            said["reasoning_content"] = self.reasoning_content
+            message["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
-            said["tool_calls"] = [call.as_dict() for call in self.tool_calls]
-        return said
+            message["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        return message
 
     def run_tools(self, *, limit_s: float = LIMIT_S, max_chars: int = MAX_CHARS) -> list[dict[str, Any]]:
         """Run the calls, one after the other; the tool messages that follow this one."""

@@ -15,7 +15,7 @@ from localmimo.decode.options import GenerationOptions, Sampling
 
 
 class Constraints:
-    """For one tokenizer. Raises BadRequest where a grammar is wanted and llguidance is missing or refuses it."""
+    """For one tokenizer. Raises BadRequest where a grammar is needed and llguidance is missing or refuses it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -40,11 +40,11 @@ class Constraints:
 
     def _grammar(self, options: GenerationOptions) -> Grammar | None:
         """What an answer with tools must look like: calls alone, what was asked for, or either."""
-        asked = grammar_of(options.grammar, options.response_format)
+        requested = grammar_of(options.grammar, options.response_format)
         forced = options.choice.mode == "required"
-        if not options.callable or not (forced or (asked and asked.form == "json_schema")):
-            return asked
-        value = None if forced or asked is None else asked.text
+        if not options.callable or not (forced or (requested and requested.form == "json_schema")):
+            return requested
+        value = None if forced or requested is None else requested.text
         return Grammar("lark", rules_of_calls(options.callable, options.choice, self._grammars.spell, value))
 
     @cached_property

@@ -1,7 +1,7 @@
-"""Graphs: a step's layers as a GPU records them once, and runs them again without the host between them.
+"""CUDA graphs: a step's layers, recorded once and replayed without the host between them.
 
 A range of layers ends at one whose experts need the host; where all experts of all layers are on the GPU a step is
-one range. What changes from step to step is in tensors that stay where they are: the rows, their positions, the
+one range. What changes from step to step is in tensors whose addresses stay: the rows, their positions, the
 table of blocks, the slots of each layer's experts. Knows layers and rows; not where an expert's bytes are.
 """
 
@@ -36,17 +36,17 @@ class DeviceExperts(Experts, Protocol):
 
     @property
     def generation(self) -> int:
-        """Another number as soon as what is on the device has other addresses."""
+        """A number that changes when what is on the device has other addresses."""
 
     def shrink(self) -> bool:
         """Free some of the device's memory; False where there is none to free."""
 
     @property
-    def watched(self) -> bool:
-        """Whether an observer is told of every choice."""
+    def has_observer(self) -> bool:
+        """Whether an observer receives every choice of experts."""
 
     def begin_step(self) -> None:
-        """Let pages move, and count what was noted."""
+        """Let pages move, and count the noted choices."""
 
     def is_resident(self, layer: int) -> bool:
         """Whether every expert of a layer is on the device, and a kernel finds it there."""
@@ -89,13 +89,13 @@ class Graphs:
         return self._model.forward(tokens, cache, experts, check, report)
 
     def shrink(self) -> bool:
-        """Have the experts give memory of the device back: records would keep it."""
+        """Have the experts free memory of the device. Records are dropped first: they would keep it."""
         self._steps.clear()
         return self._experts.shrink()
 
     def _step(self, n: int, cache: KVCache) -> "GraphStep | None":
         """The records of a shape; none at its first step, which gets kernels compiled and libraries started."""
-        if n > MAX_TOKENS or self.refused or self._experts.watched:
+        if n > MAX_TOKENS or self.refused or self._experts.has_observer:
             return None
         steps = self._steps.setdefault(cache, {})
         if n not in steps:
@@ -218,8 +218,8 @@ class GraphStep:
             if layer in self._model.config.moe_layers:
                 self._experts.note(layer, self._chosen[layer])
         if ends_at_host:
-            guess = self._model.guess(last, self.x)
-            self.x += self._experts.run(last, self._normed, self._chosen[last], self._weights, guess)
+            predict_next = self._model.predict_next(last, self.x)
+            self.x += self._experts.run(last, self._normed, self._chosen[last], self._weights, predict_next)
 
 
 @dataclass(frozen=True, slots=True)

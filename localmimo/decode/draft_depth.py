@@ -31,7 +31,7 @@ class DepthPolicy(Protocol):
     def depth(self) -> int:
         """Drafts for the next pass."""
 
-    def took(self, depth: int, seconds: float, tokens: int) -> None:
+    def record_pass(self, depth: int, seconds: float, tokens: int) -> None:
         """A pass with so many drafts took so long, and gave so many tokens."""
 
 
@@ -44,68 +44,70 @@ class FixedDepth:
     def depth(self) -> int:
         return self.fixed
 
-    def took(self, depth: int, seconds: float, tokens: int) -> None: ...
+    def record_pass(self, depth: int, seconds: float, tokens: int) -> None: ...
 
 
 class MeasuredDepth:
-    """Finds the depth that gives the most tokens per second, and risks little to find it.
+    """Finds the depth that gives the most tokens per second, and loses little time while it searches.
 
-    Two depths are compared pass by pass in turns, by the median of the ratios of a pass to its neighbours: a machine
-    whose speed changes from one second to the next, or that stalls now and then, does not change those. It starts
-    without drafts, tries one draft, and then one more for as long as that pays; later it looks at no drafts again,
-    first soon, then less often. Passes with drafts may lose ALLOWANCE tokens' time, against passes without; then it
-    goes back to none and waits, longer each time.
+    Two depths are compared in alternating passes, by the median of the ratios of a pass to its neighbours. A machine
+    whose speed changes from second to second, or that stalls now and then, hardly moves that median. It starts
+    without drafts, tries one draft, and then one more for as long as that pays. Later it compares with no drafts
+    again, first soon, then less often. Passes with drafts may lose MAX_LOSS tokens' time against passes without;
+    then it returns to none and waits, longer each time.
     """
 
-    COLD = 2  # passes that are not counted
-    LEAST, MOST = 3, 7  # ratios for a verdict
-    CLEAR = 0.6  # a verdict before there are MOST: the logarithm of the gain, times the root of their number
-    GAIN = 1.02  # tokens per second by which a depth must be better to be moved to
-    STAY_FIRST, STAY = 8, 64  # passes between two comparisons
-    WAIT = 64  # passes without drafts after they did not pay
-    ALLOWANCE = 1.5  # tokens' time: 0.6 % of 256 tokens; a try that is under way may go beyond it
-    FORGIVEN = 0.004  # what a pass without drafts gives back of it
-    CREDIT = 8.0  # tokens' time that were gained and may be lost again
-    MEMORY = 48  # passes over which a head's drafts are counted
+    N_UNCOUNTED = 2  # passes that are not counted
+    MIN_RATIOS, MAX_RATIOS = 3, 7  # ratios that end a comparison
+    CERTAINTY = (
+        0.6  # ends it before there are MAX_RATIOS: the logarithm of the gain, times the root of their number
+    )
+    MIN_GAIN = 1.02  # tokens per second by which a depth must be better to be moved to
+    MIN_INTERVAL, MAX_INTERVAL = 8, 64  # passes between two comparisons
+    MIN_WAIT = 64  # passes without drafts after they did not pay
+    MAX_LOSS = 1.5  # tokens' time: 0.6 % of 256 tokens; a comparison that is under way may exceed it
+    RECOVERY = 0.004  # tokens' time by which a pass without drafts reduces the loss
+    MAX_CREDIT = 8.0  # tokens' time gained earlier, which may be lost again
+    N_RECENT = 48  # passes over which a head's drafts are counted
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, max_depth: int) -> None:
+        self.max_depth = max_depth
         self.current = 0
-        self._rival: int | None = None  # compared with the current depth, in turns
-        self._left = self.COLD  # passes until the next comparison
-        self._looks = 0  # comparisons since the last move
-        self._paired = ABTiming()  # the current depth and its rival
-        self._first = False  # whether the rival's next pass is its first: a head's ring is filled then
+        self._compared: int | None = None  # compared with the current depth, in turns
+        self._left = self.N_UNCOUNTED  # passes until the next comparison
+        self._n_comparisons = 0  # comparisons since the last move
+        self._timing = ABTiming()  # of the current depth and the other one
+        self._is_first_pass = False  # the other depth's next pass is its first: a head's ring is filled then
         # By depth: passes without drafts that one costs. By head: which of the drafts it came to were right.
-        self._costs: list[float | None] = [1.0, *[None] * most]
-        self._drawn: list[deque[bool]] = [deque(maxlen=self.MEMORY) for _ in range(most)]
+        self._costs: list[float | None] = [1.0, *[None] * max_depth]
+        self._was_right: list[deque[bool]] = [deque(maxlen=self.N_RECENT) for _ in range(max_depth)]
         self._lost = 0.0  # tokens' time
-        self._wait = self.WAIT
+        self._wait = self.MIN_WAIT
 
     def depth(self) -> int:
-        return self.current if self._rival is None or not self._paired.second else self._rival
+        return self.current if self._compared is None or not self._timing.second else self._compared
 
-    def took(self, depth: int, seconds: float, tokens: int) -> None:
-        if depth != self.depth():  # cut short by the end of something: says nothing
+    def record_pass(self, depth: int, seconds: float, tokens: int) -> None:
+        if depth != self.depth():  # cut short by the end of an answer: its time says nothing
             return
         for head in range(min(depth, tokens)):
-            self._drawn[head].append(head + 1 < tokens)
-        if self._rival is not None:
-            self._compare(self._rival, seconds)
+            self._was_right[head].append(head + 1 < tokens)
+        if self._compared is not None:
+            self._take_ratio(self._compared, seconds)
         self._count_loss(depth, tokens)
         self._left -= 1
-        if self._lost > self.ALLOWANCE and (self.current or self._rival):
-            self._doubt()
-        elif self._rival is not None:
-            self._judge(self._rival)
+        if self._lost > self.MAX_LOSS and (self.current or self._compared):
+            self._recheck()
+        elif self._compared is not None:
+            self._conclude(self._compared)
         elif self._left <= 0:
-            self._look()
+            self._next_comparison()
 
     def tokens(self, depth: int) -> float:
         """Tokens that a pass gives; a head that was not tried is as often right as the one before it."""
         given = chance = right = 1.0
-        for drawn in self._drawn[:depth]:
-            right = sum(drawn) / len(drawn) if drawn else right
+        for outcomes in self._was_right[:depth]:
+            right = sum(outcomes) / len(outcomes) if outcomes else right
             chance *= right
             given += chance
         return given
@@ -115,74 +117,74 @@ class MeasuredDepth:
         known = self._costs[depth]
         return depth + 1.0 if known is None else known
 
-    def _compare(self, rival: int, seconds: float) -> None:
-        if self._first and self._paired.second:
-            self._first, self._paired = False, ABTiming()
+    def _take_ratio(self, other_depth: int, seconds: float) -> None:
+        if self._is_first_pass and self._timing.second:
+            self._is_first_pass, self._timing = False, ABTiming()
             return
-        self._paired.note(seconds)
-        if not self._paired.ratios:
+        self._timing.note(seconds)
+        if not self._timing.ratios:
             return
-        if rival:
-            self._costs[rival] = self.cost(self.current) * self._paired.ratio
+        if other_depth:
+            self._costs[other_depth] = self.cost(self.current) * self._timing.ratio
         else:
-            self._costs[self.current] = 1 / self._paired.ratio
+            self._costs[self.current] = 1 / self._timing.ratio
 
     def _count_loss(self, depth: int, tokens: int) -> None:
-        lost = min(self.cost(depth), depth + 1.3) - tokens if depth else -self.FORGIVEN
-        self._lost = max(-self.CREDIT if self.current else 0.0, self._lost + lost)
+        lost = min(self.cost(depth), depth + 1.3) - tokens if depth else -self.RECOVERY
+        self._lost = max(-self.MAX_CREDIT if self.current else 0.0, self._lost + lost)
 
-    def _judge(self, rival: int) -> None:
-        """End the comparison once it is clear enough; the first drafts are begun on nothing less than all ratios."""
-        n = len(self._paired.ratios)
-        if n < self.LEAST:
+    def _conclude(self, other_depth: int) -> None:
+        """End the comparison once it is clear enough. Drafting itself begins only after MAX_RATIOS ratios."""
+        n = len(self._timing.ratios)
+        if n < self.MIN_RATIOS:
             return
-        gain = self.tokens(rival) / self.tokens(self.current) / self._paired.ratio
-        certain = abs(log(gain)) >= self.CLEAR / n**0.5 and (self.current or gain < 1)
-        if n < self.MOST and not certain:
+        gain = self.tokens(other_depth) / self.tokens(self.current) / self._timing.ratio
+        certain = abs(log(gain)) >= self.CERTAINTY / n**0.5 and (self.current or gain < 1)
+        if n < self.MAX_RATIOS and not certain:
             return
-        self._rival = None
-        if gain > self.GAIN and rival:
-            self._move(rival)
-        elif gain > self.GAIN or not self.current:
-            self._give_up()
+        self._compared = None
+        if gain > self.MIN_GAIN and other_depth:
+            self._move(other_depth)
+        elif gain > self.MIN_GAIN or not self.current:
+            self._stop_drafting()
         else:
             self._stay()
 
     def _move(self, depth: int) -> None:
-        self.current, self._looks, self._wait = depth, 0, self.WAIT
-        self._left = 1 if depth < self.most else self.STAY_FIRST
+        self.current, self._n_comparisons, self._wait = depth, 0, self.MIN_WAIT
+        self._left = 1 if depth < self.max_depth else self.MIN_INTERVAL
 
     def _stay(self) -> None:
-        self._left = min(self.STAY, self.STAY_FIRST << self._looks)
-        self._looks += 1
+        self._left = min(self.MAX_INTERVAL, self.MIN_INTERVAL << self._n_comparisons)
+        self._n_comparisons += 1
 
-    def _doubt(self) -> None:
-        """Too much was lost: a depth that has paid is held against none once more, as the machine is now."""
-        if self.current and self._rival != 0:
+    def _recheck(self) -> None:
+        """Too much time was lost: a depth that has paid is compared with none once more."""
+        if self.current and self._compared != 0:
             self._lost = 0.0
-            self._hold_against(0)
+            self._compare_with(0)
         else:
-            self._give_up()
+            self._stop_drafting()
 
-    def _give_up(self) -> None:
+    def _stop_drafting(self) -> None:
         gained = self._lost < 0
-        self._rival, self.current, self._looks, self._lost = None, 0, 0, max(0.0, self._lost)
-        self._left = self.STAY_FIRST if gained else self._wait
+        self._compared, self.current, self._n_comparisons, self._lost = None, 0, 0, max(0.0, self._lost)
+        self._left = self.MIN_INTERVAL if gained else self._wait
         if not gained:
-            self._wait = min(4 * self.WAIT, 2 * self._wait)
+            self._wait = min(4 * self.MIN_WAIT, 2 * self._wait)
 
-    def _look(self) -> None:
-        """Compare with the next depth: in turn one more, where that may pay, and none."""
+    def _next_comparison(self) -> None:
+        """Start the next comparison: alternately with one draft more, where that may pay, and with none."""
         deeper = self.current + 1
-        if deeper <= self.most and self._looks % 2 == 0 and self._may_pay(deeper):
-            self._hold_against(deeper)
+        if deeper <= self.max_depth and self._n_comparisons % 2 == 0 and self._may_pay(deeper):
+            self._compare_with(deeper)
         elif self.current:
-            self._hold_against(0)
+            self._compare_with(0)
         else:
-            self._left = self.STAY_FIRST
+            self._left = self.MIN_INTERVAL
 
-    def _hold_against(self, rival: int) -> None:
-        self._rival, self._paired, self._first = rival, ABTiming(), rival > 0
+    def _compare_with(self, other_depth: int) -> None:
+        self._compared, self._timing, self._is_first_pass = other_depth, ABTiming(), other_depth > 0
 
     def _may_pay(self, deeper: int) -> bool:
         """Whether a depth can be faster, one more draft costing and giving what the last one did."""

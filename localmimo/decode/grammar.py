@@ -1,7 +1,7 @@
 """Grammar: what an answer must look like, as a JSON schema, a regular expression or a context-free grammar.
 
 llguidance (extra `grammar`) says which tokens may follow; it is imported when the first grammar is used. Knows token
-ids and their bytes; nothing of models, sampling or conversations but the tags that open and close thinking.
+ids and their bytes; nothing of models, sampling or conversations but the tags of thinking.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Grammar:
         return cls("gbnf" if "::=" in text else "lark", text)
 
     @classmethod
-    def of_response_format(cls, asked: Mapping[str, Any]) -> Grammar | None:
+    def of_response_format(cls, response_format: Mapping[str, Any]) -> Grammar | None:
         """OpenAI's response_format: text, json_object, or json_schema; also {"type": "regex", "pattern": ...}."""
-        match asked:
+        match response_format:
             case {"type": "text"}:
                 return None
             case {"type": "json_object"}:
@@ -62,8 +62,8 @@ class Grammar:
             case {"type": "grammar", "grammar": str(text)}:
                 return cls.rules(text)
         raise BadRequest(
-            f"response_format is {str(dict(asked))[:80]}; its type is one of text, json_object, json_schema (with "
-            'json_schema: {"schema": ...}), regex (with pattern) and grammar (with grammar).'
+            f"response_format is {str(dict(response_format))[:80]}; its type is one of text, json_object, "
+            'json_schema (with json_schema: {"schema": ...}), regex (with pattern) and grammar (with grammar).'
         )
 
 
@@ -114,7 +114,7 @@ def _import_llguidance() -> Any:
 
 
 class _Vocabulary:
-    """The tokenizer as llguidance wants to see it: the bytes of every token, and how a text is cut."""
+    """The interface that llguidance needs of a tokenizer: the bytes of every token, and an encoder."""
 
     bos_token_id = None
 
@@ -134,13 +134,15 @@ class _Vocabulary:
 
 
 class GrammarState:
-    """A grammar's state along one answer. What is thought is free; the answer is not."""
+    """A grammar's state along one answer. Thinking is not constrained; the answer is."""
 
     def __init__(self, matcher: Any, tags: tuple[int | None, int | None], free: bool) -> None:
         self._matcher = matcher
         self._open, self._close = tags  # _open: while a thinking block may still be opened
         self._free = free  # inside a thinking block
-        self._over = False  # a token came that the grammar does not know: a budget's </think>, say
+        self._over = (
+            False  # a token came that the grammar does not allow, such as the </think> of a thinking budget
+        )
 
     def mask(self, logits: Tensor) -> Tensor:
         """Logits [vocab] with minus infinity where a token cannot follow."""
@@ -149,7 +151,7 @@ class GrammarState:
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
         if self._open is not None:
             allowed[self._open] = True
-        if not allowed.any():  # the grammar ran into its limits: nothing more can be said
+        if not allowed.any():  # the grammar reached its limits: no token can follow
             raise BadRequest(f"The grammar cannot go on: {self._matcher.get_error() or 'no token fits'}.")
         return logits.masked_fill(~allowed[: len(logits)], float("-inf"))
 
@@ -166,7 +168,7 @@ class GrammarState:
     def allowed(self, logits: Tensor, drafts: Sequence[int]) -> Tensor:
         """`mask` as it would be after the token just drawn and the drafts; the state stays.
 
-        Where a draft cannot follow, the logits are as they were: what comes behind it is never drawn.
+        Where a draft cannot follow, the logits are unchanged: what comes after it is never drawn.
         """
         if self._free or self._over or self._open is not None:
             return logits

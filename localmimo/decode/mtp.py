@@ -1,8 +1,8 @@
 """The draft heads of MiMo-V2 (multi-token prediction): each is one small block that proposes one token further on.
 
 Holds the heads' weights, and per sequence a Drafter with their rings. Knows nothing of sampling, budgets or whether
-drafting pays. All heads are fed the main model's hidden states as they are before its final norm; head k reads them
-beside the embedding of the token k + 1 places on (embedding first), and shares embedding and output head with the main
+drafting pays. All heads get the main model's hidden states as they are before its final norm. Head k reads them beside
+the embedding of the token k + 1 positions on (embedding first), and shares embedding and output head with the main
 model. Sources: arXiv 2601.02780, section 2.3; SGLang's mimo_v2_nextn.py.
 """
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from localmimo.kv.cache import KVCache
 from localmimo.kv.hidden_states import HiddenStates
 from localmimo.limits import SLACK
-from localmimo.model.protocols import Guess
+from localmimo.model.protocols import PredictNext
 from localmimo.model.transformer import Transformer, rms_norm
 from localmimo.model.weights import DenseSource, Weights, load_block
 from quant import QTensor, linear
 
-# Rows that a head begins with where it was not asked for a while. A whole window of them takes as long as some tokens,
-# and its drafts come true no more often (benchmarks.drafts: 94, 74 and 58 % with 16, 32, 64 or 128).
-REBUILT = 32
+# Rows that a head starts from after a pause. A whole window of them takes as long as some tokens, and no more of its
+# drafts are accepted (benchmarks.drafts: 94, 74 and 58 % with 16, 32, 64 or 128).
+RESTART_ROWS = 32
 
 Choose = Callable[[Tensor, Sequence[int]], int]  # logits [vocab] and the drafts before -> the next draft
 
@@ -38,16 +38,16 @@ class DraftHead:
 
     @torch.inference_mode()
     def run(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
-        """Take rows of hidden states [n, hidden], and the tokens [n] further on, in; logits [vocab] of the last.
+        """Append rows for hidden states [n, hidden] and the tokens [n] further on; logits [vocab] of the last row.
 
-        So many rows at a time as the ring takes without a copy: more would also wake torch's threads, which keep
-        each other waiting where the processor is busy.
+        So many rows at a time as the ring takes without a copy: more would also start torch's threads, which wait
+        for each other where the processor is busy.
         """
-        for some, of_them in zip(tokens.split(SLACK), hidden.split(SLACK), strict=True):
-            last = self._take_in(some, of_them, cache)[-1:]
+        for some_tokens, their_hidden in zip(tokens.split(SLACK), hidden.split(SLACK), strict=True):
+            last = self._forward(some_tokens, their_hidden, cache)[-1:]
         return self.block.logits(last)[0]
 
-    def _take_in(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
+    def _forward(self, tokens: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
         eps = self.block.config.eps
         parts = (
             rms_norm(self.block.embed(tokens), self.embed_norm, eps),
@@ -61,7 +61,7 @@ class _NoExperts:
     """A head has no routed experts."""
 
     def run(
-        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, predict_next: PredictNext | None = None
     ) -> Tensor:
         raise AssertionError("a draft head has a dense MLP")
 
@@ -128,7 +128,7 @@ class Drafter:
         self._rings = [
             _Ring(KVCache(head.block.config.layers, 0, kv_dtype, device=head.block.device)) for head in heads
         ]
-        self._next: tuple[int, int] | None = None  # position and token that the last round took for certain
+        self._next: tuple[int, int] | None = None  # position and token that the last round started from
 
     def truncate(self, length: int) -> None:
         """The sequence has been cut: tokens from position `length` on may be others now."""
@@ -149,15 +149,15 @@ class Drafter:
 
         The last of them has not been through the main model yet; `hidden_states` has the rows of those before it.
         """
-        self._forget_another(tokens, hidden_states.length)
+        self._drop_changed(tokens, hidden_states.length)
         drafts: list[int] = []
         for k in range(n):
             logits = self._catch_up(k, [*tokens, *drafts], hidden_states)
             drafts.append(choose(logits, drafts))
         return drafts
 
-    def _forget_another(self, tokens: Sequence[int], position: int) -> None:
-        """Where the last round was told another token than has come, cut there."""
+    def _drop_changed(self, tokens: Sequence[int], position: int) -> None:
+        """Cut where the last round was given another token than the sequence now has."""
         if self._next is not None:
             before, token = self._next
             if before > position or tokens[max(-len(tokens), before - position - 1)] != token:
@@ -165,18 +165,18 @@ class Drafter:
         self._next = position, tokens[-1]
 
     def _catch_up(self, k: int, known: Sequence[int], hidden_states: HiddenStates) -> Tensor:
-        """Take every row of the hidden states into head k that it has not got; logits [vocab] of the last row.
+        """Run head k over the hidden states that it has not seen yet; logits [vocab] of the last row.
 
-        known: the last tokens, the last of them k + 1 places behind the last row.
+        known: the last tokens, the last of them k + 1 positions after the last row.
         """
         head, ring = self.heads[k], self._rings[k]
         ring.truncate(hidden_states.length - 1)  # a round that was stopped left nothing new to read
-        oldest = max(hidden_states.first, hidden_states.length - min(REBUILT, hidden_states.rows))
+        oldest = max(hidden_states.first, hidden_states.length - min(RESTART_ROWS, hidden_states.rows))
         if ring.end < oldest or not ring.cache.length:
             ring.restart(oldest)
         first = ring.end
         rows = hidden_states.length - first
         following = torch.tensor(known[len(known) - rows :])
         logits = head.run(following, hidden_states.rows_from(first), ring.cache)
-        ring.truncate(hidden_states.length - k)  # the rows after it hold tokens that were only guessed
+        ring.truncate(hidden_states.length - k)  # the rows after it are for drafted tokens
         return logits

@@ -2,7 +2,7 @@
 
 A draw is a function of the logits, the seed and the position alone: the noise of every token is hashed from them
 (Gumbel's trick: the largest of log-probability plus noise is a draw from the distribution). So draws do not depend on
-what was drawn before, on what runs beside, or on whether a token was guessed ahead and is drawn twice.
+what was drawn before, on what runs at the same time, or on whether a token was drafted and is drawn twice.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""Lookahead: has the main model check drafted tokens in one pass, and decides how many to draft.
+"""Speculative steps: have the main model check drafted tokens in one pass, and decide how many to draft.
 
 Knows sessions, logits and clocks; nothing of text, and nothing of how a token is drawn. A draft never changes what is
-drawn: the logits after it are used only where the very token was drawn, and otherwise it is taken back.
+drawn: the logits after it are used only where the very token was drawn, and otherwise the draft is removed.
 """
 
 import time
@@ -20,12 +20,12 @@ from localmimo.model.protocols import nothing_to_check
 
 @dataclass(slots=True)
 class SpeculativeSteps:
-    """Steps a session, several tokens at a time where drafts come true."""
+    """Steps a session, several tokens at a time where drafts are right."""
 
     session: Session
     depth_policy: DepthPolicy
     stats: DraftStats
-    pages: Callable[[], int]  # pages asked of the experts so far
+    pages: Callable[[], int]  # pages that the experts used so far
     _drafts: deque[int] = field(default_factory=deque)  # appended to the session, not drawn yet
     _logits: Tensor | None = None  # after each token of the pass
     _row: int = 0
@@ -33,9 +33,9 @@ class SpeculativeSteps:
     _seconds: float = 0.0
 
     def advance(
-        self, token: int, n_wanted: int, choose: Choose, check: Callable[[], None] = nothing_to_check
+        self, token: int, n_left: int, choose: Choose, check: Callable[[], None] = nothing_to_check
     ) -> Tensor:
-        """The logits [vocab] after `token`, which was drawn. At most `n_wanted` more tokens are wanted after it."""
+        """The logits [vocab] after `token`, which was drawn. At most `n_left` more tokens follow it."""
         if self._drafts and self._drafts[0] == token:
             assert self._logits is not None
             self.stats.accepted[self._row] += 1
@@ -43,24 +43,24 @@ class SpeculativeSteps:
             self._row += 1
             return self._logits[self._row]
         self.settle()
-        return self._pass(token, self._max_depth(n_wanted), choose, check)
+        return self._pass(token, self._max_depth(n_left), choose, check)
 
     def settle(self) -> None:
-        """Take back drafts that were not drawn: the session then holds what was, but for the last token."""
+        """Remove drafts that were not drawn: the session then holds the drawn tokens but the last."""
         if self._logits is None:
             return
         if self._drafts:
             self.session.rewind(len(self._drafts))
-        self.depth_policy.took(self._depth, self._seconds, self._row + 1)
+        self.depth_policy.record_pass(self._depth, self._seconds, self._row + 1)
         self._drafts.clear()
         self._logits = None
 
-    def _max_depth(self, n_wanted: int) -> int:
-        return max(0, min(n_wanted, self.session.context - self.session.position - 1, self.session.n_heads))
+    def _max_depth(self, n_left: int) -> int:
+        return max(0, min(n_left, self.session.context - self.session.position - 1, self.session.n_heads))
 
-    def _pass(self, token: int, n_wanted: int, choose: Choose, check: Callable[[], None]) -> Tensor:
+    def _pass(self, token: int, n_left: int, choose: Choose, check: Callable[[], None]) -> Tensor:
         began, pages = time.perf_counter(), self.pages()
-        depth = min(self.depth_policy.depth(), n_wanted)
+        depth = min(self.depth_policy.depth(), n_left)
         drafts = self.session.draft(token, depth, choose) if depth else []
         logits = self.session.extend([token, *drafts], check)
         self._logits, self._drafts, self._row, self._depth = logits, deque(drafts), 0, depth

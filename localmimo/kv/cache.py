@@ -274,7 +274,7 @@ class KVCache:
         self.length = 0
 
     def reserve(self, n: int) -> None:
-        """Make room for n more tokens: on a GPU the pool may have to evict pages."""
+        """Reserve memory for n more tokens: on a GPU the pool may evict pages for them."""
         if self._blocks is not None:
             self._blocks.reserve(self.length + n)
 

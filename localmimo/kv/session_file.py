@@ -1,6 +1,7 @@
 """A saved session's file: safetensors with an identity and a checksum, written aside and renamed, read strictly.
 
-Knows files, bytes and whom a file belongs to. Must not know what the tensors mean, nor hold a model or a cache.
+Knows files, bytes and the identity that a file must match. Must not know what the tensors
+mean, nor hold a model or a cache.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +31,7 @@ _NO_CHECKSUM = "0" * 8
 
 @dataclass(frozen=True, slots=True)
 class SessionIdentity:
-    """What a session's numbers depend on: they mean nothing elsewhere."""
+    """What a session's numbers depend on: with another model, pack or type they are useless."""
 
     model: str  # for people
     pack: str  # the pack's id
@@ -138,7 +139,8 @@ class SavedSession:
             return
         wrong = next(name for name in [*wanted, *found] if found.get(name) != wanted.get(name))
         raise BadSession(
-            f"{self.path}: {wrong} is {_said(found.get(wrong))}, and the model needs {_said(wanted.get(wrong))}: "
+            f"{self.path}: {wrong} is {_described(found.get(wrong))}, and the model needs "
+            f"{_described(wanted.get(wrong))}: "
             "the conversation has to be read again."
         )
 
@@ -147,13 +149,15 @@ class SavedSession:
         checksum = 0
         for stored in sorted(self._shard.tensors.values(), key=lambda stored: stored.offset):
             offset = stored.offset
-            for place in _views(targets[stored.name]):
-                piece = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=torch.uint8)
+            for target in _views(targets[stored.name]):
+                piece = (
+                    target if target.device.type == "cpu" else torch.empty(target.shape, dtype=torch.uint8)
+                )
                 self._shard.read_into(offset, piece.numpy().data)
                 checksum = kernels.crc32(piece, checksum)
                 offset += piece.numel()
-                if piece is not place:
-                    place.copy_(piece)
+                if piece is not target:
+                    target.copy_(piece)
         if f"{checksum:08x}" != self.facts.get("crc32"):
             raise BadSession(
                 f"{self.path} has checksum {checksum:08x} and was written with {self.facts.get('crc32')}: "
@@ -179,5 +183,5 @@ def _parts(tensor: Tensor | RowPieces) -> Iterable[Tensor]:
     return [tensor] if tensor.is_contiguous() else tensor.unbind(0)
 
 
-def _said(facts: tuple[str, tuple[int, ...]] | None) -> str:
+def _described(facts: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if facts is None else f"{facts[0]} {list(facts[1])}"

@@ -1,7 +1,7 @@
 """The options of opening a pack, declared once, checked, and the plan that follows from them on this machine.
 
 The keywords of `load` and the flags of chat, serve, bench and perplexity come from this class. Facts and arithmetic;
-opens nothing and holds nothing. Imports no torch before a data type is asked for: the command line shows the help.
+opens nothing. Imports no torch before a data type is asked for: the command line shows the help.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parts of an engine: an opened pack, its plan, its experts, its weights. They are opened and closed as one.
+"""Parts of an engine: an opened pack, its plan, its experts, its weights; opened and closed together.
 
 Knows the order in which the parts need each other. Must not know prompts, answers or callers.
 """
@@ -41,7 +41,7 @@ from quant.ops.linear import backend
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """Everything that an engine holds. `close` stops reading, saves the router statistics and gives memory back."""
+    """Everything that an engine holds. `close` stops reading, saves the router statistics and frees memory."""
 
     pack: Pack
     config: ModelConfig

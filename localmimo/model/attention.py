@@ -42,7 +42,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def window_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """Which keys each query sees, by absolute position: causal, and at most `window` keys with itself.
 
-    queries [n], keys [m] (positions; a negative key position is an empty place) -> bool [n, m].
+    queries [n], keys [m] (positions; a negative key position is an empty row) -> bool [n, m].
     """
     distance = queries[:, None] - keys[None, :]
     visible = (distance >= 0) & (keys >= 0)[None, :]
@@ -115,9 +115,9 @@ def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., d] as rows of a cache in `dtype`: rounded, or int8 with the scale behind."""
     if dtype != torch.int8:
         return x.to(dtype)
-    most = x.float().abs().amax(-1, keepdim=True)
-    codes = (x.float() * torch.where(most > 1e-30, 127.0 / most, 0.0)).round().to(torch.int8)
-    return torch.cat((codes, (most / 127.0).view(torch.int8)), dim=-1)
+    largest = x.float().abs().amax(-1, keepdim=True)
+    codes = (x.float() * torch.where(largest > 1e-30, 127.0 / largest, 0.0)).round().to(torch.int8)
+    return torch.cat((codes, (largest / 127.0).view(torch.int8)), dim=-1)
 
 
 def loaded(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """ModelConfig: a checkpoint's config.json, read strictly, as the facts the maths needs.
 
-A key that changes the maths and that is not known here is an error that names it; nothing is guessed.
+An unknown key that may change the maths is an error that names it; no value is assumed.
 Knows nothing of tensors, files or machines. Values and defaults: the public configurations of MiMo-V2-Flash,
 V2.5, V2.5-Pro and V2.6, and the configuration class in transformers 5.23 (`mimo_v2_flash`).
 """
@@ -55,7 +55,7 @@ _IGNORED = frozenset(
     pad_token_id problem_type processor_config quantization_config return_dict tokenizer_class torch_dtype
     transformers_version use_cache _attn_implementation chunk_size_feed_forward""".split()
 )
-_TOWERS = ("audio_", "image_", "video_", "vision_")  # V2.5's other senses, which a text runtime skips
+_TOWERS = ("audio_", "image_", "video_", "vision_")  # V2.5's inputs other than text, which this runtime skips
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,18 +34,21 @@ class Cache(Protocol):
     def advance(self, n: int) -> None: ...
 
 
-Guess = Callable[[], tuple[int, Tensor]]  # (layer, chosen [n, k]) that the next MoE layer will probably want
+PredictNext = Callable[
+    [], tuple[int, Tensor]
+]  # (layer, chosen [n, k]) that the next MoE layer will probably use
 
 
 class Experts(Protocol):
     """Runs the routed experts of a layer for x [n, hidden] -> float32 [n, hidden].
 
-    `guess`, where there is one, runs the next MoE layer's router early, on what goes into this layer; it is
-    called only where that pays. A row's result depends on its own token, experts and weights alone.
+    `predict_next`, if given, runs the next MoE layer's router early, on this layer's input, so that those experts
+    can be prefetched; it is called only where prefetching pays. A row's result depends on its own token, experts and
+    weights alone.
     """
 
     def run(
-        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, predict_next: PredictNext | None = None
     ) -> Tensor: ...
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from localmimo.limits import PREFILL_CHUNK
 from localmimo.model.attention import Rope, extend, rope_table
 from localmimo.model.config import LayerSpec, ModelConfig
-from localmimo.model.protocols import Cache, Experts, Guess, nothing_to_check, nothing_to_report
+from localmimo.model.protocols import Cache, Experts, PredictNext, nothing_to_check, nothing_to_report
 from localmimo.model.weights import BlockWeights, MlpWeights, RouterWeights, Weights
 from quant import linear
 from quant.kernels import attention as native
@@ -63,9 +63,9 @@ def route_reference(
 # ---- the model ----
 
 
-HEAD_ROWS = 64  # whose logits a GPU holds at a time: a prompt's would take gigabytes
-ROPE_TABLE = 1024  # positions whose rotations are worked out together: a token alone costs as much
-GUESS_TOKENS = 8  # the most for which the next layer's experts are guessed: more want most of them anyway
+HEAD_ROWS = 64  # whose logits a GPU computes at a time: those of a whole prompt would take gigabytes
+ROPE_TABLE = 1024  # positions whose rotations are computed together: those of one token cost as much
+MAX_PREDICTED_TOKENS = 8  # beyond this nothing is predicted: so many tokens use most of the experts anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +104,16 @@ def pieces_of(
 def rope_rows(
     position: int, n: int, rotary_dim: int, theta: float, device: torch.device | None = None
 ) -> Rope:
-    """`rope_table` of n positions from one on: rows of a kept table where one table has them all."""
+    """`rope_table` of n positions from `position` on: rows of a cached table where one table has them all."""
     table, first = divmod(position, ROPE_TABLE)
     if first + n > ROPE_TABLE:
         return rope_table(torch.arange(position, position + n, device=device), rotary_dim, theta)
-    cos, sin = _kept_table(table, rotary_dim, theta, device)
+    cos, sin = _cached_table(table, rotary_dim, theta, device)
     return cos[first : first + n], sin[first : first + n]
 
 
 @lru_cache(maxsize=16)
-def _kept_table(table: int, rotary_dim: int, theta: float, device: torch.device | None) -> Rope:
+def _cached_table(table: int, rotary_dim: int, theta: float, device: torch.device | None) -> Rope:
     positions = torch.arange(table * ROPE_TABLE, (table + 1) * ROPE_TABLE, device=device)
     return rope_table(positions, rotary_dim, theta)
 
@@ -165,7 +165,7 @@ class Transformer:
         """Run tokens [n] behind what the cache holds; returns the last layer's hidden states, before the final norm.
 
         `check` is called between layers, and between the pieces of a long segment within a layer; it may raise to
-        stop: the cache is then as long as before. `report` is told which share of the layers is done.
+        stop: the cache is then as long as before. `report` gets the share of the layers that is done.
         """
         return self.forward_many([(tokens, cache)], experts, check, report)[0]
 
@@ -225,7 +225,7 @@ class Transformer:
             normed, chosen, weights = (
                 routed[0] if len(routed) == 1 else map(torch.cat, zip(*routed, strict=True))
             )
-            x += experts.run(layer, normed, chosen, weights, self.guess(layer, x))
+            x += experts.run(layer, normed, chosen, weights, self.predict_next(layer, x))
 
     def attend_and_choose(self, layer: int, x: Tensor, group: list[PromptChunk]) -> Choice | None:
         """Attention added to x, then a dense MLP too; or what a MoE layer's experts are to do."""
@@ -242,20 +242,20 @@ class Transformer:
     def _fused_run(
         self, fused: FusedBlock, layer: int, spec: LayerSpec, x: Tensor, group: list[PromptChunk]
     ) -> Choice | None:
-        places = [piece.cache.layers[layer].next_rows(piece.n) for piece in group]
+        all_rows = [piece.cache.layers[layer].next_rows(piece.n) for piece in group]
         spans = [
             Span(piece.n, piece.position, *piece.ropes[spec.rope], rows.keys, rows.values, rows.first)
-            for piece, rows in zip(group, places, strict=True)
+            for piece, rows in zip(group, all_rows, strict=True)
         ]
         choice = fused.run(x, spans)
-        for piece, rows in zip(group, places, strict=True):
+        for piece, rows in zip(group, all_rows, strict=True):
             piece.cache.layers[layer].commit(rows, piece.n)
         return choice
 
-    def guess(self, layer: int, x: Tensor) -> Guess | None:
-        """The next MoE layer's router, run on x as it is before this layer's experts have been added."""
+    def predict_next(self, layer: int, x: Tensor) -> PredictNext | None:
+        """Runs the next MoE layer's router on x as it is before this layer's experts are added, for prefetching."""
         following = self._next_moe.get(layer)
-        if following is None or x.shape[0] > GUESS_TOKENS:
+        if following is None or x.shape[0] > MAX_PREDICTED_TOKENS:
             return None
         block = self.weights.blocks[following]
         assert isinstance(block.mlp, RouterWeights)

@@ -1,6 +1,6 @@
-"""Which shape each tensor of a pack must have for its config.json, checked before any of them is read.
+"""Weight shapes: what each tensor of a pack must have for its config.json, checked before any is read.
 
-The pack says one thing and its config.json another where a file was swapped or edited. Knows names and sizes; reads no
+They disagree where a file was swapped or edited. Knows names and sizes; reads no
 weight.
 """
 
@@ -22,18 +22,18 @@ def check_shapes(pack: Pack, config: ModelConfig) -> None:
     page = pack.page
     if page is not None and (page.hidden, page.inner) != (config.hidden, config.expert_inner):
         raise _wrong(pack, "an expert", [page.inner, page.hidden], [config.expert_inner, config.hidden])
-    wanted, counts = dict.fromkeys(config.moe_layers, config.n_experts), experts_of(pack)
-    for layer in sorted({*wanted, *counts}):
-        if wanted.get(layer, 0) != counts.get(layer, 0):
+    expected, counts = dict.fromkeys(config.moe_layers, config.n_experts), experts_of(pack)
+    for layer in sorted({*expected, *counts}):
+        if expected.get(layer, 0) != counts.get(layer, 0):
             raise BadModel(
                 f"{pack.path} has {counts.get(layer, 0)} experts in layer {layer}, and its config.json says "
-                f"{wanted.get(layer, 0)}: convert the checkpoint again."
+                f"{expected.get(layer, 0)}: convert the checkpoint again."
             )
 
 
-def _wrong(pack: Pack, name: str, found: list[int], wanted: list[int]) -> BadModel:
+def _wrong(pack: Pack, name: str, found: list[int], expected: list[int]) -> BadModel:
     return BadModel(
-        f"{pack.path}: {name} is {found} in the pack, and its config.json asks for {wanted}: "
+        f"{pack.path}: {name} is {found} in the pack, and its config.json asks for {expected}: "
         "convert the checkpoint again."
     )
 

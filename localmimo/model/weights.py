@@ -87,7 +87,7 @@ class ReportedWeights:
         self._on_progress = on_progress
 
     def tensor(self, name: str) -> QTensor | Tensor:
-        """The pack's tensor; then the listener is told."""
+        """The pack's tensor; reports the bytes read so far."""
         tensor = self._pack.tensor(name)
         self._done += self._sizes.get(name, 0)
         self._on_progress(self._done, self._total)

@@ -1,4 +1,4 @@
-"""App: the routes, and what every request goes through on its way to one.
+"""The application: the routes, and the checks that every request passes.
 
 Knows HTTP and which dialect has which path; the dialects know the rest.
 """

@@ -1,4 +1,4 @@
-"""Server context: what dialects read requests with: the model's name and tokenizer, and earlier responses.
+"""Server context: what dialects need to read a request: the model's name, its tokenizer, earlier responses.
 
 Knows no dialect and no engine.
 """

@@ -64,7 +64,7 @@ class ApiError(Exception):
 
 
 def api_error_of(error: BaseException) -> ApiError:
-    """The API error for an error; an unforeseen one is "broken", without its details."""
+    """The API error for an error; an unexpected one is "broken", without its details."""
     match error:
         case ApiError():
             return error

@@ -1,6 +1,6 @@
 """Metrics: what the server has done so far, in Prometheus' text format.
 
-Knows numbers and their names; nothing of how they come about.
+Knows numbers and their names; nothing of how they are measured.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Metrics:
     def finished(self, job: Job) -> None:
         """Add what a job took, complete or not."""
         self._counts["localmimo_cancelled_total", ()] += job.answer.finish_reason == "cancelled"
-        self._counts.update(_of(job.stats, job.n_thought))
+        self._counts.update(_counts_of(job.stats, job.n_thought))
 
     def text(self, running: Job | None, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """The exposition; gauges are name -> (what it says, its value)."""
+        """The exposition; gauges are name -> (its help text, its value)."""
         counts = self._counts.copy()
         if running is not None:
-            counts.update(_of(running.stats, running.n_thought))
+            counts.update(_counts_of(running.stats, running.n_thought))
         lines = [*_lines(counts)]
-        for name, (says, value) in gauges.items():
-            lines += [f"# HELP {name} {says}", f"# TYPE {name} gauge", f"{name} {value:g}"]
+        for name, (help_text, value) in gauges.items():
+            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge", f"{name} {value:g}"]
         return "\n".join(lines) + "\n"
 
 
-def _of(stats: Stats, n_thought: int) -> dict[tuple[str, Labels], float]:
+def _counts_of(stats: Stats, n_thought: int) -> dict[tuple[str, Labels], float]:
     plain = {
         "localmimo_prompt_tokens_total": stats.prompt_tokens,
         "localmimo_cached_tokens_total": stats.reused_tokens,
@@ -74,8 +74,8 @@ def _of(stats: Stats, n_thought: int) -> dict[tuple[str, Labels], float]:
 
 
 def _lines(counts: Mapping[tuple[str, Labels], float]) -> Iterator[str]:
-    for name, says in HELP.items():
-        yield f"# HELP {name} {says}"
+    for name, help_text in HELP.items():
+        yield f"# HELP {name} {help_text}"
         yield f"# TYPE {name} counter"
         for (counted, labels), value in sorted(counts.items()):
             if counted == name:

@@ -1,6 +1,6 @@
 """The OpenAPI document of the server's endpoints, for clients and testers.
 
-Knows OpenAPI; the endpoints say of themselves what they take.
+Knows OpenAPI; the endpoints describe what they take.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCHEMAS: dict[str, Schema] = {
 
 
 class DescribedPost(Protocol):
-    """What a dialect says of itself."""
+    """What the document needs of a dialect."""
 
     path: str
     summary: str
@@ -45,7 +45,7 @@ class DescribedPost(Protocol):
 
 
 class DescribedGet(Protocol):
-    """What another endpoint says of itself."""
+    """What the document needs of another endpoint."""
 
     @property
     def path(self) -> str: ...
@@ -75,13 +75,13 @@ def describe(posts: Iterable[type[DescribedPost]], gets: Iterable[DescribedGet])
 
 def _get(get: DescribedGet) -> Schema:
     ok = {"description": get.summary, "content": {get.media_type: {"schema": ANYTHING}}}
-    named = [
+    parameters = [
         {"name": name, "in": "path", "required": True, "schema": TEXT} for name in PARAMETER.findall(get.path)
     ]
-    statuses = ("401", "403", "503", *(("404",) if named else ()))
+    statuses = ("401", "403", "503", *(("404",) if parameters else ()))
     return {
         "summary": get.summary,
-        "parameters": named,
+        "parameters": parameters,
         "responses": {"200": ok} | _errors("OpenAiError", *statuses),
     }
 

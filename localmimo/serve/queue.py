@@ -1,6 +1,6 @@
-"""Line: who waits for the engine, first come, first served, and who is turned away.
+"""Request queue: who waits for the engine, first come, first served, and who is refused.
 
-Knows no engine and no HTTP. Lives on one event loop; none of it is for other threads.
+Knows no engine and no HTTP. Belongs to one event loop; not for other threads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 
 
 class QueueFull(Exception):
-    """The queue is full; `retry_s` is when one should be."""
+    """The queue is full; `retry_s` is when there should be space."""
 
     def __init__(self, n_waiting: int, retry_s: int) -> None:
         super().__init__(f"{n_waiting} requests are waiting already")
@@ -21,17 +21,17 @@ class QueueFull(Exception):
 
 
 class Ticket:
-    """One request's ticket in the queue, to be given back whatever happens."""
+    """One request's ticket in the queue, to be returned whatever happens."""
 
-    def __init__(self, line: RequestQueue) -> None:
-        self._line = line
+    def __init__(self, queue: RequestQueue) -> None:
+        self._queue = queue
         self._turn = asyncio.Event()
         self._began: float | None = None
 
     @property
     def n_before(self) -> int:
         """How many are served before this one."""
-        return self._line.index(self)
+        return self._queue.index(self)
 
     async def turn(self) -> None:
         """Wait until it is this request's turn."""
@@ -42,9 +42,9 @@ class Ticket:
         self._turn.set()
 
     def leave(self) -> None:
-        """Give the ticket back: after the answer, or without one. Leaving twice is leaving once."""
+        """Return the ticket: after the answer, or without one. A second call does nothing."""
         took = None if self._began is None else time.monotonic() - self._began
-        self._line.remove(self, took)
+        self._queue.remove(self, took)
 
 
 class RequestQueue:
@@ -53,27 +53,27 @@ class RequestQueue:
     def __init__(self, n_waiting: int) -> None:
         self.limit = n_waiting
         self.mean_s = 0.0  # of an answer, the recent ones weighing more
-        self._places: deque[Ticket] = deque()
+        self._tickets: deque[Ticket] = deque()
 
     @property
     def n_waiting(self) -> int:
-        return max(0, len(self._places) - 1)
+        return max(0, len(self._tickets) - 1)
 
     @property
     def busy(self) -> bool:
-        return bool(self._places)
+        return bool(self._tickets)
 
     def check(self) -> None:
         """Raises QueueFull where no request may join."""
-        if len(self._places) > self.limit:
+        if len(self._tickets) > self.limit:
             raise QueueFull(self.n_waiting, self.retry_s())
 
     def join(self) -> Ticket:
         """A ticket at the end. Raises QueueFull."""
         self.check()
         ticket = Ticket(self)
-        self._places.append(ticket)
-        if len(self._places) == 1:
+        self._tickets.append(ticket)
+        if len(self._tickets) == 1:
             ticket.called()
         return ticket
 
@@ -82,14 +82,14 @@ class RequestQueue:
         return min(600, max(1, math.ceil(self.mean_s)))
 
     def index(self, ticket: Ticket) -> int:
-        return self._places.index(ticket) if ticket in self._places else 0
+        return self._tickets.index(ticket) if ticket in self._tickets else 0
 
     def remove(self, ticket: Ticket, took_s: float | None) -> None:
-        if ticket not in self._places:
+        if ticket not in self._tickets:
             return
-        first = self._places[0] is ticket
-        self._places.remove(ticket)
+        first = self._tickets[0] is ticket
+        self._tickets.remove(ticket)
         if took_s is not None:
             self.mean_s = took_s if self.mean_s == 0 else 0.8 * self.mean_s + 0.2 * took_s
-        if first and self._places:
-            self._places[0].called()
+        if first and self._tickets:
+            self._tickets[0].called()

@@ -47,13 +47,13 @@ class Dialect(Protocol):
 
     request: Request
 
-    def opening(self, job: Job) -> Iterable[Event]: ...
+    def first_events(self, job: Job) -> Iterable[Event]: ...
 
     def push(self, step: Step) -> Iterable[Event]:
-        """The events of a step; where the answer is sent whole they are not sent, but all steps come by."""
+        """The events of a step; where the answer is sent whole they are dropped, but every step is pushed."""
         ...
 
-    def closing(self, job: Job) -> Iterable[Event]: ...
+    def last_events(self, job: Job) -> Iterable[Event]: ...
 
     def whole(self, job: Job) -> dict[str, Any]: ...
 
@@ -87,20 +87,20 @@ class StreamingResponse:
         self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(_gone(receive))
+        disconnected = asyncio.ensure_future(_disconnected(receive))
         try:
             if self._dialect.request.stream:
-                await self._events(send, gone)
+                await self._events(send, disconnected)
             else:
-                await self._whole(send, gone)
-        except Exception as error:  # our own mistake: the client is told, the log has the traceback
+                await self._whole(send, disconnected)
+        except Exception as error:  # a bug of ours: the client gets an error, the log the traceback
             await self._fail(send, error)
         finally:
-            gone.cancel()
+            disconnected.cancel()
             self._drop(self._job)
 
-    async def _whole(self, send: Send, gone: asyncio.Future[None]) -> None:
-        while (item := await self._next(gone, None)) is not None:
+    async def _whole(self, send: Send, disconnected: asyncio.Future[None]) -> None:
+        while (item := await self._next(disconnected, None)) is not None:
             if isinstance(item, BaseException):
                 await self._refuse(send, item)
                 return
@@ -111,24 +111,24 @@ class StreamingResponse:
         else:
             await respond(send, 200, self._dialect.whole(self._job))
 
-    async def _events(self, send: Send, gone: asyncio.Future[None]) -> None:
-        item = await self._next(gone, self._keep_alive_s)
+    async def _events(self, send: Send, disconnected: asyncio.Future[None]) -> None:
+        item = await self._next(disconnected, self._keep_alive_s)
         if isinstance(item, BaseException):
             await self._refuse(send, item)
             return
         self._began = True
         await _start(send, 200, "text/event-stream; charset=utf-8", {"cache-control": "no-store"})
-        await _send(send, self._dialect.opening(self._job))
+        await _send(send, self._dialect.first_events(self._job))
         while item is not None:
             events: list[bytes] = []
-            for piece in (item, *self._at_hand()):
+            for piece in (item, *self._pending()):
                 events += self._encode(piece)
             await _body(send, b"".join(events))
-            item = None if self._ended else await self._next(gone, self._keep_alive_s)
+            item = None if self._ended else await self._next(disconnected, self._keep_alive_s)
         await _body(send, b"", more=False)
 
     def _encode(self, item: Step | BaseException | float) -> list[bytes]:
-        """What one item becomes on the wire."""
+        """The bytes of the events of one item."""
         match item:
             case float():
                 event = self._dialect.pause(self._note())
@@ -137,13 +137,13 @@ class StreamingResponse:
                 events = [*self._dialect.push(item)]
                 if item.finish_reason is not None:
                     self._ended = True
-                    events += self._dialect.closing(self._job)
+                    events += self._dialect.last_events(self._job)
             case _:
                 self._ended = True
                 events = [*self._dialect.broken(reported(item))]
         return [event.encode() for event in events]
 
-    def _at_hand(self) -> Iterable[Step | BaseException]:
+    def _pending(self) -> Iterable[Step | BaseException]:
         while not self._job.steps.empty():
             item = self._job.steps.get_nowait()
             if item is None:
@@ -152,16 +152,16 @@ class StreamingResponse:
             yield item
 
     async def _next(
-        self, gone: asyncio.Future[None], wait_s: float | None
+        self, disconnected: asyncio.Future[None], wait_s: float | None
     ) -> Step | BaseException | float | None:
-        """The next item; a number where none came in time; None at the end or where the client is gone."""
+        """The next item; a number where none came in time; None at the end or where the client has disconnected."""
         get: asyncio.Future[Any] = asyncio.ensure_future(self._job.steps.get())
-        done, _ = await asyncio.wait({get, gone}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({get, disconnected}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         if get in done:
             item: Step | BaseException | None = get.result()
             return item
         get.cancel()
-        return None if gone in done else 0.0
+        return None if disconnected in done else 0.0
 
     def _note(self) -> str:
         if before := self._ticket.n_before:
@@ -215,7 +215,7 @@ async def _body(send: Send, body: bytes, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-async def _gone(receive: Receive) -> None:
-    """Returns when the client has gone."""
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Server: the socket, uvicorn over it, and how it stops: answers that were begun or wait are finished first.
+"""Server: the socket, uvicorn over it, and how it stops: running and waiting requests are finished first.
 
 Knows sockets and signals; nothing of what is served.
 """
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from localmimo.serve.http.connection import Limits, protocol
 
 BACKLOG = 512
-DRAIN_S = 600  # for answers that were begun when the server was told to stop
+DRAIN_S = 600  # for answers that were begun when the server was asked to stop
 
 
 class Server(uvicorn.Server):

@@ -51,7 +51,7 @@ class Service:
         self.loaded = done / total if total else None
 
     def ready(self, engine: Engine) -> None:
-        """The engine is loaded; its tokenizer and template are opened here, so that they fail now or never."""
+        """The engine is loaded; its tokenizer and template are opened here, so that a broken one fails now."""
         engine.encode("")
         folder, limit_bytes = self._sessions
         session_store = None
@@ -91,7 +91,7 @@ class Service:
         return self.context.model
 
     async def begin(self, request: Request) -> tuple[Job, Ticket]:
-        """Check the prompt and join the queue. Raises ApiError and the engine's errors, before anything is sent."""
+        """Check the prompt and enter the queue. Raises ApiError and the engine's errors, before anything is sent."""
         try:
             self.queue.check()  # before the work of writing the prompt
             prompt = await asyncio.to_thread(self.worker.prompt, request)

@@ -37,26 +37,26 @@ if TYPE_CHECKING:
     from localmimo.decode.session import Session
     from localmimo.decode.steps import Stats
 
-LEAST_TOKENS = 32  # a shorter read says little about the rate
-FIRST_RATE = 300e6  # bytes per second of files, assumed until one was written or read
+MIN_TOKENS = 32  # a shorter read says little about the rate
+ASSUMED_RATE = 300e6  # bytes per second of files, assumed until one was written or read
 INDEX_BYTES = 64 << 20  # sixteen million tokens
-WEIGHT = 0.3  # of the newest measurement
-_OURS = re.compile(r"[0-9a-f]{32}\.kv")
+NEW_WEIGHT = 0.3  # of the newest measurement
+_FILE_NAME = re.compile(r"[0-9a-f]{32}\.kv")
 log = logging.getLogger("localmimo.serve")
 
 
 @dataclass(slots=True)
 class StoredSession:
-    """One file: what it holds and where a session loaded from it can come back to."""
+    """One file: what it holds and the positions to which a session loaded from it can return."""
 
     path: Path
     tokens: NDArray[np.int32]
-    places: tuple[int, ...]
+    checkpoints: tuple[int, ...]
     n_bytes: int
     used: float  # time of the last use
 
     def reach(self, tokens: NDArray[np.int32]) -> int:
-        return reach(self.tokens, self.places, tokens)
+        return reach(self.tokens, self.checkpoints, tokens)
 
 
 class SessionStore:
@@ -67,17 +67,19 @@ class SessionStore:
         self._turns = turns
         self.limit_bytes = limit_bytes
         self.prefill_tps: float | None = None  # measured
-        self.bytes_per_s = FIRST_RATE
+        self.bytes_per_s = ASSUMED_RATE
         self.n_saved = 0
         self.n_loaded = 0
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._saved = [saved for path in folder.glob("*.kv") if (saved := _found(path)) is not None]
+        self._saved = [saved for path in folder.glob("*.kv") if (saved := _open_stored(path)) is not None]
         for path in {*folder.glob("*.kv")} - {saved.path for saved in self._saved}:
-            if _OURS.fullmatch(path.name):  # of a server that was killed before it had written what is in it
+            if _FILE_NAME.fullmatch(
+                path.name
+            ):  # of a server that was killed before it had written what is in it
                 _delete(path)
         for saved in sorted(self._saved, key=lambda saved: saved.used):
-            self._take_notes(saved)
-        self._make_room(0)
+            self._read_notes(saved)
+        self._free_space(0)
 
     @property
     def n_bytes(self) -> int:
@@ -87,45 +89,49 @@ class SessionStore:
         return len(self._saved)
 
     def prepare(self, session: Session, tokens: Sequence[int]) -> None:
-        """Have the session begin the prompt where least is left to do."""
-        wanted = np.asarray(tokens, np.int32)
+        """Bring the session to the state that leaves least of the prompt to read."""
+        prompt = np.asarray(tokens, np.int32)
         held = np.asarray(session.tokens, np.int32)
-        own = reach(held, session.checkpoints, wanted)
+        n_reused = reach(held, session.checkpoints, prompt)
         if self.prefill_tps is None:
             return
-        best = max(self._saved, key=lambda saved: saved.reach(wanted), default=None)
-        if len(held) - own > 0:
-            self._keep(session, held, own)
-        if best is not None and self._pays(best.reach(wanted) - own, best.n_bytes) and best in self._saved:
+        best = max(self._saved, key=lambda saved: saved.reach(prompt), default=None)
+        if len(held) - n_reused > 0:
+            self._save(session, held, n_reused)
+        if (
+            best is not None
+            and self._pays(best.reach(prompt) - n_reused, best.n_bytes)
+            and best in self._saved
+        ):
             self._load(session, best)
 
     def leave(self, session: Session) -> None:
-        """The server stops: what the session holds is for the next one."""
+        """The server stops: save what the session holds for the next one."""
         if self.prefill_tps is not None and session.position:
-            self._keep(session, np.asarray(session.tokens, np.int32), 0)
+            self._save(session, np.asarray(session.tokens, np.int32), 0)
 
     def learn(self, stats: Stats) -> None:
-        """Take in how quickly a prompt was read."""
+        """Measure how quickly a prompt was read."""
         n_read = stats.prompt_tokens - stats.reused_tokens
-        if n_read >= LEAST_TOKENS and stats.prefill_s > 0:
+        if n_read >= MIN_TOKENS and stats.prefill_s > 0:
             rate = n_read / stats.prefill_s
             known = self.prefill_tps
-            self.prefill_tps = rate if known is None else known + WEIGHT * (rate - known)
+            self.prefill_tps = rate if known is None else known + NEW_WEIGHT * (rate - known)
 
     def _pays(self, n_tokens: int, n_bytes: int) -> bool:
         """Whether moving the bytes takes less time than reading the tokens."""
         assert self.prefill_tps is not None
         return n_tokens / self.prefill_tps > n_bytes / self.bytes_per_s
 
-    def _keep(self, session: Session, held: NDArray[np.int32], own: int) -> None:
-        """Save what the next prompt would push out, where reading it again would cost more than writing and loading."""
+    def _save(self, session: Session, held: NDArray[np.int32], n_reused: int) -> None:
+        """Save what the next prompt would replace, where reading it again would cost more than writing and loading."""
         if any(len(saved.tokens) == len(held) and (saved.tokens == held).all() for saved in self._saved):
             return
         n_bytes = session.saved_bytes
-        if n_bytes > self.limit_bytes or not self._pays(len(held) - own, 2 * n_bytes):
+        if n_bytes > self.limit_bytes or not self._pays(len(held) - n_reused, 2 * n_bytes):
             return
-        grown = [saved for saved in self._saved if _begins(held, saved.tokens)]
-        self._make_room(n_bytes, grown)
+        grown = [saved for saved in self._saved if _is_prefix(held, saved.tokens)]
+        self._free_space(n_bytes, grown)
         path = self.folder / f"{hashlib.sha256(held.tobytes()).hexdigest()[:32]}.kv"
         began = time.perf_counter()
         try:
@@ -141,14 +147,14 @@ class SessionStore:
         self.n_saved += 1
 
     def _write_notes(self, path: Path, held: NDArray[np.int32]) -> None:
-        """The turns that a session holds, and the rates that make loading it worth while."""
+        """The turns that a session holds, and the rates that make loading it worthwhile."""
         turns = [turn.as_dict(len(held)) for turn in self._turns.held_by(held.tolist())]
         notes = {"prefill_tps": self.prefill_tps, "bytes_per_s": self.bytes_per_s, "turns": turns}
         with written_aside(_notes(path), 0o600) as file:
             file.write(json.dumps(notes).encode())
 
-    def _take_notes(self, saved: StoredSession) -> None:
-        """What an earlier server noted; what cannot be read is left."""
+    def _read_notes(self, saved: StoredSession) -> None:
+        """The turns and rates that an earlier server noted; an unreadable file is skipped."""
         try:
             notes = read_json(_notes(saved.path))
             rates = float(notes["prefill_tps"]), float(notes["bytes_per_s"])
@@ -181,10 +187,10 @@ class SessionStore:
         return max([time.time(), *(saved.used + 1e-3 for saved in self._saved)])
 
     def _measure(self, n_bytes: int, seconds: float) -> None:
-        self.bytes_per_s += WEIGHT * (n_bytes / max(seconds, 1e-6) - self.bytes_per_s)
+        self.bytes_per_s += NEW_WEIGHT * (n_bytes / max(seconds, 1e-6) - self.bytes_per_s)
 
-    def _make_room(self, n_bytes: int, useless: Sequence[StoredSession] = ()) -> None:
-        for saved in useless:
+    def _free_space(self, n_bytes: int, outdated: Sequence[StoredSession] = ()) -> None:
+        for saved in outdated:
             self._drop(saved)
         for saved in sorted(self._saved, key=lambda saved: saved.used):
             if self.n_bytes + n_bytes > self.limit_bytes:
@@ -195,18 +201,18 @@ class SessionStore:
         _delete(saved.path)
 
 
-def reach(held: NDArray[np.int32], places: Sequence[int], wanted: NDArray[np.int32]) -> int:
-    """How many tokens of a prompt a session with these tokens has not to read: the windows reach back a little,
-    or to one of its places."""
-    n = min(len(held), len(wanted))
-    differ = np.flatnonzero(held[:n] != wanted[:n])
+def reach(held: NDArray[np.int32], checkpoints: Sequence[int], prompt: NDArray[np.int32]) -> int:
+    """How many tokens of a prompt a session with these tokens need not read: its windows can rewind a little,
+    or to one of its checkpoints."""
+    n = min(len(held), len(prompt))
+    differ = np.flatnonzero(held[:n] != prompt[:n])
     common = int(differ[0]) if len(differ) else n
     if common >= len(held) - SLACK:
         return common
-    return max((ticket for ticket in places if ticket <= common), default=0)
+    return max((checkpoint for checkpoint in checkpoints if checkpoint <= common), default=0)
 
 
-def _begins(longer: NDArray[np.int32], shorter: NDArray[np.int32]) -> bool:
+def _is_prefix(longer: NDArray[np.int32], shorter: NDArray[np.int32]) -> bool:
     return len(shorter) <= len(longer) and bool((longer[: len(shorter)] == shorter).all())
 
 
@@ -224,14 +230,14 @@ def _notes(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _write_index(path: Path, tokens: NDArray[np.int32], places: Sequence[int]) -> None:
+def _write_index(path: Path, tokens: NDArray[np.int32], checkpoints: Sequence[int]) -> None:
     """What a file holds, beside it, so that a server that starts need not open them all."""
-    facts = np.concatenate([np.asarray([len(places), *places], np.int32), tokens])
-    with written_aside(_index(path), 0o600) as file:  # private text, as the session
+    facts = np.concatenate([np.asarray([len(checkpoints), *checkpoints], np.int32), tokens])
+    with written_aside(_index(path), 0o600) as file:  # private text, like the session
         file.write(facts.astype("<i4").tobytes())
 
 
-def _found(path: Path) -> StoredSession | None:
+def _open_stored(path: Path) -> StoredSession | None:
     """A file of an earlier server; None where it cannot be used."""
     try:
         facts = np.frombuffer(read_small(_index(path), INDEX_BYTES), "<i4").astype(np.int32)
@@ -240,6 +246,6 @@ def _found(path: Path) -> StoredSession | None:
         return None
     if not len(facts) or not 0 <= facts[0] < len(facts):
         return None
-    n_places = int(facts[0])
-    places = tuple(int(ticket) for ticket in facts[1 : 1 + n_places])
-    return StoredSession(path, facts[1 + n_places :], places, status.st_size, status.st_mtime)
+    n_checkpoints = int(facts[0])
+    checkpoints = tuple(int(checkpoint) for checkpoint in facts[1 : 1 + n_checkpoints])
+    return StoredSession(path, facts[1 + n_checkpoints :], checkpoints, status.st_size, status.st_mtime)

@@ -1,4 +1,4 @@
-"""Worker: the one thread that runs the engine, and the jobs that it is given.
+"""Worker: the one thread that runs the engine, and its jobs.
 
 Knows the engine and its threads; nothing of HTTP or of dialects.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """One answer being made. `steps` gives what comes: steps, at last the error if there was one, then None."""
+    """One answer being made. `steps` gives the steps, then the error if there was one, then None."""
 
     def __init__(self, request: Request, prompt: Prompt) -> None:
         self.request = request
@@ -92,10 +92,10 @@ class Worker:
         try:
             limits.check(tokens, n_new=1)
         except ContextFull:
-            wanted = len(tokens) + (request.options.max_tokens or 1)
+            needed = len(tokens) + (request.options.max_tokens or 1)
             raise ContextFull(
                 f"This model's context is {limits.context:,} tokens; the request has {len(tokens):,} in its prompt "
-                f"and needs {wanted:,}: shorten the conversation, or start the server with a longer --context."
+                f"and needs {needed:,}: shorten the conversation, or start the server with a longer --context."
             ) from None
 
     def begin(self, job: Job, ticket: Ticket) -> None:
@@ -127,10 +127,10 @@ class Worker:
         try:
             if not job.cancel.is_set():
                 self._answer(job, lambda step: loop.call_soon_threadsafe(job.steps.put_nowait, step))
-        except BaseException as error:  # the client is told, whatever it is
+        except BaseException as error:  # whatever it is, the client gets an error
             loop.call_soon_threadsafe(job.steps.put_nowait, error)
 
-    def _answer(self, job: Job, give: Callable[[Step], object]) -> None:
+    def _answer(self, job: Job, deliver: Callable[[Step], object]) -> None:
         with self.engine.session() as session:
             if self.session_store is not None:
                 self.session_store.prepare(session, job.prompt.tokens)
@@ -138,7 +138,7 @@ class Worker:
                 job.add(step)
                 if step.finish_reason is not None:
                     self._close(job)
-                give(step)
+                deliver(step)
         if self.session_store is not None:
             self.session_store.learn(job.stats)
 
@@ -148,13 +148,13 @@ class Worker:
         return self.engine.answer(job.prompt, options, chat=request.messages is not None, session=session)
 
     def _close(self, job: Job) -> None:
-        """What the client is told of an answer that is complete: the stop string that ended it."""
+        """Find the stop string that ended a complete answer."""
         text = self.engine.decode(job.answer.tokens)
         found = [(text.find(stop), stop) for stop in job.request.options.stop if stop in text]
         job.stop_text = min(found)[1] if found else None
 
     async def close(self) -> None:
-        """Stop what is being answered and what waits, and wait for the thread; the session store keeps what is held."""
+        """Stop running and waiting jobs, save the session to the session store, and wait for the thread."""
         if self.current is not None:
             self.current.cancel.set()
         waiting = [task for task in self._tasks if self.current is None or task is not self.current.task]
@@ -162,9 +162,9 @@ class Worker:
             task.cancel()
         loop = asyncio.get_running_loop()
         if self.session_store is not None:
-            await loop.run_in_executor(self._thread, self._leave, self.session_store)
+            await loop.run_in_executor(self._thread, self._save_session, self.session_store)
         await loop.run_in_executor(None, self._thread.shutdown)
 
-    def _leave(self, session_store: SessionStore) -> None:
+    def _save_session(self, session_store: SessionStore) -> None:
         with self.engine.session() as session:
             session_store.leave(session)

@@ -8,8 +8,8 @@ from localmimo import Cancelled
 from localmimo.decode.session import Session
 from localmimo.engine import Engine
 from localmimo.kv.cache import KVCache
-from localmimo.model.protocols import Guess
-from localmimo.model.transformer import GUESS_TOKENS, pieces_of
+from localmimo.model.protocols import PredictNext
+from localmimo.model.transformer import MAX_PREDICTED_TOKENS, pieces_of
 from quant import kernels
 
 pytestmark = pytest.mark.engine("nf4_pack", context=4096, dtype="float32")
@@ -110,13 +110,13 @@ def test_pieces_never_exceed_a_chunk() -> None:
     ]
 
 
-@pytest.mark.parametrize("n", [1, GUESS_TOKENS, GUESS_TOKENS + 1])
+@pytest.mark.parametrize("n", [1, MAX_PREDICTED_TOKENS, MAX_PREDICTED_TOKENS + 1])
 def test_a_guess_names_the_next_layer(engine: Engine, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    guesses: list[Guess | None] = []
+    predictions: list[PredictNext | None] = []
     true = engine._experts.run
 
     def run(layer: int, x: torch.Tensor, *rest: object) -> torch.Tensor:
-        guesses.append(rest[-1])  # type: ignore[arg-type]
+        predictions.append(rest[-1])  # type: ignore[arg-type]
         if rest[-1] is not None:
             following, chosen = rest[-1]()  # type: ignore[operator]
             assert chosen.shape == (n, engine.config.top_k)
@@ -126,5 +126,7 @@ def test_a_guess_names_the_next_layer(engine: Engine, monkeypatch: pytest.Monkey
     plain = session(engine, 32).sync(tokens(n))
     monkeypatch.setattr(engine._experts, "run", run)
     assert torch.equal(session(engine, 32).sync(tokens(n)), plain)
-    assert [guess is not None for guess in guesses[:-1]] == [n <= GUESS_TOKENS] * (len(guesses) - 1)
-    assert guesses[-1] is None
+    assert [predict_next is not None for predict_next in predictions[:-1]] == [n <= MAX_PREDICTED_TOKENS] * (
+        len(predictions) - 1
+    )
+    assert predictions[-1] is None

@@ -111,7 +111,7 @@ class ToldSession:
 class Noted(FixedDepth):
     """A fixed depth that notes the depth and the tokens of each pass."""
 
-    def took(self, depth: int, seconds: float, tokens: int) -> None:
+    def record_pass(self, depth: int, seconds: float, tokens: int) -> None:
         passes.append((depth, tokens))
 
 
@@ -247,7 +247,7 @@ class SimulatedMachine:
             took = self._slowness(said) * self.cost(depth)
             took *= self.rng.lognormvariate(-(self.noise**2) / 2, self.noise)
             took *= 6 if self.rng.random() < self.stalls else 1
-            pace.took(depth, took, given)
+            pace.record_pass(depth, took, given)
             self.seconds, said = self.seconds + took, said + given
             depths.append(depth)
         return depths
@@ -331,6 +331,6 @@ def test_the_pace_follows_when_the_machine_changes() -> None:
         depth = pace.depth()
         base = 3.0 if n < 12 else 1.0
         accepted = next((k for k in range(depth) if rng.random() >= 0.4), depth)
-        pace.took(depth, base * (1 + 0.8 * depth) * rng.lognormvariate(0, 0.1), accepted + 1)
+        pace.record_pass(depth, base * (1 + 0.8 * depth) * rng.lognormvariate(0, 0.1), accepted + 1)
         depths.append(depth)
     assert sum(depth > 0 for depth in depths[60:]) < 0.15 * len(depths[60:])

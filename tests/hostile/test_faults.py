@@ -337,5 +337,5 @@ def test_the_last_used_file_stays_though_the_clock_went_back(
     for n, clock in enumerate((5e9, 1e9, 3e9)):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
         store._saved.append(StoredSession(tmp_path / f"{n}.kv", np.zeros(1, np.int32), (), 40, store._now()))
-    store._make_room(20)
+    store._free_space(20)
     assert [saved.path.name for saved in store._saved] == ["1.kv", "2.kv"]

@@ -18,7 +18,7 @@ from localmimo.engine import Engine
 from localmimo.errors import BadRequest, BadSession
 from localmimo.experts.policy.profile import Profile, write_profile
 from localmimo.experts.policy.trace import TraceWriter, read_trace
-from localmimo.serve.session_store import _found, _write_index
+from localmimo.serve.session_store import _open_stored, _write_index
 from localmimo.system.json_files import JsonLines
 
 pytestmark = pytest.mark.engine("bf16_pack", context=256, ram="256MiB", profile=None)
@@ -86,7 +86,7 @@ def test_a_servers_note_on_a_session(tmp_path: Path) -> None:
         OSError,
     )
     path.touch()
-    found = _found(path)
+    found = _open_stored(path)
     assert found is not None and len(found.tokens) == 900
 
 

@@ -12,7 +12,7 @@ from localmimo.chat.turn_cache import TurnCache
 from localmimo.decode.steps import Stats
 from localmimo.errors import BadSession
 from localmimo.limits import SLACK
-from localmimo.serve.session_store import FIRST_RATE, SessionStore, reach
+from localmimo.serve.session_store import ASSUMED_RATE, SessionStore, reach
 
 PLENTY = 1 << 30
 SIZE = 1000  # bytes of every file
@@ -169,7 +169,7 @@ def test_nothing_moves_before_a_prompt_was_read(tmp_path: Path) -> None:
     store = SessionStore(tmp_path, PLENTY, TurnCache())
     leave(store, talk(1))
     prepare(store, talk(1), tokens=talk(2))
-    assert len(store) == 0 and store.bytes_per_s == FIRST_RATE
+    assert len(store) == 0 and store.bytes_per_s == ASSUMED_RATE
 
 
 @pytest.mark.parametrize(("read", "known"), [(31, False), (32, True)])

@@ -1,6 +1,6 @@
 """`localmimo bench`: what is measured, under what conditions, and how the figures are shown.
 
-Knows flags, files and tables; the measuring is in `measure`.
+Knows flags, files and tables; the measuring is in `localmimo.bench`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 
 from localmimo.cli.flags import LOAD_FLAGS, Given, declared, load_options, with_defaults
 from localmimo.cli.open_engine import open_engine
-from localmimo.cli.options import INTERRUPTED, Json, Model, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import INTERRUPTED, Json, Model, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.packs import EMBEDDED, folder_of, pack_folder
 from localmimo.cli.plots.bench_card import card, card_lines
 from localmimo.cli.plots.bench_plot import chart, draw
@@ -173,11 +173,11 @@ def bench(
         form=output,
         as_json=as_json,
     )
-    return carry_out(lambda: run_bench(request, ui_of(verbose, quiet)))
+    return run_interruptible(lambda: run_bench(request, ui_of(verbose, quiet)))
 
 
 def run_bench(request: BenchOptions, ui: Ui) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; the exit code."""
     folder = _check_early(request)
     context = _context(request, folder)
     with ExitStack() as files:
@@ -188,7 +188,7 @@ def run_bench(request: BenchOptions, ui: Ui) -> int:
         )
         trace = None if request.record is None else files.enter_context(TraceWriter(request.record))
         report_writer = BenchReport(request, ui, log, trace)
-        return report_writer.fill(lambda: _open(request, context, ui))
+        return report_writer.run(lambda: _open(request, context, ui))
 
 
 def _check_early(request: BenchOptions) -> Path | None:
@@ -219,14 +219,16 @@ def _context(request: BenchOptions, folder: Path | None) -> int:
     from localmimo.mini import CHECKPOINT
 
     config = ModelConfig.parse(json.loads(((folder or CHECKPOINT) / "config.json").read_text()))
-    needed, most = request.positions, config.max_context
-    if needed > (request.context or most):
-        limit = f"--context is {request.context:,}" if request.context else f"this model has {most:,}"
+    needed, max_positions = request.positions, config.max_context
+    if needed > (request.context or max_positions):
+        limit = (
+            f"--context is {request.context:,}" if request.context else f"this model has {max_positions:,}"
+        )
         raise BadRequest(
             f"A depth of {max(request.depths):,} with {request.prompt_tokens:,} tokens of prompt and "
             f"{request.max_tokens:,} of answer needs {needed:,} positions, and {limit}."
         )
-    return request.context or max(needed, min(DEFAULT_CONTEXT, most))
+    return request.context or max(needed, min(DEFAULT_CONTEXT, max_positions))
 
 
 def _open(request: BenchOptions, context: int, ui: Ui) -> Engine:
@@ -236,7 +238,7 @@ def _open(request: BenchOptions, context: int, ui: Ui) -> Engine:
 
 
 class BenchReport:
-    """Measures, and shows: the card when the pack is open, a row per depth, a line that lives in between."""
+    """Measures, and shows: the card when the pack is open, a row per depth, a status line in between."""
 
     def __init__(
         self, request: BenchOptions, ui: Ui, log: JsonLines | None, trace: TraceWriter | None
@@ -250,8 +252,8 @@ class BenchReport:
         self._engine: Engine  # the last one that was opened
         self._show: Callable[[str], None] = ui.note if request.as_json else ui.data
 
-    def fill(self, open_engine: Callable[[], Engine]) -> int:
-        """Carry the job out; the exit code."""
+    def run(self, open_engine: Callable[[], Engine]) -> int:
+        """Measure and show; the exit code."""
         from localmimo.bench.runs import Bench
 
         began, finished = time.perf_counter(), False
@@ -267,7 +269,7 @@ class BenchReport:
             results += [self._row(bench, depth) for depth in _cut_short(bench, len(results))]
         self.ui.status.clear()
         if results:
-            self._below(bench, results)
+            self._show_footer(bench, results)
         if finished:
             self._measure_speeds()
             self._check_plan(results)
@@ -277,8 +279,10 @@ class BenchReport:
     def _job(self) -> BenchJob:
         from localmimo.bench.runs import BenchJob
 
-        it = self.request
-        return BenchJob(it.depths, it.prompt_tokens, it.max_tokens, it.repeat, it.cold)
+        request = self.request
+        return BenchJob(
+            request.depths, request.prompt_tokens, request.max_tokens, request.repeat, request.cold
+        )
 
     # ---- while it runs ----
 
@@ -306,17 +310,17 @@ class BenchReport:
         from localmimo.bench.runs import figures
 
         found = figures(depth, bench.runs_at(depth))
-        self._facts["effective"] = self._engine.effective()  # the first reads tell whether they can be direct
+        self._facts["effective"] = self._engine.effective()  # the first reads show whether they can be direct
         self._show(row(found, self.request.form))
         return found
 
     # ---- at the end ----
 
-    def _below(self, bench: Bench, results: list[dict[str, Any]]) -> None:
-        """What is said once, under the table."""
+    def _show_footer(self, bench: Bench, results: list[dict[str, Any]]) -> None:
+        """The lines below the table."""
         self._show("\n read/token, disk and experts: of the answers; --json has those of the prompts too")
-        peak = format_bytes(most := max(found["peak_rss_bytes"] for found in results))
-        over = format_bytes(max(0, most - bench.library_bytes))
+        peak = format_bytes(peak_bytes := max(found["peak_rss_bytes"] for found in results))
+        over = format_bytes(max(0, peak_bytes - bench.library_bytes))
         budget = format_bytes(self._engine.plan.ram_bytes)
         self._show(f" peak memory {peak}, {over} of it over Python and its libraries; the budget: {budget}")
         if (device := self._engine.device).is_gpu:

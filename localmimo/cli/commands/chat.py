@@ -17,7 +17,7 @@ import typer
 
 from localmimo.cli.flags import GENERATION_FLAGS, LOAD_FLAGS, Given, declared, load_options
 from localmimo.cli.open_engine import open_engine
-from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Json, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.terminal.tool_approval import Ask, ToolApproval
 from localmimo.cli.ui import Ui
@@ -120,13 +120,13 @@ def chat(
         tools=tuple(generation["tools"] or ()),
         stats_json=stats_json,
     )
-    return carry_out(lambda: run_chat(options, ui_of(verbose, quiet)))
+    return run_interruptible(lambda: run_chat(options, ui_of(verbose, quiet)))
 
 
 def run_chat(
     options: ChatOptions, ui: Ui, *, stdin: IO[str] | None = None, opener: Opener | None = None
 ) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; the exit code."""
     stdin = stdin or sys.stdin
     model, prompt = model_and_prompt(options.arguments)
     prompt = _given_prompt(prompt, stdin)
@@ -155,10 +155,10 @@ def model_and_prompt(arguments: tuple[str, ...]) -> tuple[str | None, str | None
     match arguments:
         case (model, prompt):
             return _model(model), prompt
-        case (one,) if one == EMBEDDED or _looks_like_path(one):
-            return _model(one), None
-        case (one,):
-            return None, one
+        case (argument,) if argument == EMBEDDED or _looks_like_path(argument):
+            return _model(argument), None
+        case (prompt,):
+            return None, prompt
     return None, None
 
 
@@ -288,7 +288,7 @@ def _choices(command: Command) -> Choices:
 
 
 def greet(engine: Engine, settings: ChatSettings, ui: Ui) -> None:
-    """What is being talked to, and how it was fitted into the machine."""
+    """Show the model and how it was placed in memory."""
     facts = engine.effective()
     think = engine.template.think_default if settings.think is None else settings.think
     ui.parts(
@@ -302,7 +302,7 @@ def greet(engine: Engine, settings: ChatSettings, ui: Ui) -> None:
         indent=0,
         style="bold",
     )
-    ui.placing(engine)
+    ui.show_placement(engine)
     ui.configuration(engine)
     ui.note("  /help for commands, Ctrl-D to leave", style="dim")
 
@@ -316,7 +316,7 @@ def _answer_once(
     tool_approval: ToolApproval,
     prompt: str,
 ) -> int:
-    from localmimo.cli.terminal.conversation import exchange, tell
+    from localmimo.cli.terminal.conversation import run_turns, show_summary
     from localmimo.cli.terminal.screen import Screen
 
     ui.configuration(engine)
@@ -326,8 +326,8 @@ def _answer_once(
         else Screen(ui, plain=options.plain, hide_thinking=options.hide_thinking)
     )
     messages = [{"role": "user", "content": prompt}]
-    for turn in exchange(engine, messages, settings, screen, tool_approval, system):
-        tell(turn, engine.context, settings, ui)
+    for turn in run_turns(engine, messages, settings, screen, tool_approval, system):
+        show_summary(turn, engine.context, settings, ui)
     if options.as_json:
         ui.json(as_object(turn, engine, settings))
     return 130 if turn.finish_reason == "cancelled" else 0

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Json, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.ui import Ui
 from localmimo.errors import LocalMimoError, with_flags
 from localmimo.hardware.host import Machine, format_bytes
@@ -28,14 +28,14 @@ from localmimo.hardware.host import Machine, format_bytes
 Verdict = Literal["ok", "warn", "fail"]
 SYMBOLS = {"ok": "✓", "warn": "!", "fail": "✗"}
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub")
-LEAST_RAM_BYTES = 13 << 30  # what V2-Flash needs with a short context
+MIN_RAM_BYTES = 13 << 30  # what V2-Flash needs with a short context
 SLOW_DISK = 1e9
 DEFAULT_PAGE = 13_373_440  # of V2-Flash at 4.25 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: what was looked at, how it is, and what would mend it."""
+    """One line: what was checked, the result, and what would fix it."""
 
     subject: str
     verdict: Verdict
@@ -63,14 +63,14 @@ def doctor(
 
     Exits with 1 where something fails; warnings do not.
     """
-    return carry_out(lambda: run_doctor(pack, ui_of(verbose, quiet), as_json=as_json, quick=quick))
+    return run_interruptible(lambda: run_doctor(pack, ui_of(verbose, quiet), as_json=as_json, quick=quick))
 
 
 def run_doctor(pack: str | None, ui: Ui, *, as_json: bool, quick: bool) -> int:
-    """Carry the command out; the exit code: 1 where something fails."""
+    """Run the command; the exit code: 1 where something fails."""
     findings = []
-    for look in (_versions, _kernels, _gpu, _memory, _huge_pages, _pinned, _home, _disks(pack, quick)):
-        for finding in look():
+    for check in (_versions, _kernels, _gpu, _memory, _huge_pages, _pinned, _home, _disks(pack, quick)):
+        for finding in check():
             findings.append(finding)
             if not as_json:
                 ui.data(_line(finding))
@@ -125,7 +125,7 @@ OVERHEAD = (
 
 
 def _overhead(ram_read: float, quick: bool) -> Findings:
-    """The embedded model answers, in a process of its own: does it run at all, and what does a layer cost?"""
+    """The embedded model answers, in a process of its own: shows that it runs, and what a layer costs."""
     command = [sys.executable, "-c", OVERHEAD, str(ram_read), "kept" if quick else "anew"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
@@ -194,10 +194,10 @@ def _gpu() -> Findings:
     for row in done.stdout.strip().splitlines():
         name, memory, driver, generation, width = (cell.strip() for cell in row.split(","))
         yield Finding("GPU", "ok", f"{name}, {memory}, driver {driver}, PCIe {generation} x{width}")
-    yield from _computing_there()
+    yield from _gpu_kernels()
 
 
-def _computing_there() -> Findings:
+def _gpu_kernels() -> Findings:
     """Whether `--device auto` would compute on the GPU, in a process of its own, as `_kernels`."""
     done = subprocess.run([sys.executable, "-c", GPU], capture_output=True, text=True, timeout=120)
     if done.returncode:
@@ -232,12 +232,12 @@ def _memory() -> Findings:
     )
     if limited:
         found += "; the limit is that of a control group"
-    small = machine.free_ram_bytes < LEAST_RAM_BYTES
+    small = machine.free_ram_bytes < MIN_RAM_BYTES
     yield Finding(
         "memory",
         "warn" if small else "ok",
         found,
-        f"V2-Flash needs about {format_bytes(LEAST_RAM_BYTES)}; smaller models run." if small else "",
+        f"V2-Flash needs about {format_bytes(MIN_RAM_BYTES)}; smaller models run." if small else "",
         facts,
     )
     if swap.total:
@@ -354,9 +354,9 @@ def _page_bytes(folder: Path) -> int:
 def disk_kind(folder: Path, root: Path = Path("/sys/dev/block")) -> str:
     """The disk that a folder is on, as far as Linux tells."""
     device = folder.stat().st_dev
-    here = root / f"{os.major(device)}:{os.minor(device)}"
+    link = root / f"{os.major(device)}:{os.minor(device)}"
     try:
-        path = here.resolve(strict=True)
+        path = link.resolve(strict=True)
         disk = path if (path / "queue").is_dir() else path.parent
         spins = (disk / "queue" / "rotational").read_text().strip() == "1"
     except OSError:

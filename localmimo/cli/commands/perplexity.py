@@ -21,7 +21,7 @@ import typer
 
 from localmimo.cli.flags import LOAD_FLAGS, Given, declared, load_options, without
 from localmimo.cli.open_engine import open_engine
-from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Json, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.packs import EMBEDDED, pack_folder
 from localmimo.cli.ui import Ui, bar, parse_count, seconds
 from localmimo.errors import BadRequest
@@ -109,11 +109,11 @@ def perplexity(
     job = PerplexityOptions(
         pack, file, against, parse_count(context, "--context"), load_options(loading), as_json
     )
-    return carry_out(lambda: run_perplexity(job, ui_of(verbose, quiet)))
+    return run_interruptible(lambda: run_perplexity(job, ui_of(verbose, quiet)))
 
 
 def run_perplexity(job: PerplexityOptions, ui: Ui) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; the exit code."""
     text = _text_of(job.file)
     if job.context < 2:
         raise BadRequest(f"--context is {job.context}; a window needs at least 2 tokens.")

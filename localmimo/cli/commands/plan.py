@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from localmimo.cli.options import Context, Json, Quiet, Ram, Verbose, carry_out, ui_of
+from localmimo.cli.options import Context, Json, Quiet, Ram, Verbose, run_interruptible, ui_of
 from localmimo.cli.plots.plan_report import PlanReport, report_lines, tps
 from localmimo.cli.ui import Ui, parse_count
 from localmimo.errors import BadRequest, DoesNotFit, with_flags
@@ -130,11 +130,11 @@ def plan(
         remeasure=remeasure,
         as_json=as_json,
     )
-    return carry_out(lambda: run_plan(question, ui_of(verbose, quiet)))
+    return run_interruptible(lambda: run_plan(question, ui_of(verbose, quiet)))
 
 
 def run_plan(question: PlanOptions, ui: Ui) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; the exit code."""
     from quant import Recipe
 
     question.check()
@@ -216,15 +216,17 @@ class Planner:
         self.kv_item_bytes = KV_ITEM_BYTES[question.kv]
         self.ram = machine.automatic_ram_bytes if question.ram is None else parse_bytes(question.ram)
         self.vram = 0 if question.vram is None else parse_bytes(question.vram)
-        most = model.config.max_context
-        self.context = min(DEFAULT_CONTEXT, most) if question.context is None else question.context
+        max_positions = model.config.max_context
+        self.context = min(DEFAULT_CONTEXT, max_positions) if question.context is None else question.context
         self.longest = question.max_context
         self.trace = None if question.trace is None else _trace(question.trace)
-        if not 1 <= self.context <= most:
-            raise BadRequest(f"The context is {self.context:,}; this model has from 1 to {most:,} positions.")
+        if not 1 <= self.context <= max_positions:
+            raise BadRequest(
+                f"The context is {self.context:,}; this model has from 1 to {max_positions:,} positions."
+            )
 
     def answer(self) -> PlanReport:
-        """The plan that was asked for. Raises DoesNotFit with the smallest change that would help."""
+        """The plan that was asked for. Raises DoesNotFit with the smallest change that helps."""
         if self.longest:
             self.context = max(1, self._longest_context())
         plan = self._plan(self.ram, self.context)
@@ -284,8 +286,8 @@ class Planner:
         model = self.model
         workspace = device_workspace_bytes(model.config, context, PREFILL_CHUNK, model.page_bytes)
         kv = device_kv(model.config, context, self.kv_item_bytes, SLACK, model.page_bytes)
-        kv_there = kv.fixed_bytes + kv.n_slots * model.page_bytes
-        return self.vram >= model.dense_bytes - model.lookup_bytes + kv_there + workspace
+        kv_on_gpu = kv.fixed_bytes + kv.n_slots * model.page_bytes
+        return self.vram >= model.dense_bytes - model.lookup_bytes + kv_on_gpu + workspace
 
     def _least(self, context: int) -> int:
         """The least RAM."""
@@ -310,7 +312,7 @@ class Planner:
             return f"The longest context that fits is {longest:,}: --context {longest}."
         saved = self._least(self.context) - self._least(1)
         if saved <= 0:
-            return "No shorter context helps: its KV lies on the GPU."
+            return "No shorter context helps: its KV is on the GPU."
         return f"No context is short enough: even a single position would save only {format_bytes(saved)}."
 
     # ---- what it gives ----
@@ -360,9 +362,9 @@ class Planner:
                 disk_read_alone=2 * self.speeds.disk_read_alone,
                 disk_again=2 * self.speeds.disk_again,
             )
-            desk_speeds, self.speeds = self.speeds, twice
+            own_speeds, self.speeds = self.speeds, twice
             _, then = self._judge(plan)
-            self.speeds = desk_speeds
+            self.speeds = own_speeds
             yield f"a disk twice as fast → {tps(then.decode_tps)}"
         shorter = plan.context // 4
         if shorter >= 1024 and plan.held_slots < plan.n_pages:

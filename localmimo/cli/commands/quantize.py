@@ -17,7 +17,7 @@ import typer
 
 from localmimo.cli.commands.verify import read_back
 from localmimo.cli.disk_space import DiskSpace
-from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Json, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import format_bytes
@@ -104,11 +104,11 @@ def quantize(
         discard_source,
         endpoint,
     )
-    return carry_out(lambda: run_quantize(job, ui_of(verbose, quiet)))
+    return run_interruptible(lambda: run_quantize(job, ui_of(verbose, quiet)))
 
 
 def run_quantize(job: QuantizeOptions, ui: Ui) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; the exit code."""
     from quant import Recipe, make_listing
 
     with open_source(job, ui) as source:

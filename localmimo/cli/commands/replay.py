@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from localmimo.cli.options import Json, Plot, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Json, Plot, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.plots.plot import check_plot, draw_lines, picture
 from localmimo.cli.ui import Ui, parse_count, table
 from localmimo.errors import BadRequest
@@ -35,11 +35,11 @@ def replay(
     A line of a trace is {"step": 0, "layer": 1, "experts": [3, 17]}: one per token and layer, in order. With
     --json the last line of stdout is a list: slots, requests and the hit rate of each policy.
     """
-    return carry_out(lambda: run_replay(trace, slots, plot, ui_of(verbose, quiet), as_json=as_json))
+    return run_interruptible(lambda: run_replay(trace, slots, plot, ui_of(verbose, quiet), as_json=as_json))
 
 
 def run_replay(trace: Path, slots: str, plot: Path | None, ui: Ui, *, as_json: bool) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; the exit code."""
     sizes = parse_slots(slots)
     check_plot(plot)
     path = trace.expanduser()

@@ -18,7 +18,7 @@ import typer
 
 from localmimo.cli.flags import LOAD_FLAGS, Given, declared, load_options
 from localmimo.cli.open_engine import open_engine
-from localmimo.cli.options import Model, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Model, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
 from localmimo.hardware.host import parse_bytes
@@ -99,7 +99,7 @@ def serve(
         sessions_disk=sessions_disk,
         loading=load_options(loading),
     )
-    return carry_out(lambda: run_serve(job, ui_of(verbose, quiet)))
+    return run_interruptible(lambda: run_serve(job, ui_of(verbose, quiet)))
 
 
 def run_serve(job: ServeOptions, ui: Ui) -> int:
@@ -167,7 +167,7 @@ async def _serve(job: ServeOptions, key: str | None, sock: socket.socket, ui: Ui
 async def _load(job: ServeOptions, service: Service, ui: Ui) -> Engine:
     engine = await asyncio.to_thread(open_engine, job.model, job.loading, ui, service.load)
     service.ready(engine)
-    ui.placing(engine)
+    ui.show_placement(engine)
     ui.configuration(engine)
     return engine
 

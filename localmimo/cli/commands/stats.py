@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from localmimo.cli.options import Json, Plot, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Json, Plot, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.packs import folder_of
 from localmimo.cli.plots.plot import check_plot, draw_map, picture
 from localmimo.cli.ui import Ui, table
@@ -46,7 +46,7 @@ def stats(
     And the tier it is in now, for every process that has the pack open with this profile."""
 
     ui = ui_of(verbose, quiet)
-    return carry_out(
+    return run_interruptible(
         lambda: run_stats(pack, profile, plot, ui, as_json=as_json, recipe=recipe, hot_share=hot_share)
     )
 
@@ -61,7 +61,7 @@ def run_stats(
     recipe: Path | None = None,
     hot_share: float = 0.1,
 ) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; the exit code."""
     from localmimo.experts.store.placement import running
 
     check_plot(plot)
@@ -84,7 +84,8 @@ def run_stats(
             f" {recipe}: {rules.count(HOT_CODEC)} experts get {HOT_CODEC}. localmimo quantize ... --recipe {recipe}"
         )
     facts = [
-        facts_of(layer, row.tolist()) | {"held": {str(it.pid): _held(it, layer) for it in held}}
+        facts_of(layer, row.tolist())
+        | {"held": {str(placement.pid): _held(placement, layer) for placement in held}}
         for layer, row in zip(layers, chances, strict=True)
     ]
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from localmimo.cli.options import Json, Quiet, Verbose, carry_out, ui_of
+from localmimo.cli.options import Json, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.packs import pack_folder
 from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.hardware.host import format_bytes
@@ -25,11 +25,11 @@ def verify(
 ) -> int:
     """Read a pack from end to end and compare every checksum."""
 
-    return carry_out(lambda: run_verify(pack.expanduser(), ui_of(verbose, quiet), as_json=as_json))
+    return run_interruptible(lambda: run_verify(pack.expanduser(), ui_of(verbose, quiet), as_json=as_json))
 
 
 def run_verify(pack: Path, ui: Ui, *, as_json: bool) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; the exit code."""
     began = time.perf_counter()
     report = read_back(pack_folder(pack), ui)
     spent = time.perf_counter() - began

@@ -1,6 +1,6 @@
-"""The card of a measurement: the machine, the pack, what was asked for and what was in force.
+"""The card of a measurement: the machine, the pack, the requested and the effective settings.
 
-Knows facts and how they read; measures nothing.
+Knows facts and their texts; measures nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of a bench: speed against depth, and where experts were found as time went by; as a file or as text.
+"""Pictures of a bench: speed against depth, and where experts were found over time; as a file or as text.
 
 Knows figures and steps; measures nothing. matplotlib is loaded when a file is drawn.
 """
@@ -36,11 +36,11 @@ def draw(path: Path, title: str, results: Sequence[dict[str, Any]], runs: Sequen
 def _draw_speed(axes: Any, results: Sequence[dict[str, Any]]) -> None:
     """Decode on the left axis, prefill on the right one."""
     for axis, name, colour in ((axes, "decode", "#4f7fbf"), (axes.twinx(), "prefill", "#d98b3a")):
-        found = [it for it in results if it[f"{name}_tps"] is not None]
+        found = [result for result in results if result[f"{name}_tps"] is not None]
         axis.errorbar(
-            [it["depth"] for it in found],
-            [it[f"{name}_tps"] for it in found],
-            yerr=[it[f"{name}_tps_sd"] or 0.0 for it in found],
+            [result["depth"] for result in found],
+            [result[f"{name}_tps"] for result in found],
+            yerr=[result[f"{name}_tps_sd"] or 0.0 for result in found],
             color=colour,
             marker="o",
             capsize=3,
@@ -82,10 +82,10 @@ def _shares(steps: Sequence[StepCost]) -> dict[str, float]:
 def chart(results: Sequence[dict[str, Any]], runs: Sequence[BenchRun]) -> Iterator[str]:
     """The same in text."""
     yield " decode tok/s by depth"
-    most = max((it["decode_tps"] or 0.0 for it in results), default=0.0)
-    for it in results:
-        speed = it["decode_tps"] or 0.0
-        yield f" {it['depth']:>9,}  {bar(speed / most if most else 0.0, 30)}  {speed:.1f}"
+    highest = max((result["decode_tps"] or 0.0 for result in results), default=0.0)
+    for result in results:
+        speed = result["decode_tps"] or 0.0
+        yield f" {result['depth']:>9,}  {bar(speed / highest if highest else 0.0, 30)}  {speed:.1f}"
     yield " experts found in memory, as the answers went on"
     steps = [step for run in runs for step in run.steps]
     size = max(1, -(-len(steps) // SLICES))

@@ -1,4 +1,4 @@
-"""The table of a measurement: its head, a row per depth, the line that is redrawn, and the plan's verdict.
+"""The table of a measurement: its head, a row per depth, the status line, and the check of the plan.
 
 Knows figures and widths; nothing of how they are measured.
 """

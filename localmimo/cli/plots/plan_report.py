@@ -1,6 +1,6 @@
 """The report of a plan: for people, and for JSON.
 
-Knows what a plan says; nothing of how it was made.
+Knows a plan's facts; nothing of how it was made.
 """
 
 from __future__ import annotations
@@ -135,10 +135,10 @@ def _places(answer: PlanReport) -> str:
 
 def _reads(answer: PlanReport) -> str:
     figures, model = answer.estimate, answer.model
-    asked = format_bytes(model.config.pages_per_token * model.page_bytes)
+    requested = format_bytes(model.config.pages_per_token * model.page_bytes)
     low, high = map(format_bytes, figures.disk_bytes)
     disk = "nothing from disk" if high == "0 kB" else f"from disk {low} to {high}" if low != high else low
-    return f"{asked} of experts, {format_bytes(model.read_bytes)} of dense weights; {disk}"
+    return f"{requested} of experts, {format_bytes(model.read_bytes)} of dense weights; {disk}"
 
 
 def _percent(share: Range) -> str:

@@ -1,4 +1,4 @@
-"""Pictures for people who would rather look: lines over slots, a map of experts. Draws with matplotlib, where it is.
+"""Pictures: lines over slots, a map of experts; drawn with matplotlib, if it is installed.
 
 Knows numbers and names; no command, no model.
 """

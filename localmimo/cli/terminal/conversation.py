@@ -96,7 +96,7 @@ def answer(
     return turn
 
 
-def exchange(
+def run_turns(
     engine: Engine,
     messages: list[dict[str, Any]],
     settings: ChatSettings,
@@ -104,7 +104,7 @@ def exchange(
     tool_approval: ToolApproval,
     system: str | None,
 ) -> Iterator[Answer]:
-    """The answers to the last message, one after each round of calls that were run; `messages` grows."""
+    """Answers to the last message, another one after each round of tool calls; `messages` grows."""
     head = [{"role": "system", "content": system}] if system else []
     for _ in range(MAX_ROUNDS):
         turn = answer(engine, [*head, *messages], settings, screen, tool_approval.schemas)
@@ -113,9 +113,9 @@ def exchange(
         yield turn
         if turn.finish_reason != "tool_calls":
             return
-        results, going = tool_approval.run(turn.tool_calls)
+        results, goes_on = tool_approval.run(turn.tool_calls)
         messages += results
-        if not going:
+        if not goes_on:
             return
 
 
@@ -139,7 +139,7 @@ def stopping(cancel: threading.Event) -> Iterator[None]:
 
 
 class Conversation:
-    """Its messages and settings, and how a question is put and answered."""
+    """The messages and settings of a conversation; puts a question and shows the answer."""
 
     def __init__(
         self,
@@ -162,18 +162,18 @@ class Conversation:
         self.tool_approval.ask = reader.ask
         self.messages: list[dict[str, Any]] = []  # without the system prompt
         self.attached: list[str] = []  # files that go with the next message
-        self.asked = ""  # the last question, for /retry
-        self.draft = ""  # what stands at the next prompt already, for /edit
+        self.last_question = ""  # the last question, for /retry
+        self.draft = ""  # text that the next prompt starts with, for /edit
         self.name = ""  # of the saved session that this is
         self.last: Answer | None = None
 
     def ask(self, text: str) -> None:
-        """Put a question, show the answer, keep both; a question that got no answer at all is taken back."""
-        self.asked = "\n\n".join([*self.attached, text])
-        self.messages.append({"role": "user", "content": self.asked})
+        """Put a question, show the answer, keep both; a question without any answer is removed."""
+        self.last_question = "\n\n".join([*self.attached, text])
+        self.messages.append({"role": "user", "content": self.last_question})
         before = len(self.messages)
         try:
-            for turn in exchange(
+            for turn in run_turns(
                 self.engine, self.messages, self.settings, self.screen, self.tool_approval, self.system
             ):
                 self.attached.clear()
@@ -197,12 +197,12 @@ class Conversation:
             self.ui.note("  stopped before the first word; /retry asks again", style="dim")
             return
         self.last = turn
-        tell(turn, self.engine.context, self.settings, self.ui)
+        show_summary(turn, self.engine.context, self.settings, self.ui)
         if self.ui.err.is_terminal:
             self.ui.note()
 
 
-def tell(turn: Answer, context: int, settings: ChatSettings, ui: Ui) -> None:
+def show_summary(turn: Answer, context: int, settings: ChatSettings, ui: Ui) -> None:
     """Below an answer: why it is not whole, and its figures."""
     ending = ending_of(turn, context)
     facts = figures(turn.stats, context) if turn.stats and settings.stats else []

@@ -1,6 +1,6 @@
 """A conversation on disk: a folder with its messages, and beside them the session's KV cache.
 
-messages.json says what was said and which tokens the session holds for it; kv.safetensors is the session's own file.
+messages.json has the messages and the tokens that the session holds for them; kv.safetensors is the session's own file.
 Knows engines by their prompts and their session; nothing of terminals.
 """
 

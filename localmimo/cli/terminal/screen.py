@@ -24,7 +24,7 @@ FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 
 
 class Screen:
-    """Where an answer appears: its text on stdout, all else on stderr."""
+    """Shows an answer: its text on stdout, all else on stderr."""
 
     def __init__(self, ui: Ui, *, plain: bool = False, hide_thinking: bool = False, hint: str = "") -> None:
         self._ui = ui
@@ -39,11 +39,11 @@ class Screen:
         self._thought_tokens = 0
         self._called = ""  # arguments of a call that is being written
         self._line_open = False  # stdout is in the middle of a line
-        self._echoes: list[Any] | None = None  # how the terminal was before the answer
+        self._terminal_settings: list[Any] | None = None  # how the terminal was before the answer
 
     def begin(self) -> None:
-        """An answer comes; what is typed ahead waits for the next prompt, and is not shown in the middle of it."""
-        self._echoes = _hush() if self._terminal else None
+        """An answer begins. What is typed meanwhile waits for the next prompt and is not shown in the answer."""
+        self._terminal_settings = _disable_echo() if self._terminal else None
         self._began = time.perf_counter()
         self._thought, self._thought_tokens, self._called = "", 0, ""
 
@@ -63,11 +63,11 @@ class Screen:
                 self._think(step.text, step.token is not None)
             case "answer" if step.text:
                 self._say(step.text)
-            case "tool_call":  # shown where it is run
+            case "tool_call":  # the finished call is shown when it is run
                 self._call(step)
 
     def end(self) -> None:
-        """The answer is over: nothing unfinished is left behind."""
+        """The answer is over: finish what is open and restore the terminal."""
         self._fold()
         if self._blocks:
             self._blocks.finish()
@@ -75,9 +75,9 @@ class Screen:
             self._ui.data("")
         self._line_open = False
         self._ui.status.clear()
-        if self._echoes is not None:
-            termios.tcsetattr(STDIN, termios.TCSANOW, self._echoes)
-            self._echoes = None
+        if self._terminal_settings is not None:
+            termios.tcsetattr(STDIN, termios.TCSANOW, self._terminal_settings)
+            self._terminal_settings = None
 
     def _think(self, text: str, is_token: bool) -> None:
         if not self._thought:
@@ -97,7 +97,7 @@ class Screen:
             self._ui.err.file.flush()
 
     def _call(self, step: Step) -> None:
-        """A call while it is written, which may take long: its end on the line that is drawn again."""
+        """Show the end of a call while it is written, on the status line: writing it may take long."""
         self._fold()
         if step.call_part is None or not self._redraws or step.tool_call is not None:
             self._called = ""
@@ -108,7 +108,7 @@ class Screen:
         self._ui.status.show(head + _tail(self._called[-400:], self._ui.err.width - cell_len(head) - 1))
 
     def _fold(self) -> None:
-        """Thinking is over: one line stays of it."""
+        """Thinking is over: replace it with one line."""
         if not self._thought:
             return
         if self._redraws and not self._hide_thinking:
@@ -132,7 +132,7 @@ class Screen:
             self._line_open = not text.endswith("\n") if text else self._line_open
 
 
-def _hush() -> list[Any] | None:
+def _disable_echo() -> list[Any] | None:
     """Turn the echo of keys off; the settings before, None where stdin is no terminal."""
     try:
         before = termios.tcgetattr(STDIN)
@@ -272,7 +272,7 @@ def _tail(text: str, width: int) -> str:
 
 
 def figures(stats: Stats, context: int) -> list[str]:
-    """What an answer took, as short facts."""
+    """What an answer cost, as short facts."""
     facts = [f"{stats.prompt_tokens:,}+{stats.generated_tokens:,} tokens"]
     if stats.decode_tps:
         facts.append(f"{stats.decode_tps:.1f} tok/s")

@@ -1,4 +1,4 @@
-"""The slash commands of a conversation: a table of names, what they say of themselves, and what they do.
+"""The slash commands of a conversation: a table of names, help texts and functions.
 
 Knows the Conversation they act on; nothing of keys or models.
 """
@@ -38,7 +38,7 @@ ALIASES = {"quit": "exit", "bye": "exit", "?": "help"}
 
 
 def run_command(conversation: Conversation, entry: str) -> bool:
-    """Carry out an entry that starts with a slash; False if it ends the conversation."""
+    """Run an entry that starts with a slash; False if it ends the conversation."""
     name, _, argument = entry[1:].strip().partition(" ")
     name = ALIASES.get(name, name)
     command = next((command for command in COMMANDS if command.name == name), None)
@@ -54,8 +54,8 @@ def run_command(conversation: Conversation, entry: str) -> bool:
 
 def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, [command.name for command in COMMANDS], n=1, cutoff=0.5)
-    guess = f" Did you mean /{close[0]}?" if close else " /help lists the commands."
-    return f"Unknown command /{name}.{guess} To send it as text, start with //."
+    hint = f" Did you mean /{close[0]}?" if close else " /help lists the commands."
+    return f"Unknown command /{name}.{hint} To send it as text, start with //."
 
 
 def _help(conversation: Conversation, _argument: str) -> None:
@@ -78,7 +78,7 @@ def _exit(_repl: Conversation, _argument: str) -> bool:
 def _clear(conversation: Conversation, _argument: str) -> None:
     conversation.messages.clear()
     conversation.attached.clear()
-    conversation.asked, conversation.name, conversation.last = "", "", None
+    conversation.last_question, conversation.name, conversation.last = "", "", None
     conversation.ui.note(
         "  The conversation is empty" + (", the system prompt stays." if conversation.system else "."),
         style="dim",
@@ -127,8 +127,8 @@ def _set_one(conversation: Conversation, pair: str) -> None:
     try:
         value = None if text.lower() in ("", "off", "none") else kind(text)
     except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise BadRequest(f'/set {name}: "{text}" is not {wanted}.') from None
+        needed = "a whole number" if kind is int else "a number"
+        raise BadRequest(f'/set {name}: "{text}" is not {needed}.') from None
     if option.name not in SAMPLING_OPTIONS:
         if value is not None and option.least is not None and value < option.least:
             raise BadRequest(f"/set {name}: {value} {option.refusal}, or off.")
@@ -190,11 +190,11 @@ def _stats(conversation: Conversation, _argument: str) -> None:
 
 
 def _retry(conversation: Conversation, _argument: str) -> None:
-    if not conversation.asked:
+    if not conversation.last_question:
         raise BadRequest("There is nothing to ask again.")
     if conversation.messages and conversation.messages[-1]["role"] != "user":
         conversation.take_back()
-    conversation.ask(conversation.asked)
+    conversation.ask(conversation.last_question)
 
 
 def _undo(conversation: Conversation, _argument: str) -> None:
@@ -206,7 +206,7 @@ def _undo(conversation: Conversation, _argument: str) -> None:
 
 
 def _edit(conversation: Conversation, _argument: str) -> None:
-    question = conversation.take_back() or conversation.asked
+    question = conversation.take_back() or conversation.last_question
     if not question:
         raise BadRequest("There is no question to edit.")
     conversation.draft, conversation.last = question, None
@@ -257,10 +257,10 @@ def _load(conversation: Conversation, name: str) -> None:
     conversation.messages, conversation.system, conversation.name = found.messages, found.system, name
     conversation.attached.clear()
     questions = [message["content"] for message in found.messages if message["role"] == "user"]
-    conversation.asked, conversation.last = str(questions[-1]) if questions else "", None
+    conversation.last_question, conversation.last = str(questions[-1]) if questions else "", None
     if questions:
         conversation.ui.note(
-            f"  the last question: {fit(conversation.asked, max(20, conversation.ui.err.width - 22))}",
+            f"  the last question: {fit(conversation.last_question, max(20, conversation.ui.err.width - 22))}",
             style="dim",
         )
     if why:

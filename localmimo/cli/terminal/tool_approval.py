@@ -34,7 +34,7 @@ class ToolApproval:
 
     @property
     def schemas(self) -> list[dict[str, Any]] | None:
-        """What the model is told."""
+        """The tools' schemas, for the model."""
         return [tool.schema() for tool in self.tools.values()] or None
 
     def open(self, path: str) -> list[Tool]:
@@ -58,17 +58,17 @@ class ToolApproval:
 
     def run(self, calls: Sequence[ToolCall]) -> tuple[list[dict[str, Any]], bool]:
         """The results as messages, and whether to go on: not after Ctrl-C, nor where nobody could be asked."""
-        results, going = [], True
+        results, goes_on = [], True
         for call in calls:
             text = DECLINED
-            if going:
+            if goes_on:
                 try:
                     text = self._run_one(call)
                 except KeyboardInterrupt:
                     self._ui.note("  stopped; the call did not finish", style="dim")
-                    text, going = "error: the user stopped this call.", False
+                    text, goes_on = "error: the user stopped this call.", False
             results.append({"role": "tool", "tool_call_id": call.id, "content": text})
-        return results, going and (self.ask is not None or self._all_allowed(calls))
+        return results, goes_on and (self.ask is not None or self._all_allowed(calls))
 
     def _run_one(self, call: ToolCall) -> str:
         self._ui.note(f"  calls {written(call)}", style="bold")
@@ -99,7 +99,7 @@ class ToolApproval:
 
 
 def written(call: ToolCall) -> str:
-    """A call as Python would write it, whole: what is agreed to has to be seen."""
+    """A call as Python would write it, whole: the user must see all of what is approved."""
     arguments = [f"{name}={_value(value)}" for name, value in call.arguments.items()]
     text = HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", f"{call.name}({', '.join(arguments)})")
     return printable(text)

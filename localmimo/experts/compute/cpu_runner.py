@@ -13,7 +13,7 @@ from torch import Tensor
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.ram_slots import Arrival
 from localmimo.limits import EXPERT_ROWS, STEP_TOKENS, TAIL_TOKENS
-from localmimo.model.protocols import Guess
+from localmimo.model.protocols import PredictNext
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order
 
@@ -28,27 +28,27 @@ class ExpertRunner:
         self.record: Record | None = None  # told of every choice while it is set
 
     def run(
-        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, predict_next: PredictNext | None = None
     ) -> Tensor:
         """x [n, hidden], chosen experts int64 [n, k] ascending, weights float32 [n, k] -> float32 [n, hidden].
 
-        `guess` is asked only where the store wants to read ahead of the next layer.
+        `predict_next` is called only where the store prefetches for the next layer.
         """
         if self.record is not None:
             self.record(layer, chosen)
         if len(x) > STEP_TOKENS:
             return self._run_prompt(layer, x.contiguous(), chosen, weights)
-        return self._run_step(layer, x.contiguous(), chosen, weights, guess)
+        return self._run_step(layer, x.contiguous(), chosen, weights, predict_next)
 
     def _run_step(
-        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, predict_next: PredictNext | None
     ) -> Tensor:
         """Pages as they come; every output has a row of its own until all are there."""
         places, spans = grouped(chosen)
         outputs, weights = torch.empty(chosen.numel(), x.shape[1]), weights.contiguous()
         for i, arrivals in enumerate(self._store.fetch(layer, list(spans))):
             if i == 0:
-                self._prefetch(guess)
+                self._prefetch(predict_next)
             for group in by_layout(arrivals):
                 edges = [edge for arrival in group for edge in spans[arrival.expert]]
                 pages = [arrival.page for arrival in group]
@@ -59,10 +59,10 @@ class ExpertRunner:
         """There is no GPU whose memory could be given back."""
         return False
 
-    def _prefetch(self, guess: Guess | None) -> None:
-        if guess is None or not self._store.prefetching:
+    def _prefetch(self, predict_next: PredictNext | None) -> None:
+        if predict_next is None or not self._store.prefetching:
             return
-        layer, chosen = guess()
+        layer, chosen = predict_next()
         self._store.prefetch(layer, chosen.unique().tolist())  # type: ignore[no-untyped-call]
 
     def _run_prompt(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from localmimo.experts.compute.page_staging import PageStaging
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.ram_slots import Arrival
 from localmimo.limits import EXPERT_ROWS, SHARED_TOKENS, STEP_TOKENS, TAIL_TOKENS
-from localmimo.model.protocols import Guess
+from localmimo.model.protocols import PredictNext
 from quant import gpu
 from quant.ops.experts import experts as run_pages
 from quant.ops.experts import in_order, run_expert
@@ -39,11 +39,11 @@ class HybridRunner:
         self.record: Record | None = None  # told of every choice while it is set
 
     def run(
-        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None = None
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, predict_next: PredictNext | None = None
     ) -> Tensor:
         """x [n, hidden], chosen experts int64 [n, k] ascending, weights float32 [n, k] -> float32 [n, hidden].
 
-        All of them are on the device. `guess` is asked only where the store wants to read ahead of the next layer.
+        All of them are on the device. `predict_next` is called only where the store prefetches for the next layer.
         """
         if self.record is not None:
             self.record(layer, chosen.cpu())
@@ -52,7 +52,7 @@ class HybridRunner:
                 return self._pass_through(layer, x, chosen, weights)
             if len(x) <= STEP_TOKENS:
                 self._store.begin_layer(layer)
-            rows = self._rows(layer, x.contiguous(), chosen, weights, guess)
+            rows = self._rows(layer, x.contiguous(), chosen, weights, predict_next)
             return gpu.combine(rows) if rows.is_cuda else in_order(rows)
 
     # ---- for steps that run from CUDA graphs (decode/cuda_graphs.py) ----
@@ -68,7 +68,7 @@ class HybridRunner:
         return 0 if self._store.gpu is None else self._store.gpu.generation
 
     @property
-    def watched(self) -> bool:
+    def has_observer(self) -> bool:
         """Whether every choice is reported."""
         return self.record is not None
 
@@ -103,13 +103,15 @@ class HybridRunner:
 
     # ---- steps and short prompts: every output has a row of its own ----
 
-    def _rows(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, guess: Guess | None) -> Tensor:
+    def _rows(
+        self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, predict_next: PredictNext | None
+    ) -> Tensor:
         """Weighted outputs [n, k, hidden] on the device."""
         step = len(x) <= STEP_TOKENS
         if step and self._gpu is not None and self._has_all(layer):  # neither side waits for the other
             self._store.deferred.note(layer, chosen)
             return self._gpu.begin(layer, x, chosen, weights)
-        ahead = guess() if guess is not None and self._store.prefetching else None
+        ahead = predict_next() if predict_next is not None and self._store.prefetching else None
         on_host = self._transfer.down(x, chosen, weights, *(() if ahead is None else ahead[1:]))
         on_gpu = None if self._gpu is None else self._gpu.begin(layer, x, chosen, weights)
         places, spans = grouped(on_host[1])

@@ -100,7 +100,7 @@ class Messages:
 
     # ---- stream ----
 
-    def opening(self, job: Job) -> Iterable[Event]:
+    def first_events(self, job: Job) -> Iterable[Event]:
         usage = {"input_tokens": len(job.prompt.tokens), "output_tokens": 0}
         yield _event("message_start", message=self._message([], None, None, usage))
 
@@ -108,7 +108,7 @@ class Messages:
         for change in self._blocks.push(step):
             yield from _block_events(change)
 
-    def closing(self, job: Job) -> Iterable[Event]:
+    def last_events(self, job: Job) -> Iterable[Event]:
         reason, stop_text = _ending(job)
         delta = {"stop_reason": reason, "stop_sequence": stop_text}
         yield _event("message_delta", delta=delta, usage=_usage(job), timings=job.stats.as_dict())

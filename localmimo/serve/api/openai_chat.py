@@ -109,7 +109,7 @@ class Chat:
 
     # ---- stream ----
 
-    def opening(self, job: Job) -> Iterable[Event]:
+    def first_events(self, job: Job) -> Iterable[Event]:
         yield self._chunk({"role": "assistant", "content": ""})
 
     def push(self, step: Step) -> Iterable[Event]:
@@ -123,7 +123,7 @@ class Chat:
             name = "reasoning_content" if step.kind == "thinking" else "content"
             yield self._chunk({name: step.text}, logprobs=logprobs)
 
-    def closing(self, job: Job) -> Iterable[Event]:
+    def last_events(self, job: Job) -> Iterable[Event]:
         yield self._chunk({}, reason=finish_reason(job), timings=job.stats.as_dict())
         if self._usage_wanted:
             yield Event(self._object("chat.completion.chunk", []) | {"usage": usage(job)})

@@ -66,7 +66,7 @@ class Completions:
             "model": context.model,
         }
 
-    def opening(self, job: Job) -> Iterable[Event]:
+    def first_events(self, job: Job) -> Iterable[Event]:
         if self._echo:
             yield self._chunk(self._echo)
 
@@ -78,7 +78,7 @@ class Completions:
         if step.text or logprobs:
             yield self._chunk(step.text, logprobs)
 
-    def closing(self, job: Job) -> Iterable[Event]:
+    def last_events(self, job: Job) -> Iterable[Event]:
         timings = {"timings": job.stats.as_dict()}
         yield Event(self._object("", None, finish_reason(job)) | timings)
         if self._usage_wanted:

@@ -101,7 +101,7 @@ class Responses:
 
     # ---- stream ----
 
-    def opening(self, job: Job) -> Iterable[Event]:
+    def first_events(self, job: Job) -> Iterable[Event]:
         response = self._response("in_progress", [], None)
         yield self._event("response.created", response=response)
         yield self._event("response.in_progress", response=response)
@@ -110,7 +110,7 @@ class Responses:
         for change in self._blocks.push(step):
             yield from self._changes(change)
 
-    def closing(self, job: Job) -> Iterable[Event]:
+    def last_events(self, job: Job) -> Iterable[Event]:
         whole = self.whole(job)
         name = "response.completed" if whole["status"] == "completed" else "response.incomplete"
         yield self._event(name, response=whole)

@@ -1,6 +1,6 @@
 """Access: which requests are answered (key, host, origin), and how large a body may be.
 
-Knows headers and bytes; nothing of bodies' meaning.
+Knows headers and bytes; nothing of what a body means.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from localmimo.serve.errors import ApiError
 from localmimo.serve.http.listen import is_loopback
 
 BODY_BYTES_PER_TOKEN = 64  # of the context: text, its escapes and the JSON around it
-LEAST_BODY_BYTES = 4 << 20
+MIN_BODY_BYTES = 4 << 20
 BODY_TIMEOUT_S = 30.0  # between two pieces of a body
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 PROTECTED = ("/v1/", "/metrics")
@@ -45,8 +45,8 @@ class AccessCheck:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = (token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
         # Digests have one length, so that not even the key's length shows in the time this takes.
-        wanted = _digest(self.api_key or "")
-        return sum(hmac.compare_digest(_digest(key), wanted) for key in given) > 0  # both are compared
+        expected = _digest(self.api_key or "")
+        return sum(hmac.compare_digest(_digest(key), expected) for key in given) > 0  # both are compared
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
         """A foreign web page may not use a visitor's browser to talk to this server."""
@@ -67,7 +67,7 @@ class AccessCheck:
 
 def body_limit(context: int) -> int:
     """Bytes of a body at most: more could not fit in the context."""
-    return max(LEAST_BODY_BYTES, BODY_BYTES_PER_TOKEN * context)
+    return max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * context)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:

@@ -28,7 +28,7 @@ class Limits:
     connections: int = 256
     head_s: float = 15.0  # for a request's headers, from the connection's or their first byte
     idle_s: float = 30.0  # between requests
-    write_s: float = 30.0  # for a reader that takes nothing in
+    write_s: float = 30.0  # for a client that reads nothing
     head_bytes: int = 32 << 10
 
 
@@ -49,7 +49,7 @@ class Connection(H11Protocol):
             self._head_timer = self.loop.call_later(self.limits.head_s, self._give_up)
 
     def _accept_or_close(self) -> bool:
-        """Whether one more fits, if need be after closing the one that has been idle longest."""
+        """Whether this connection may stay, if need be after closing the one that has been idle longest."""
         live = [other for other in self.connections if not other.transport.is_closing()]
         if len(live) <= self.limits.connections:
             return True

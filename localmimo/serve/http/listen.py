@@ -1,4 +1,4 @@
-"""Address: where the server listens, and whether anybody else can reach it.
+"""Listening socket: the address, and whether other machines can reach it.
 
 Knows sockets; imports nothing heavy.
 """
@@ -20,7 +20,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises BadRequest where the address is not to be had."""
+    """A bound socket. Raises BadRequest where the address cannot be used."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol_number, _, address = found[0]

@@ -1,4 +1,4 @@
-"""Pages: the files of the built-in page and the headers that keep it to itself.
+"""Static files: the built-in page, and the headers that isolate it.
 
 Knows files; nothing of what is in them.
 """
