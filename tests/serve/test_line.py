@@ -104,3 +104,13 @@ def test_an_answers_time_runs_from_its_own_turn(monkeypatch: pytest.MonkeyPatch)
         assert line.mean_s == pytest.approx(0.8 * 42 + 0.2 * 10)
 
     asyncio.run(scenario())
+
+
+def test_a_ticket_that_was_given_back_has_nobody_before_it() -> None:
+    async def scenario() -> None:
+        line = RequestQueue(3)
+        first, second = line.join(), line.join()
+        second.leave()
+        assert (first.n_before, second.n_before) == (0, 0)
+
+    asyncio.run(scenario())

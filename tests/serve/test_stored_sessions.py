@@ -1,5 +1,6 @@
 """Which sessions are saved, loaded, replaced and deleted; with a session that only counts what is asked of it."""
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,3 +186,44 @@ def test_the_newest_rate_weighs_three_tenths(tmp_path: Path) -> None:
     store = store_of(tmp_path, tps=100.0)
     store.learn(Stats(prompt_tokens=200, prefill_s=1.0))
     assert store.prefill_tps == pytest.approx(130)
+
+
+@pytest.mark.parametrize("facts", [[], [-1, 7], [2, 7], [9, 1, 2]])
+def test_a_file_whose_index_cannot_be_right_is_deleted(tmp_path: Path, facts: list[int]) -> None:
+    leave(store_of(tmp_path), talk(1))
+    (index,) = tmp_path.glob("*.tokens")
+    index.write_bytes(np.asarray(facts, "<i4").tobytes())
+    assert len(store_of(tmp_path)) == 0 and not [*tmp_path.iterdir()]
+
+
+def test_a_file_of_somebody_else_is_left(tmp_path: Path) -> None:
+    (tmp_path / "other.kv").write_bytes(b"anything")
+    (tmp_path / f"{'0' * 32}.kv").write_bytes(b"of a server that was killed")
+    assert len(store_of(tmp_path)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["other.kv"]
+
+
+def test_a_clock_that_is_set_back_does_not_change_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(tmp_path, 3 * SIZE)
+    for n in (1, 2, 3, 4):
+        monkeypatch.setattr("localmimo.serve.session_store.time.time", lambda n=n: 1000.0 - n)
+        leave(store, talk(n))
+    assert held(tmp_path) == {2, 3, 4}
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])
+def test_rates_that_cannot_be_are_not_taken_over(tmp_path: Path, rate: float) -> None:
+    leave(store_of(tmp_path), talk(1))
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prefill_tps": rate}))
+    assert SessionStore(tmp_path, PLENTY, TurnCache()).prefill_tps is None
+
+
+def test_a_load_says_how_quick_the_disk_is(tmp_path: Path) -> None:
+    store = store_of(tmp_path)
+    leave(store, talk(1))
+    before = store.bytes_per_s
+    assert len(prepare(store, talk(1))) == 1
+    assert store.bytes_per_s != before
