@@ -52,7 +52,12 @@ class BadRequest(LocalMimoError):
 
 
 class ContextFull(BadRequest):
-    """A prompt needs more positions than the context has."""
+    """A prompt needs more positions than the context has. The numbers are None where they are not known."""
+
+    def __init__(self, sentence: str, *, n_tokens: int | None = None, context: int | None = None) -> None:
+        super().__init__(sentence)
+        self.n_tokens = n_tokens
+        self.context = context
 
 
 class BadSession(LocalMimoError):

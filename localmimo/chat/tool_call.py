@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import math
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+log = logging.getLogger("localmimo.chat")
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
@@ -66,6 +69,33 @@ class ToolCall:
 def as_json(value: object) -> str:
     """A value in the JSON notation of a call's arguments."""
     return json.dumps(value, ensure_ascii=False)
+
+
+UNREAD = "arguments"  # the parameter under which arguments that are no JSON object are shown to the model
+
+
+def read_arguments(name: str, value: object) -> dict[str, Any]:
+    """The arguments of a call in a conversation's history, as a client sent them: an object, or JSON text.
+
+    History is data: what is no JSON object (a call that was cut off, say) is kept as text under one parameter, as a
+    template writes parameters only.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            found = json.loads(value, strict=False)  # takes line breaks inside of texts
+        except (ValueError, RecursionError):
+            found = value
+    else:
+        found = value or {}
+    if isinstance(found, Mapping):
+        return dict(found)
+    text = value if isinstance(value, str) else as_json(value)
+    log.warning(
+        "The arguments of %.80r in the history are no JSON object (%d characters); they are taken as text.",
+        name,
+        len(text),
+    )
+    return {UNREAD: text}
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Schema]:

@@ -19,14 +19,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from localmimo.serve.api.anthropic_messages import CountTokens
+from localmimo.serve.api.anthropic_messages import CountTokens, Messages
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import openai_error
 from localmimo.serve.endpoints import DIALECTS, GETS, PATHS, Get, json_response
 from localmimo.serve.errors import ApiError
 from localmimo.serve.http import static
 from localmimo.serve.http.auth import AccessCheck, body_limit, read_body
-from localmimo.serve.response import KEEP_ALIVE_S, StreamingResponse, reported, respond
+from localmimo.serve.response import (
+    KEEP_ALIVE_S,
+    WARNING_HEADER,
+    StreamingResponse,
+    reported,
+    respond,
+    warning_headers,
+)
 from localmimo.serve.service import Service
 
 
@@ -52,9 +59,8 @@ class Endpoint:
         body = await read_body(scope, receive, body_limit(service.engine.context))
         dialect = await asyncio.to_thread(self._read, body)
         if isinstance(dialect, CountTokens):
-            return json_response(
-                dialect.counted((await asyncio.to_thread(service.worker.prompt, dialect.request)).tokens)
-            )
+            prompt = await asyncio.to_thread(service.worker.prompt, dialect.request)
+            return json_response(dialect.counted(prompt.tokens), headers=warning_headers(dialect.request))
         job, ticket = await service.begin(dialect.request)
         return StreamingResponse(dialect, job, ticket, service.drop, self._keep_alive_s)
 
@@ -84,14 +90,18 @@ class AccessMiddleware:
         try:
             self._access.check(path, Headers(scope=scope))
         except ApiError as api_error:
-            await respond(counted, api_error.status, shape(path, api_error), api_error.headers)
+            await respond(
+                counted, api_error.status, shape(path, api_error, Headers(scope=scope)), api_error.headers
+            )
             return
         await self._app(scope, receive, counted)
 
 
-def shape(path: str, api_error: ApiError) -> dict[str, Any]:
-    """The error as the clients of this path expect it."""
+def shape(path: str, api_error: ApiError, headers: Headers) -> dict[str, Any]:
+    """The error as the clients of this path expect it; Anthropic's say so in a header too."""
     found = next((dialect for dialect in DIALECTS if dialect.path == path), None)
+    if found is None and (path.startswith(Messages.path + "/") or "anthropic-version" in headers):
+        found = Messages
     return found.error_body(api_error) if found else openai_error(api_error)
 
 
@@ -100,7 +110,9 @@ def make_app(service: Service, access: AccessCheck, keep_alive_s: float = KEEP_A
 
     async def refused(request: Request, error: Exception) -> Response:
         api_error = _refusal(error, request)
-        return json_response(shape(request.url.path, api_error), api_error.status, api_error.headers)
+        return json_response(
+            shape(request.url.path, api_error, request.headers), api_error.status, api_error.headers
+        )
 
     routes = [
         Route(dialect.path, Endpoint(service, dialect, keep_alive_s), methods=["POST"])
@@ -128,7 +140,7 @@ def _cors(access: AccessCheck) -> Middleware:
         allow_origins=list(access.cors),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["retry-after"],
+        expose_headers=["retry-after", WARNING_HEADER],
     )
 
 

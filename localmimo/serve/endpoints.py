@@ -62,7 +62,12 @@ def _models(service: Service, request: Request) -> Response:
 def _model(service: Service, request: Request) -> Response:
     name = request.path_params["model"]
     if name != service.model:
-        raise ApiError("missing", f"There is no model {name[:80]!r} here; there is {service.model!r}.")
+        raise ApiError(
+            "missing",
+            f"There is no model {name[:80]!r} here; there is {service.model!r}.",
+            param="model",
+            code="model_not_found",
+        )
     return json_response(_facts(service))
 
 

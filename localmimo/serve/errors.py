@@ -40,16 +40,29 @@ STATUS: dict[Kind, int] = {
 
 
 class ApiError(Exception):
-    """One sentence for the client. `param` names the field that is wrong, `retry_s` says when to come back."""
+    """One sentence for the client. `param` names the field that is wrong, `retry_s` says when to come back.
+
+    code: the word by which OpenAI's clients know the error. overflow: (tokens of the prompt, of the context), where it
+    is too long; each dialect says it in the words that its clients look for.
+    """
 
     def __init__(
-        self, kind: Kind, sentence: str, *, param: str | None = None, retry_s: int | None = None
+        self,
+        kind: Kind,
+        sentence: str,
+        *,
+        param: str | None = None,
+        retry_s: int | None = None,
+        code: str | None = None,
+        overflow: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(sentence)
         self.kind: Kind = kind
         self.sentence = sentence
         self.param = param
         self.retry_s = retry_s
+        self.code = code
+        self.overflow = overflow
 
     @property
     def status(self) -> int:
@@ -68,6 +81,8 @@ def api_error_of(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
+        case ContextFull(n_tokens=int(n_tokens), context=int(context)):
+            return ApiError("context", with_flags(error), overflow=(n_tokens, context))
         case ContextFull():
             return ApiError("context", with_flags(error))
         case BadRequest():

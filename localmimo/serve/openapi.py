@@ -17,12 +17,13 @@ ERRORS = {
     "400": "The request makes no sense, or its prompt is longer than the context.",
     "401": "The API key is missing or wrong.",
     "403": "The host name or the web page's origin is not allowed.",
-    "404": "A response that is not kept (any more), or another model.",
+    "404": "A response that is not kept (any more), another model, or another path.",
     "408": "The body did not come in time.",
     "413": "The body is too large.",
     "429": "As many requests are waiting as may; Retry-After says when to ask again.",
     "503": "The model is still loading, or the server is stopping.",
 }
+HEADERS = {"x-localmimo-warnings": {"description": "What of the request was left out.", "schema": TEXT}}
 SCHEMAS: dict[str, Schema] = {
     "OpenAiError": object_of(
         {"error": object_of({"message": TEXT, "type": TEXT, "param": ANYTHING, "code": ANYTHING}, "message")},
@@ -92,7 +93,9 @@ def _post(post: type[DescribedPost]) -> Schema:
     return {
         "summary": post.summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": post.body}}},
-        "responses": {"200": {"description": "The answer.", "content": content | streamed}}
+        "responses": {
+            "200": {"description": "The answer.", "headers": HEADERS, "content": content | streamed}
+        }
         | _errors(post.error_schema, *ERRORS),
     }
 

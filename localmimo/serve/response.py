@@ -22,6 +22,8 @@ from localmimo.serve.queue import Ticket
 from localmimo.serve.worker import Job
 
 KEEP_ALIVE_S = 5.0
+WARNING_HEADER = "x-localmimo-warnings"
+MAX_WARNING_CHARS = 1000
 log = logging.getLogger("localmimo.serve")
 
 
@@ -109,7 +111,7 @@ class StreamingResponse:
         if not self._job.complete:  # the client has left, or the server stops
             await self._refuse(send, ApiError("loading", "The request was dropped.", retry_s=30))
         else:
-            await respond(send, 200, self._dialect.whole(self._job))
+            await respond(send, 200, self._dialect.whole(self._job), warning_headers(self._dialect.request))
 
     async def _events(self, send: Send, disconnected: asyncio.Future[None]) -> None:
         item = await self._next(disconnected, self._keep_alive_s)
@@ -117,7 +119,8 @@ class StreamingResponse:
             await self._refuse(send, item)
             return
         self._began = True
-        await _start(send, 200, "text/event-stream; charset=utf-8", {"cache-control": "no-store"})
+        headers = {"cache-control": "no-store", **warning_headers(self._dialect.request)}
+        await _start(send, 200, "text/event-stream; charset=utf-8", headers)
         await _send(send, self._dialect.first_events(self._job))
         while item is not None:
             events: list[bytes] = []
@@ -181,6 +184,13 @@ class StreamingResponse:
     async def _refuse(self, send: Send, error: BaseException) -> None:
         api_error = reported(error)
         await respond(send, api_error.status, self._dialect.error_body(api_error), api_error.headers)
+
+
+def warning_headers(request: Request) -> dict[str, str]:
+    """The header that says what of a request was left out; none where nothing was."""
+    text = "; ".join(request.warnings).encode("ascii", "replace").decode()
+    text = "".join(char if char.isprintable() else "?" for char in text)[:MAX_WARNING_CHARS]
+    return {WARNING_HEADER: text} if text else {}
 
 
 def reported(error: BaseException) -> ApiError:

@@ -95,7 +95,9 @@ class Worker:
             needed = len(tokens) + (request.options.max_tokens or 1)
             raise ContextFull(
                 f"This model's context is {limits.context:,} tokens; the request has {len(tokens):,} in its prompt "
-                f"and needs {needed:,}: shorten the conversation, or start the server with a longer --context."
+                f"and needs {needed:,}: shorten the conversation, or start the server with a longer --context.",
+                n_tokens=len(tokens),
+                context=limits.context,
             ) from None
 
     def begin(self, job: Job, ticket: Ticket) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [SAID], "logit_bias": {"99999999": 1}}, "outside the model's vocabulary"),
     (CHAT, {"messages": [SAID], "top_logprobs": 99, "logprobs": True}, "at most 20"),
     (CHAT, {"messages": [SAID], "tools": "x"}, "a list"),
-    (CHAT, {"messages": [SAID], "tools": [{"type": "magic"}]}, '"function"'),
+    (CHAT, {"messages": [SAID], "tools": [{"name": "magic"}]}, '"function"'),
     (CHAT, {"messages": [SAID], "tool_choice": "required"}, "asks for a call; the tools are none"),
     (CHAT, {"messages": [SAID], "seed": 10**30}, "at most"),
     (TEXT, {"prompt": ""}, "The prompt is empty"),
@@ -81,14 +82,15 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "a", "suffix": "b"}, "does not fill gaps"),
     (ITEMS, {"input": 7}, "input is 7"),
     (ITEMS, {"input": []}, "The conversation is empty"),
-    (ITEMS, {"input": [{"type": "computer_call"}]}, "function_call_output"),
+    (ITEMS, {"input": [{"type": "poem"}]}, "function_call_output"),
     (ITEMS, {"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "no tool call"),
-    (ITEMS, {"input": "x", "tools": [{"type": "web_search"}]}, "no tools of its own"),
+    (ITEMS, {"input": "x", "tools": [{"name": "web_search"}]}, "type is missing"),
+    (CHAT, {"messages": [SAID], "reasoning_effort": "banana"}, "one of none, minimal"),
+    (ITEMS, {"input": "x", "reasoning": {"effort": "banana"}}, "one of none, minimal"),
     (BLOCKS, {"messages": [SAID]}, "max_tokens is missing"),
     (BLOCKS, MESSAGES | {"messages": [{"role": "tool", "content": "x"}]}, "role is"),
     (BLOCKS, MESSAGES | {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "text alone"),
     (BLOCKS, MESSAGES | {"system": 5}, "a list"),
-    (BLOCKS, MESSAGES | {"tools": [{"type": "web_search_20250305", "name": "w"}]}, "no tools of its own"),
     (BLOCKS, MESSAGES | {"thinking": {"type": "perhaps"}}, "one of enabled"),
 ]
 
@@ -146,13 +148,17 @@ def test_a_full_context_says_both_numbers(server: Running, stream: bool) -> None
     error = server.post(CHAT, {"messages": [long], "stream": stream}).json()["error"]
     assert (
         error["code"] == "context_length_exceeded"
-        and "4,096" in error["message"]
-        and "6,0" in error["message"]
+        and "maximum context length is 4096 tokens" in error["message"]
+        and "resulted in 60" in error["message"]
     )
     answer = server.post(ITEMS, {"input": [long], "stream": stream})
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
     answer = server.post(BLOCKS, {"messages": [long], "max_tokens": 1, "stream": stream})
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert re.fullmatch(r"prompt is too long: 60\d\d tokens > 4096 maximum", error["message"])
+    counted = server.post(f"{BLOCKS}/count_tokens", {"messages": [long]}).json()
+    assert counted["error"]["message"] == error["message"]
 
 
 def test_large_bodies(server: Running) -> None:
@@ -169,11 +175,15 @@ def test_large_bodies(server: Running) -> None:
 def test_unknown_paths_and_methods(server: Running) -> None:
     for method, path, status in (
         ("GET", "/nowhere", 404), ("GET", CHAT, 405), ("DELETE", BLOCKS, 405), ("POST", "/health", 405),
-        ("GET", "/v1/../etc/passwd", 404), ("GET", "/page.js/../../app.py", 404),
+        ("GET", "/v1/../etc/passwd", 404), ("POST", f"{BLOCKS}/batches", 404), ("GET", "/page.js/../../app.py", 404),
     ):  # fmt: skip
         answer = server.http.request(method, path)
         assert answer.status_code == status
         check_shape(path, status, answer.json())
+    error = server.http.get("/v1/models/other").json()["error"]
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    answer = server.http.get("/v1/models/other", headers={"anthropic-version": "2023-06-01"})
+    assert answer.json()["error"]["type"] == "not_found_error"
 
 
 # ---- who may come in ----

@@ -11,15 +11,24 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from localmimo.chat.messages import join_parts, newest_turn, part_text, placeholder, result_text
 from localmimo.chat.stream_parser import Kind
 from localmimo.decode.steps import Step
 from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
-from localmimo.serve.api.parameters import Request, forced, read_options, read_thinking
+from localmimo.serve.api.parameters import (
+    Request,
+    forced,
+    left_out,
+    read_options,
+    read_thinking,
+    refuse_unknown,
+)
 from localmimo.serve.api.schema import (
     COMMON,
     FLAG,
     OBJECT,
+    OTHER_TOOL,
     TEXT,
     TEXT_PARTS,
     THINKING,
@@ -71,7 +80,9 @@ MESSAGES = object_of(
             minItems=1,
         ),
         "system": either(TEXT, TEXT_PARTS),
-        "tools": list_of(object_of({"name": TEXT, "description": TEXT, "input_schema": OBJECT}, "name")),
+        "tools": list_of(
+            either(object_of({"name": TEXT, "description": TEXT, "input_schema": OBJECT}, "name"), OTHER_TOOL)
+        ),
         "tool_choice": either(
             object_of({"type": {"enum": ["auto", "none", "any"]}, "disable_parallel_tool_use": FLAG}),
             typed("tool", "name", name=TEXT, disable_parallel_tool_use=FLAG),
@@ -144,7 +155,10 @@ class Messages:
     @staticmethod
     def error_body(api_error: ApiError) -> dict[str, Any]:
         kind = ERROR_TYPES.get(api_error.kind, "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": api_error.sentence}}
+        message = api_error.sentence
+        if api_error.overflow is not None:  # in Anthropic's words: agents then shorten the conversation
+            message = "prompt is too long: {} tokens > {} maximum".format(*api_error.overflow)
+        return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 class CountTokens:
@@ -170,56 +184,82 @@ class CountTokens:
 def read_messages(fields: Fields) -> Request:
     """The request that a body holds."""
     fields.needed("messages")
+    refuse_unknown(fields, "stop")
+    tools, warnings = _read_tools(fields)
     think, budget = read_thinking(fields)
     choice, parallel = _read_choice(fields)
     system = _text(fields, "system")
     messages = [{"role": "system", "content": system}] if system else []
-    for message in fields.objects("messages"):
-        messages += _read_message(message)
+    given = fields.objects("messages")
+    newest = newest_turn([message.values for message in given])
+    for number, message in enumerate(given):
+        messages += _read_message(message, is_new=number == newest)
     options = read_options(
         fields,
         "messages",
-        tools=_read_tools(fields),
+        tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel,
         think=think,
         think_budget=budget,
     )
-    return Request(messages, options=options, stream=bool(fields.flag("stream")))
+    return Request(messages, options=options, stream=bool(fields.flag("stream")), warnings=warnings)
 
 
-def _read_message(message: Fields) -> list[dict[str, Any]]:
+def _read_message(message: Fields, *, is_new: bool) -> list[dict[str, Any]]:
     role = message.choice("role", "user", "assistant", "system")
     message.needed("role")
     if role != "assistant":
-        return _read_said(message, str(role))
-    said: dict[str, Any] = {"role": "assistant", "content": ""}
+        return _read_said(message, str(role), is_new=is_new)
+    said: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
     for block in _blocks_of(message):
-        match block.text("type"):
-            case "text":
-                said["content"] += block.text("text") or ""
-            case "thinking":
-                said["reasoning_content"] = said.get("reasoning_content", "") + (block.text("thinking") or "")
-            case "redacted_thinking":
-                pass  # never written here
-            case "tool_use":
-                said.setdefault("tool_calls", []).append(_read_call(block))
-            case _:
-                block.wrong("type", "text, thinking or tool_use in the assistant's turn")
-    return [said]
+        kind = block.text("type") or ""
+        if kind.endswith("tool_result"):  # of a tool that another server ran
+            said.append(_read_result(block))
+        else:
+            _add_block(_assistant(said), kind, block)
+    return said
 
 
-def _read_said(message: Fields, role: str) -> list[dict[str, Any]]:
+def _assistant(said: list[dict[str, Any]]) -> dict[str, Any]:
+    """The assistant's message at the end; a new one behind a result."""
+    if said[-1]["role"] != "assistant":
+        said.append({"role": "assistant", "content": ""})
+    return said[-1]
+
+
+def _add_block(said: dict[str, Any], kind: str, block: Fields) -> None:
+    match kind:
+        case "thinking":
+            said["reasoning_content"] = said.get("reasoning_content", "") + (block.text("thinking") or "")
+        case "redacted_thinking":
+            pass  # never written by this server
+        case "tool_use" | "server_tool_use" | "mcp_tool_use":
+            said.setdefault("tool_calls", []).append(_read_call(block))
+        case "text":
+            said["content"] += block.text("text") or ""
+        case _:
+            text = part_text(block.values)
+            said["content"] = join_parts(
+                [said["content"], placeholder(block.values) if text is None else text]
+            )
+
+
+def _read_said(message: Fields, role: str, *, is_new: bool) -> list[dict[str, Any]]:
     """A user's turn: results of tools first, each a message of its own, then the text."""
     results, texts = [], []
     for block in _blocks_of(message):
-        match block.text("type"):
-            case "text":
-                texts.append(block.text("text") or "")
-            case "tool_result":
-                results.append(_read_result(block))
-            case _:
-                block.wrong("type", "text or tool_result: this server reads text alone")
+        kind = block.text("type") or ""
+        if kind == "text":
+            texts.append(block.text("text") or "")
+        elif kind.endswith("tool_result"):
+            results.append(_read_result(block))
+        elif (text := part_text(block.values)) is not None:
+            texts.append(text)
+        elif is_new:
+            block.wrong("type", "text or tool_result: this server reads text alone")
+        else:
+            texts.append(placeholder(block.values))
     said = [{"role": role, "content": "\n".join(texts)}] if texts or not results else []
     return results + said
 
@@ -234,17 +274,12 @@ def _blocks_of(message: Fields) -> list[Fields]:
 
 def _read_call(block: Fields) -> dict[str, Any]:
     block.needed("name")
-    arguments = block.object("input")
-    return {
-        "id": block.text("id") or "",
-        "type": "function",
-        "function": {"name": block.text("name"), "arguments": dict(arguments.values) if arguments else {}},
-    }
+    function = {"name": block.text("name"), "arguments": block.values.get("input")}
+    return {"id": block.text("id") or "", "type": "function", "function": function}
 
 
 def _read_result(block: Fields) -> dict[str, Any]:
-    block.needed("tool_use_id")
-    content = _text(block, "content")
+    content = result_text(block.values.get("content"))
     if block.flag("is_error"):
         content = f"Error: {content}"
     return {"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": content}
@@ -263,11 +298,13 @@ def _text(fields: Fields, name: str) -> str:
     return "\n".join(texts)
 
 
-def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
-    tools = []
+def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, tuple[str, ...]]:
+    """(functions, warnings that name the tools that Anthropic's own servers run)."""
+    tools, others = [], []
     for tool in fields.objects("tools"):
         if tool.text("type") not in (None, "custom"):
-            tool.wrong("type", '"custom": this server has no tools of its own')
+            others.append(tool)
+            continue
         tool.needed("name")
         schema = tool.object("input_schema")
         function: dict[str, Any] = {"name": tool.text("name")}
@@ -276,7 +313,7 @@ def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
         tools.append(
             {"type": "function", "function": function | {"parameters": schema.values if schema else {}}}
         )
-    return tools or None
+    return tools or None, left_out(others)
 
 
 def _read_choice(fields: Fields) -> tuple[str | dict[str, Any], bool]:

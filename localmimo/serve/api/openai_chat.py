@@ -17,15 +17,18 @@ from localmimo.decode.steps import FinishReason, Stats, Step
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.parameters import (
     Request,
+    left_out,
     read_options,
     read_thinking,
     read_tool_choice,
     refuse_several,
+    refuse_unknown,
 )
 from localmimo.serve.api.schema import (
     COMMON,
     FLAG,
     OBJECT,
+    OTHER_TOOL,
     TEXT,
     TEXT_PARTS,
     THINKING,
@@ -69,7 +72,7 @@ CHAT = object_of(
         "messages": list_of(MESSAGE, minItems=1),
         "n": {"const": 1},
         "logprobs": FLAG,
-        "tools": list_of(typed("function", "function", function=FUNCTION)),
+        "tools": list_of(either(typed("function", "function", function=FUNCTION), OTHER_TOOL)),
         "tool_choice": either(
             TOOL_CHOICE, typed("function", "function", function=object_of({"name": TEXT}, "name"))
         ),
@@ -196,11 +199,13 @@ def read_chat(fields: Fields) -> Request:
     """The request that a body holds."""
     fields.needed("messages")
     refuse_several(fields, "n")
+    refuse_unknown(fields)
+    tools, warnings = read_tools(fields)
     think, budget = read_thinking(fields)
     options = read_options(
         fields,
         "chat",
-        tools=read_tools(fields),
+        tools=tools,
         tool_choice=read_tool_choice(fields),
         parallel_tool_calls=fields.flag("parallel_tool_calls") is not False,
         think=think,
@@ -208,14 +213,21 @@ def read_chat(fields: Fields) -> Request:
         logprobs=_read_logprobs(fields),
         response_format=read_format(fields, "response_format"),
     )
-    return Request(fields.items("messages"), options=options, stream=bool(fields.flag("stream")))
+    stream = bool(fields.flag("stream"))
+    return Request(fields.items("messages"), options=options, stream=stream, warnings=warnings)
 
 
-def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
-    for tool in fields.objects("tools"):
-        if tool.values.get("type") != "function":
-            tool.wrong("type", '"function", the only kind of tool that this server knows')
-    return fields.items("tools")
+def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, tuple[str, ...]]:
+    """(functions, warnings that name the other tools)."""
+    tools = fields.objects("tools")
+    others = []
+    for tool in tools:
+        if tool.values.get("type") is None and "function" not in tool.values:
+            tool.wrong("type", '"function"')
+        if tool.text("type") not in (None, "function"):
+            others.append(tool)
+    functions = [dict(tool.values) for tool in tools if tool not in others]
+    return functions or None, left_out(others)
 
 
 def _read_logprobs(fields: Fields) -> int | None:
@@ -260,5 +272,16 @@ def openai_error(api_error: ApiError) -> dict[str, Any]:
     kind = ERROR_TYPES.get(
         api_error.kind, "invalid_request_error" if api_error.status < 500 else "server_error"
     )
-    code = CODES.get(api_error.kind)
-    return {"error": {"message": api_error.sentence, "type": kind, "param": api_error.param, "code": code}}
+    code = api_error.code or CODES.get(api_error.kind)
+    return {"error": {"message": _message(api_error), "type": kind, "param": api_error.param, "code": code}}
+
+
+def _message(api_error: ApiError) -> str:
+    """The error's sentence. A prompt that is too long is said in OpenAI's words: agents then shorten it."""
+    if api_error.overflow is None:
+        return api_error.sentence
+    n_tokens, context = api_error.overflow
+    return (
+        f"This model's maximum context length is {context} tokens. However, your messages resulted in {n_tokens} "
+        "tokens. Please reduce the length of the messages, or start the server with a longer --context."
+    )

@@ -14,7 +14,7 @@ from typing import Any
 from localmimo.decode.steps import Step
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import finish_reason, openai_error, usage
-from localmimo.serve.api.parameters import Request, read_options, refuse_several
+from localmimo.serve.api.parameters import Request, read_options, refuse_several, refuse_unknown
 from localmimo.serve.api.schema import COMMON, FLAG, TEXT, either, list_of, object_of, option_fields
 from localmimo.serve.context import ServerContext
 from localmimo.serve.errors import ApiError
@@ -46,6 +46,7 @@ class Completions:
     error_schema = "OpenAiError"
 
     def __init__(self, fields: Fields, context: ServerContext) -> None:
+        refuse_unknown(fields)
         text, tokens = _read_prompt(fields)
         options = read_options(fields, "completions")
         options = replace(options, max_tokens=options.max_tokens or DEFAULT_TOKENS)

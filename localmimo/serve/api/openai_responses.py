@@ -10,15 +10,24 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from localmimo.chat.messages import join_parts, part_text, placeholder, result_text
 from localmimo.decode.steps import Step
 from localmimo.serve.api.content_blocks import ContentPart, ContentParts, PartChange
 from localmimo.serve.api.json_fields import Fields
 from localmimo.serve.api.openai_chat import openai_error
-from localmimo.serve.api.parameters import Request, read_options, read_thinking, read_tool_choice
+from localmimo.serve.api.parameters import (
+    Request,
+    left_out,
+    read_options,
+    read_thinking,
+    read_tool_choice,
+    refuse_unknown,
+)
 from localmimo.serve.api.schema import (
     COMMON,
     FLAG,
     OBJECT,
+    OTHER_TOOL,
     TEXT,
     THINKING,
     TOOL_CHOICE,
@@ -61,7 +70,9 @@ RESPONSE = object_of(
         ),
         "instructions": {"type": ["string", "null"]},
         "previous_response_id": {"type": ["string", "null"]},
-        "tools": list_of(typed("function", "name", name=TEXT, description=TEXT, parameters=OBJECT)),
+        "tools": list_of(
+            either(typed("function", "name", name=TEXT, description=TEXT, parameters=OBJECT), OTHER_TOOL)
+        ),
         "tool_choice": either(TOOL_CHOICE, typed("function", "name", name=TEXT)),
         "parallel_tool_calls": FLAG,
         "text": object_of(
@@ -117,7 +128,7 @@ class Responses:
 
     def broken(self, api_error: ApiError) -> Iterable[Event]:
         code = openai_error(api_error)["error"]["code"] or "server_error"
-        error = {"code": code, "message": api_error.sentence}
+        error = {"code": code, "message": openai_error(api_error)["error"]["message"]}
         yield self._event("error", **error, param=api_error.param)
         yield self._event("response.failed", response=self._response("failed", [], None) | {"error": error})
 
@@ -224,6 +235,7 @@ def _earlier(fields: Fields, context: ServerContext) -> list[dict[str, Any]]:
             "missing",
             f"The response {name[:80]!r} is not kept here (any more): send the whole conversation as input.",
             param="previous_response_id",
+            code="previous_response_not_found",
         )
     return found
 
@@ -231,6 +243,8 @@ def _earlier(fields: Fields, context: ServerContext) -> list[dict[str, Any]]:
 def _read_ask(fields: Fields, messages: list[dict[str, Any]]) -> Request:
     if fields.flag("background"):
         fields.wrong("background", "false: answers are not kept for later")
+    refuse_unknown(fields, "prompt", "stop")
+    tools, warnings = _read_tools(fields)
     think, budget = read_thinking(fields)
     instructions = fields.text("instructions")
     if instructions:
@@ -238,14 +252,14 @@ def _read_ask(fields: Fields, messages: list[dict[str, Any]]) -> Request:
     options = read_options(
         fields,
         "responses",
-        tools=_read_tools(fields),
+        tools=tools,
         tool_choice=read_tool_choice(fields),
         parallel_tool_calls=fields.flag("parallel_tool_calls") is not False,
         think=think,
         think_budget=budget,
         response_format=_read_format(fields),
     )
-    return Request(messages, options=options, stream=bool(fields.flag("stream")))
+    return Request(messages, options=options, stream=bool(fields.flag("stream")), warnings=warnings)
 
 
 def _read_input(fields: Fields) -> list[dict[str, Any]]:
@@ -254,18 +268,31 @@ def _read_input(fields: Fields) -> list[dict[str, Any]]:
     if isinstance(fields.values["input"], str):
         return [{"role": "user", "content": fields.values["input"]}]
     messages: list[dict[str, Any]] = []
-    for item in fields.objects("input"):
-        _add_item(messages, item)
+    items = fields.objects("input")
+    newest = _newest(items)
+    for number, item in enumerate(items):
+        _add_item(messages, item, is_new=number == newest)
     return messages
 
 
-def _add_item(messages: list[dict[str, Any]], item: Fields) -> None:
+def _newest(items: list[Fields]) -> int | None:
+    """The index of the user's message that is to be answered; None where it has been."""
+    for number in range(len(items) - 1, -1, -1):
+        values = items[number].values
+        if values.get("type") in (None, "message") and values.get("role") == "user":
+            return number
+        if values.get("role") == "assistant" or str(values.get("type")).endswith("_call"):
+            return None
+    return None
+
+
+def _add_item(messages: list[dict[str, Any]], item: Fields, *, is_new: bool) -> None:
     kind = item.text("type") or "message"
     match kind:
         case "message":
             role = item.choice("role", "user", "assistant", "system", "developer")
             item.needed("role")
-            text = _text(item, "content")
+            text = _text(item, "content", is_new=is_new)
             if role == "assistant":
                 _assistant(messages, "content", "tool_calls")["content"] = text
             else:
@@ -275,13 +302,37 @@ def _add_item(messages: list[dict[str, Any]], item: Fields) -> None:
             _assistant(messages, "reasoning_content", "content", "tool_calls")["reasoning_content"] = text
         case "function_call":
             _assistant(messages).setdefault("tool_calls", []).append(_read_call(item))
-        case "function_call_output":
-            item.needed("call_id")
-            messages.append(
-                {"role": "tool", "tool_call_id": item.text("call_id"), "content": _text(item, "output")}
-            )
+        case _ if kind.endswith("_call_output"):
+            messages.append(_result(item, "output"))
+        case _ if kind.endswith("_call"):
+            _add_other_call(messages, kind, item)
+        case "mcp_list_tools" | "mcp_approval_request" | "mcp_approval_response" | "compaction":
+            pass  # says nothing that the model could read
         case _:
             item.wrong("type", "message, reasoning, function_call or function_call_output")
+
+
+def _add_other_call(messages: list[dict[str, Any]], kind: str, item: Fields) -> None:
+    """A call of a tool that is no function: custom, or run by another server, which adds its result to the call."""
+    values = item.values
+    results = [name for name in ("output", "results", "outputs", "result") if values.get(name) is not None]
+    known = {"id", "type", "status", "call_id", "name", "server_label", *results}
+    arguments = values.get("arguments")
+    if arguments is None:
+        arguments = {name: value for name, value in values.items() if name not in known}
+    name = item.text("name") or kind.removesuffix("_call")
+    call = {"name": name, "arguments": arguments}
+    call_id = item.text("call_id") or item.text("id") or ""
+    _assistant(messages).setdefault("tool_calls", []).append(
+        {"id": call_id, "type": "function", "function": call}
+    )
+    if results and kind != "image_generation_call":  # whose result is a picture
+        messages.append({"role": "tool", "tool_call_id": call_id, "content": result_text(values[results[0]])})
+
+
+def _result(item: Fields, name: str) -> dict[str, Any]:
+    call_id = item.text("call_id") or item.text("id")
+    return {"role": "tool", "tool_call_id": call_id, "content": result_text(item.values.get(name))}
 
 
 def _assistant(messages: list[dict[str, Any]], *full: str) -> dict[str, Any]:
@@ -294,29 +345,33 @@ def _assistant(messages: list[dict[str, Any]], *full: str) -> dict[str, Any]:
 
 def _read_call(item: Fields) -> dict[str, Any]:
     item.needed("name")
-    function = {"name": item.text("name"), "arguments": item.text("arguments") or "{}"}
+    function = {"name": item.text("name"), "arguments": item.values.get("arguments")}
     return {"id": item.text("call_id") or "", "type": "function", "function": function}
 
 
-def _text(fields: Fields, name: str) -> str:
-    """Text, or a list of text parts joined; empty where there is none."""
+def _text(fields: Fields, name: str, *, is_new: bool = False) -> str:
+    """Text, or a list of parts joined; empty where there is none. is_new: what is no text is refused."""
     value = fields.values.get(name)
     if value is None or isinstance(value, str):
         return value or ""
     texts = []
     for part in fields.objects(name):
-        kind = part.text("type") or "text"
-        if kind not in (*TEXT_PARTS, "reasoning_text", "summary_text", "refusal"):
+        part.text("text")
+        text = part_text(part.values)
+        if text is None and is_new:
             part.wrong("type", f"one of {', '.join(TEXT_PARTS)}: this server reads text alone")
-        texts.append(part.text("refusal" if kind == "refusal" else "text") or "")
-    return "".join(texts)
+        texts.append(placeholder(part.values) if text is None else text)
+    return join_parts(texts)
 
 
-def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
-    tools = []
+def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, tuple[str, ...]]:
+    """(functions, warnings that name the other tools)."""
+    tools, others = [], []
     for tool in fields.objects("tools"):
+        tool.needed("type")
         if tool.text("type") != "function":
-            tool.wrong("type", '"function": this server has no tools of its own')
+            others.append(tool)
+            continue
         tool.needed("name")
         function: dict[str, Any] = {"name": tool.text("name")}
         if description := tool.text("description"):
@@ -325,7 +380,7 @@ def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
         tools.append(
             {"type": "function", "function": function | {"parameters": schema.values if schema else {}}}
         )
-    return tools or None
+    return tools or None, left_out(others)
 
 
 def _read_format(fields: Fields) -> dict[str, Any] | None:

@@ -5,15 +5,45 @@ Knows the engine's options; nothing of HTTP or of how an answer is written.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from localmimo.decode.options import GENERATION_OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Sampling
 from localmimo.option import Dialect, Option
 from localmimo.serve.api.json_fields import Fields
+from localmimo.serve.errors import ApiError
 
 GREEDY_BELOW = 1e-4  # a smaller temperature overflows float32, and means the likeliest token anyway
 EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 8192}  # of thinking; high and more: no limit
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+# Fields of other servers that would change the answer, and that are not carried out: refused unless they say what
+# happens anyway. All other fields that are not known are ignored.
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "length_penalty": (0, 1),
+    "modalities": ([], ["text"]),
+    "typical_p": (0, 1),
+    "tfs_z": (0, 1),
+}
+NOT_KNOWN = (
+    *("add_generation_prompt", "allowed_token_ids", "audio", "bad_words", "chat_template", "conversation"),
+    *("documents", "dry_multiplier", "dynatemp_range", "format", "function_call", "functions", "grammar"),
+    *("guided_choice", "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "json_schema"),
+    *("length_penalty", "min_tokens", "mirostat", "modalities", "num_beams", "regex", "structural_tag"),
+    *(
+        "structured_outputs",
+        "stop_token_ids",
+        "tfs_z",
+        "top_a",
+        "typical_p",
+        "use_beam_search",
+        "xtc_probability",
+    ),
+)
+INSTEAD = {"functions": "use tools instead", "function_call": "use tool_choice instead"}
+INSTEAD |= dict.fromkeys(("guided_json", "json_schema", "format"), "use response_format instead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +55,35 @@ class Request:
     tokens: list[int] | None = None
     options: GenerationOptions = field(default_factory=GenerationOptions)
     stream: bool = False
+    warnings: tuple[str, ...] = ()  # what of the request was left out
+
+
+def refuse_unknown(fields: Fields, *names: str) -> None:
+    """Refuse the fields that would change the answer and are not known; `names` are those of one dialect."""
+    for name in (*NOT_KNOWN, *names):
+        value = fields.values.get(name)
+        neutral = WITHOUT_EFFECT.get(name, (False, 0, "", [], {}))
+        if value is not None and value not in neutral:
+            advice = INSTEAD.get(name, "leave it out")
+            raise ApiError(
+                "invalid",
+                f"{name} would change the answer, and this server does not know it: {advice}.",
+                param=name,
+            )
+
+
+def left_out(tools: Iterable[Fields]) -> tuple[str, ...]:
+    """The warning that names tools which are not offered to the model."""
+    names = []
+    for tool in tools:
+        name = tool.values.get("name")
+        custom = tool.values.get("custom")
+        name = custom.get("name") if name is None and isinstance(custom, dict) else name
+        kind = str(tool.values.get("type"))[:60]
+        names.append(f"{kind} {name[:60]}" if isinstance(name, str) and name != kind else kind)
+    if not names:
+        return ()
+    return (f"tools left out, this server runs only functions of the client: {', '.join(names)}",)
 
 
 def read_options(fields: Fields, dialect: Dialect, **read: Any) -> GenerationOptions:
@@ -89,9 +148,9 @@ def read_thinking(fields: Fields) -> tuple[bool | None, int | None]:
     """(think or not or as the template says, tokens of thinking at most) of the switches that clients use."""
     think: bool | None = None
     budget: int | None = None
-    effort = fields.text("reasoning_effort")
+    effort = fields.choice("reasoning_effort", *EFFORTS)
     if effort is None and (reasoning := fields.object("reasoning")):
-        effort = reasoning.text("effort")
+        effort = reasoning.choice("effort", *EFFORTS)
     if effort is not None:
         think, budget = effort != "none", EFFORT_TOKENS.get(effort)
     if switch := fields.object("thinking"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from localmimo.decode.options import OPTIONS
 from localmimo.option import Dialect, Option
+from localmimo.serve.api.parameters import EFFORTS
 
 Schema = dict[str, Any]
 
@@ -43,12 +44,15 @@ def typed(kind: str, required: str, **properties: Schema) -> Schema:
     return object_of({"type": {"const": kind}, **properties}, "type", required)
 
 
+OTHER_TOOL = object_of(
+    {"type": {"type": "string", "not": {"enum": ["function", "custom"]}}}, "type"
+)  # left out of the prompt, and named in a header of the response
 TOOL_CHOICE: Schema = {"enum": ["auto", "none", "required", None]}
 STOP = either(
     {"type": "null"}, {"type": "string", "minLength": 1}, list_of({"type": "string", "minLength": 1})
 )
 TEXT_PARTS = list_of(typed("text", "text", text=TEXT), minItems=1)
-EFFORT: Schema = {"enum": ["none", "minimal", "low", "medium", "high", None]}
+EFFORT: Schema = {"enum": [*EFFORTS, None]}
 THINKING: dict[str, Schema] = {
     "reasoning_effort": EFFORT,
     "reasoning": object_of({"effort": EFFORT}),
