@@ -77,27 +77,15 @@ def run_stats(
         picture(plot, lambda: draw_map(plot, 100 * chances, layers, names, *tiers), ui)
     if recipe is not None:
         rules = hot_rules(layers, chances.tolist(), hot_share)
-        text = f"# the hottest experts of {path}, {found.tokens:,.0f} tokens\n[rules]\n" + rules
-        with written_aside(recipe) as file:
-            file.write(text.encode())
-        ui.note(
-            f" {recipe}: {rules.count(HOT_CODEC)} experts get {HOT_CODEC}. localmimo quantize ... --recipe {recipe}"
-        )
+        _write_recipe(recipe, rules, f"the hottest experts of {path}, {found.tokens:,.0f} tokens", ui)
     facts = [
         facts_of(layer, row.tolist())
         | {"held": {str(placement.pid): _held(placement, layer) for placement in held}}
         for layer, row in zip(layers, chances, strict=True)
     ]
     if as_json:
-        ui.json(
-            {
-                "pack": str(folder),
-                "profile": profile,
-                "file": str(path),
-                "tokens": found.tokens,
-                "layers": facts,
-            }
-        )
+        head = {"pack": str(folder), "profile": profile, "file": str(path), "tokens": found.tokens}
+        ui.json(head | {"layers": facts})
     else:
         ui.note(f" {path}: {found.tokens:,.0f} tokens")
         ui.data(report(facts))
@@ -137,6 +125,14 @@ def _held(placement: Placement, layer: int) -> dict[str, int]:
     return {tier: n for tier, n in counts.items() if n}
 
 
+def _write_recipe(recipe: Path, rules: str, title: str, ui: Ui) -> None:
+    with written_aside(recipe) as file:
+        file.write(f"# {title}\n[rules]\n{rules}".encode())
+    ui.note(
+        f" {recipe}: {rules.count(HOT_CODEC)} experts get {HOT_CODEC}. localmimo quantize ... --recipe {recipe}"
+    )
+
+
 def _check_recipe(recipe: Path | None, hot_share: float) -> None:
     if not 0 < hot_share <= 1:
         raise BadRequest(
@@ -160,7 +156,7 @@ def hot_rules(layers: list[int], chances: list[list[float]], share: float) -> st
 
 
 def facts_of(layer: int, chances: list[float]) -> dict[str, Any]:
-    """What is worth knowing of a layer: its chances per token, and how few experts have half of the uses."""
+    """Facts of a layer: the chance of each expert per token, and how few experts have half of the uses."""
     order = sorted(range(len(chances)), key=lambda expert: -chances[expert])
     half, total, n_half = sum(chances) / 2 - 1e-6, 0.0, 0
     while total < half:

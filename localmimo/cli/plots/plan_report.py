@@ -75,16 +75,7 @@ def report_lines(
     if model.source_bytes:
         head.insert(2, f"{format_bytes(model.source_bytes)} checkpoint")
     yield rows(head, 200, indent=1)
-    memory = plan.vram or plan
-    fixed = " + ".join(
-        f"{name} {format_bytes(size)}"
-        for name, size in (
-            ("dense", memory.dense_bytes),
-            ("KV", memory.kv_bytes),
-            ("workspace", memory.workspace_bytes),
-        )
-    )
-    yield _line("needed every token", f"{fixed} → {'GPU' if plan.vram else 'RAM'}")
+    yield _line("needed every token", _fixed(plan))
     yield _line(f"experts {format_bytes(model.experts_bytes)}", _places(answer))
     if plan.vram is not None and plan.vram.kv_slots:
         yield _line("as the context grows", _growth(plan, plan.vram))
@@ -108,6 +99,14 @@ def report_lines(
     yield f" Structure is exact; speed is an estimate.{again}{check}"
     if model.member and (command := model.member.serve_command()) and model.member.server:
         yield f" For many users on one server ({model.member.server.hardware}), the same checkpoint: {command}"
+
+
+def _fixed(plan: Plan) -> str:
+    """What is needed for every token, and the memory that it is in."""
+    memory = plan.vram or plan
+    sizes = {"dense": memory.dense_bytes, "KV": memory.kv_bytes, "workspace": memory.workspace_bytes}
+    fixed = " + ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+    return f"{fixed} → {'GPU' if plan.vram else 'RAM'}"
 
 
 def _growth(plan: Plan, vram: Vram) -> str:

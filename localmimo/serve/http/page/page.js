@@ -4,9 +4,9 @@
 const $ = (id) => document.getElementById(id);
 const POLL_MS = 1000;
 
-let messages = []; // as the server takes them; thinking travels along
+let messages = []; // in the server's format, with the thinking
 let running = null; // AbortController of the answer being read
-let results = []; // inputs for the results of calls that wait
+let results = []; // input fields for the results of open tool calls
 
 // ---- small pieces of the page ----
 
@@ -107,7 +107,7 @@ class Answer {
     this.boxes[piece.index].textContent = call.function.arguments;
   }
 
-  // A call that was cut off or turned out to be text is none.
+  // Removes calls whose arguments are incomplete: they were cut off, or were text.
   dropUnfinished() {
     const calls = this.message.tool_calls?.filter((call, n) => {
       const whole = isJson(call.function.arguments);
@@ -121,7 +121,7 @@ class Answer {
   end() {
     this.endThinking();
     if (this.timings) show(this.timings);
-    for (const call of this.message.tool_calls || []) ask(call, this.article);
+    for (const call of this.message.tool_calls || []) addResultField(call, this.article);
   }
 }
 
@@ -133,8 +133,8 @@ function isJson(text) {
   }
 }
 
-// A field for what a called function returns: nothing runs by itself.
-function ask(call, article) {
+// Adds a field for the result of a call: the page runs no function itself.
+function addResultField(call, article) {
   const input = element("textarea", { rows: 2 });
   const label = element("label", { textContent: `Result of ${call.function.name} ` });
   label.append(input);
@@ -143,7 +143,7 @@ function ask(call, article) {
   if (results.length === 1) input.focus();
 }
 
-// ---- talking with the server ----
+// ---- requests ----
 
 function headers() {
   const key = $("key").value.trim();
@@ -187,7 +187,7 @@ async function* events(response) {
 
 async function answer() {
   const answer = new Answer();
-  const mine = messages; // another conversation may have begun when this one ends
+  const conversation = messages; // `messages` may be another conversation when this answer ends
   running = new AbortController();
   busy(true);
   say("waiting for the first token");
@@ -216,7 +216,7 @@ async function answer() {
   running = null;
   busy(false);
   answer.dropUnfinished();
-  if (answer.message.content || answer.message.reasoning_content || answer.message.tool_calls) mine.push(answer.message);
+  if (answer.message.content || answer.message.reasoning_content || answer.message.tool_calls) conversation.push(answer.message);
   follow(() => answer.end());
   figures();
 }
@@ -269,15 +269,15 @@ async function figures() {
     const cut = line.lastIndexOf(" ");
     if (line && line[0] !== "#") found[line.slice(0, cut)] = Number(line.slice(cut + 1));
   }
-  const since = (name) => (found[name] || 0) - (earlier[name] || 0);
+  const increase = (name) => (found[name] || 0) - (earlier[name] || 0);
   const pages = {};
   for (const name of Object.keys(found)) {
     const tier = name.match(/^localmimo_expert_pages_total\{tier="(\w+)"\}$/);
-    if (tier) pages[tier[1]] = since(name);
+    if (tier) pages[tier[1]] = increase(name);
   }
   if (Object.values(pages).some((count) => count > 0)) tiers(pages);
-  const seconds = since("localmimo_decode_seconds_total");
-  if (running && seconds > 0) $("speed").textContent = `${(since("localmimo_generated_tokens_total") / seconds).toFixed(1)} tokens/s`;
+  const seconds = increase("localmimo_decode_seconds_total");
+  if (running && seconds > 0) $("speed").textContent = `${(increase("localmimo_generated_tokens_total") / seconds).toFixed(1)} tokens/s`;
   earlier = found;
 }
 
