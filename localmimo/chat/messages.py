@@ -181,7 +181,7 @@ def result_text(value: object) -> str:
         return text
     if isinstance(value, Mapping):
         kind = value.get("type")
-        if kind in PART_NAMES or kind in ("file", "input_file", "document"):
+        if kind in (*PART_NAMES, "file", "input_file", "document"):
             return placeholder(value)
         value = {key: entry for key, entry in value.items() if not str(key).startswith("encrypted")}
     return json.dumps(value, ensure_ascii=False)

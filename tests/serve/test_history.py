@@ -47,6 +47,7 @@ CHAT: list[tuple[list[Any], str]] = [
     ),
     ([USER, calling("{}"), result(content=[IMAGE])], LINE),
     ([USER, calling("{}"), result(content=None)], "<function=f>"),
+    ([USER, calling("{}"), result(content={"type": ["odd"], "n": 1})], '"n": 1'),
     ([USER, {"role": "assistant", "tool_calls": [CUSTOM]}, result()], "<parameter=input>*** Begin</parameter>"),
     ([USER, calling("{}", None), result()], "<function=f>"),
     ([USER, calling("{}"), result(None)], "<function=f>"),
