@@ -41,6 +41,19 @@ def test_an_answer_fills_the_context_to_its_last_token(engine: Engine, n_prompt:
     assert done.finish_reason == "context" and len(done.tokens) == engine.context + 1 - n_prompt
 
 
+def test_stats_are_those_of_the_session_and_of_the_store(engine: Engine) -> None:
+    for n_reused in (0, 5):
+        before = engine.counters
+        with engine.session() as session:
+            if not n_reused:
+                session.rewind(session.position)
+            stats = engine.generate("Hello", max_tokens=3, sampling=GREEDY, session=session).stats
+        after = engine.counters.since(before)
+        assert stats.reused_tokens == n_reused
+        assert (stats.pages_ram, stats.pages_disk) == (after.ram_pages, after.disk_pages)
+        assert stats.pages_ram != stats.pages_disk and stats.bytes_read == after.disk_bytes
+
+
 def test_stream_and_list_say_the_same(engine: Engine) -> None:
     texts = [engine.generate(prompt, max_tokens=9, sampling=GREEDY).text for prompt in ("abc", "xyz")]
     assert [done.text for done in engine.generate(["abc", "xyz"], max_tokens=9, sampling=GREEDY)] == texts

@@ -126,17 +126,18 @@ def test_a_prefetched_page_that_is_needed_is_read_once_and_at_once(store: Store,
 
 
 def test_useful_and_wasted_prefetches_are_told_apart(store: Store) -> None:
-    for page in (A, B, C):
+    for page in (A, B, C, D):
         store.ahead.begin(page, store.slot())
         store.ahead.routed.add(page)
     store.ahead.routed.add((3, 0))  # of another layer
     store.disk.end(A)
     store.disk.end(B)
-    store.ahead.settle(2, [A])
-    assert store.ahead.routed == {(3, 0)} and store.gate.told == [(1, 1)]
-    assert (store.counters.prefetch_useful, store.counters.prefetch_wasted) == (1, 1)
-    assert (store.counters.disk_pages, store.counters.ram_pages) == (1, -1)  # the request counts it as held
-    assert C not in store.ahead and store.slots.n_free == 2  # it had not begun: nothing was wasted
+    store.disk.end(D)
+    store.ahead.settle(2, [A, D])
+    assert store.ahead.routed == {(3, 0)} and store.gate.told == [(2, 1)]
+    assert (store.counters.prefetch_useful, store.counters.prefetch_wasted) == (2, 1)
+    assert (store.counters.disk_pages, store.counters.ram_pages) == (2, -2)  # the request counts it as held
+    assert C not in store.ahead and store.slots.n_free == 1  # it had not begun: nothing was wasted
 
 
 def test_a_prefetch_that_fails_leaves_its_page_on_disk(store: Store) -> None:
