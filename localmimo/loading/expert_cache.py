@@ -1,4 +1,4 @@
-"""Pager: a store with what steers it: the router statistics of a profile, the watch over free memory, the GPU's shelf.
+"""Expert cache: the expert store with its router statistics, the watch over free memory, and the GPU's slots.
 
 Opened and closed with an engine; knows neither tokens nor weights.
 """
