@@ -74,6 +74,16 @@ class StreamParser:
         """The deltas of the pending text, at the end of the answer."""
         return _merge(self._deltas(final=True))
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the text pushed so far ends inside a <think> block."""
+        return self._kind == "thinking"
+
+    @property
+    def in_call(self) -> bool:
+        """Whether it ends inside what is a call or may become one."""
+        return bool(self._functions) and self._pending.startswith(OPEN)
+
     def _deltas(self, final: bool) -> Iterable[Delta]:
         while self._pending and (delta := self._next(final)) is not None:
             yield delta

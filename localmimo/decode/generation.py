@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from localmimo.chat.stream_parser import Delta, Kind
+from localmimo.chat.stream_parser import THINK, THINK_END, Delta, Kind
 from localmimo.chat.tokenizer import Decoder, Tokenizer
 from localmimo.decode.draft_depth import DepthPolicy, FixedDepth
 from localmimo.decode.options import Sampling
@@ -19,7 +20,7 @@ from localmimo.decode.sampler import logprobs, pick
 from localmimo.decode.session import Progress, Session
 from localmimo.decode.speculative import SpeculativeSteps
 from localmimo.decode.steps import FinishReason, Stats, Step
-from localmimo.decode.stopping import StopRules, StopStrings
+from localmimo.decode.stopping import AnswerStops, StopRules
 from localmimo.errors import Cancelled
 from localmimo.experts.store.counters import PageCounters
 from localmimo.limits import MAX_DRAFTS
@@ -27,7 +28,15 @@ from quant import kernels
 
 
 class Parser(Protocol):
-    """Text pieces in, deltas out: StreamParser for a conversation, Verbatim for a bare text."""
+    """Text pieces in, deltas out: StreamParser for a conversation, PlainTextParser for a bare text."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the text pushed so far ends inside a thinking block."""
+
+    @property
+    def in_call(self) -> bool:
+        """Whether it ends inside what is a call or may become one."""
 
     def push(self, text: str) -> list[Delta]: ...
 
@@ -36,6 +45,8 @@ class Parser(Protocol):
 
 class PlainTextParser:
     """All of the text is the answer, tags included."""
+
+    thinking = in_call = False
 
     def push(self, text: str) -> list[Delta]:
         return [Delta("answer", text, raw=text)] if text else []
@@ -46,6 +57,13 @@ class PlainTextParser:
 
 class Constraint(Protocol):
     """What an answer must look like: a grammar's state along one answer."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the next token is one of thinking, or the tag that closes it."""
+
+    def end_thinking(self) -> None:
+        """The thinking is over, though no token of </think> was drawn: it was spelled, or a call ended it."""
 
     def mask(self, logits: Tensor) -> Tensor:
         """Logits [vocab] with minus infinity where a token cannot follow."""
@@ -92,12 +110,13 @@ class Generation:
     _before: PageCounters = field(default_factory=PageCounters)
     _kind: Kind = "answer"
     _called: bool = False
+    _answered: bool = False  # more came than thinking and white space
     _thought: int = 0  # tokens of thinking
     _decoder: Decoder = field(init=False)
-    _stops: StopStrings = field(init=False)
+    _stops: AnswerStops = field(init=False)
 
     def __post_init__(self) -> None:
-        self._decoder, self._stops = Decoder(self.tokenizer), StopStrings(self.rules.stop)
+        self._decoder, self._stops = Decoder(self.tokenizer), AnswerStops(self.rules.stop)
 
     def run(self, prompt: Sequence[int]) -> Iterator[Step]:
         """Yield steps; the last one has a finish_reason. Raises ContextFull before anything is read."""
@@ -108,6 +127,7 @@ class Generation:
                 yield from self.take(logits)
                 if self.reason is not None:
                     break
+                self.check()  # tokens that were drafted come without a pass
                 logits = speculative.advance(self.token, self._n_wanted(), self._draw_draft, self.check)
         except Cancelled:
             self.reason = "cancelled"
@@ -139,18 +159,21 @@ class Generation:
             return []
         if self.constraint is not None:
             self.constraint.accept(draw.token)
-        text = self._stops.push(self._decoder.push(draw.token))
-        steps = self._steps(self.parser.push(text), draw)
+        deltas = self.parser.push(self._decoder.push(draw.token))
+        self._follow_thinking()
+        steps = self._steps(self._stops.push(deltas), draw)
         self.reason = self._limit()
         return steps
 
     def end(self) -> Iterator[Step]:
         """What is still held back, then the last step."""
         self._count()
-        rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
-        for delta in [*self.parser.push(rest), *self.parser.finish()]:
+        rest = [*self.parser.push(self._decoder.flush()), *self.parser.finish()]
+        for delta in [*self._stops.push(rest), *self._stops.flush()]:
             self._called |= delta.tool_call is not None
             yield self._step(delta)
+        if self._stops.found and self.reason in ("length", "context"):
+            self.reason = "stop"
         if self._called and self.reason == "stop":
             self.reason = "tool_calls"
         yield Step("", None, self._kind, self.stats, finish_reason=self.reason)
@@ -177,6 +200,7 @@ class Generation:
         token = self._end_of_thinking()
         if token is None:
             shown = logits if self.constraint is None else self.constraint.mask(logits)
+            shown = self._without_more_thinking(shown)
             token = pick(shown, self.sampling, self._seen, self._seed, len(self._seen))
         if self.rules.n_logprobs is None:
             return _Draw(token)
@@ -192,10 +216,26 @@ class Generation:
 
     def _end_of_thinking(self) -> int | None:
         """The token that closes a thinking block whose budget is spent."""
-        budget = self.rules.think_budget
-        if budget is None or self._kind != "thinking" or self._thought < budget:
-            return None
-        return self.tokenizer.token_id("</think>")
+        in_thinking = self.parser.thinking and not self.parser.in_call
+        in_thinking = in_thinking and (self.constraint is None or self.constraint.thinking)
+        return self.tokenizer.token_id(THINK_END) if in_thinking and self._is_budget_spent() else None
+
+    def _without_more_thinking(self, logits: Tensor) -> Tensor:
+        """Logits in which a thinking block that the budget closed is not opened again, right behind its end."""
+        token = self.tokenizer.token_id(THINK)
+        if token is None or not self._thought or self._answered or not self._is_budget_spent():
+            return logits
+        return logits.index_fill(0, torch.tensor([token]), float("-inf"))
+
+    def _is_budget_spent(self) -> bool:
+        return self.rules.think_budget is not None and self._thought >= self.rules.think_budget
+
+    def _follow_thinking(self) -> None:
+        """Count a token of thinking, and let the constraint begin where thinking is over: the parser decides."""
+        if self.parser.thinking:  # also in a call that may be text in the end
+            self._thought += 1
+        elif self._thought and self.constraint is not None and self.constraint.thinking:
+            self.constraint.end_thinking()
 
     def _pages(self) -> int:
         return self.counters().n_pages
@@ -220,9 +260,16 @@ class Generation:
         for delta in deltas:
             self._kind = delta.kind
             self._called |= delta.tool_call is not None
-        self._thought += self._kind == "thinking"
-        first, *others = deltas or [Delta(self._kind, "")]
+            self._answered |= delta.kind != "thinking" and not delta.text.isspace()
+        first, *others = deltas or [Delta(self._next_kind, "")]
         return [self._step(first, draw.token, draw.logprob, draw.top), *map(self._step, others)]
+
+    @property
+    def _next_kind(self) -> Kind:
+        """What a token without text belongs to: the answer, where thinking was just closed."""
+        if self._kind == "thinking" and not self.parser.thinking:
+            return "answer"
+        return self._kind
 
     def _step(
         self,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from localmimo.chat.tokenizer import Tokenizer
+from localmimo.chat.tool_call import OPEN
 from localmimo.errors import BadRequest
 
 NEEDED = "Structured output needs llguidance: pip install 'localmimo[grammar]'."
@@ -103,7 +104,10 @@ class Grammars:
             raise BadRequest(f"The {grammar.form.replace('_', ' ')} cannot be used: {reason.rstrip('.')}.")
         open_tag, close_tag = (self._tokenizer.token_id(tag) for tag in ("<think>", "</think>"))
         tags = (open_tag, close_tag) if may_think and open_tag is not None else (None, close_tag)
-        return GrammarState(matcher, tags, free=thinking and close_tag is not None)
+        # Within thinking, an end of the text would leave the answer out, and a call would not follow the grammar.
+        unthinkable = [*self._tokenizer.eos_ids, self._tokenizer.token_id(OPEN)]
+        never = torch.tensor([token for token in unthinkable if token is not None], dtype=torch.int64)
+        return GrammarState(matcher, tags, thinking and close_tag is not None, never)
 
 
 def _import_llguidance() -> Any:
@@ -136,18 +140,28 @@ class _Vocabulary:
 class GrammarState:
     """A grammar's state along one answer. Thinking is not constrained; the answer is."""
 
-    def __init__(self, matcher: Any, tags: tuple[int | None, int | None], free: bool) -> None:
+    def __init__(self, matcher: Any, tags: tuple[int | None, int | None], free: bool, never: Tensor) -> None:
         self._matcher = matcher
         self._open, self._close = tags  # _open: while a thinking block may still be opened
         self._free = free  # inside a thinking block
-        self._over = (
-            False  # a token came that the grammar does not allow, such as the </think> of a thinking budget
-        )
+        self._unthinkable = never  # tokens int64 [n] that cannot come inside a thinking block
+        self._over = False  # a token came that the grammar does not know
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the next token is one of thinking, or the tag that closes it."""
+        return self._free
+
+    def end_thinking(self) -> None:
+        """The thinking is over, though no token of </think> was drawn: it was spelled, or a call ended it."""
+        self._free = False
 
     def mask(self, logits: Tensor) -> Tensor:
         """Logits [vocab] with minus infinity where a token cannot follow."""
-        if self._free or self._over:
+        if self._over:
             return logits
+        if self._free:
+            return logits.index_fill(0, self._unthinkable, float("-inf"))
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
         if self._open is not None:
             allowed[self._open] = True

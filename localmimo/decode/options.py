@@ -134,8 +134,8 @@ class GenerationOptions:
         },
     )  # fmt: skip
     stop: Sequence[str] = option(
-        "texts", (), help="Text that ends the answer and is left out of it; repeat for more.", metavar="TEXT",
-        flags=("--stop",),
+        "texts", (), metavar="TEXT", flags=("--stop",),
+        help="Text that ends the answer and is left out of it, thinking and calls aside; repeat for more.",
         http={"chat": ("stop",), "completions": ("stop",), "messages": ("stop_sequences",)},
     )  # fmt: skip
     think: bool | None = option(
@@ -143,7 +143,7 @@ class GenerationOptions:
         flags=("--think/--no-think",), **THINKING,
     )  # fmt: skip
     think_budget: int | None = option(
-        "count", least=0, help="Tokens of thinking, at most.", metavar="N",
+        "count", least=0, help="Tokens of thinking, at most; then it is closed and the answer begins.", metavar="N",
         flags=("--think-budget",), **THINKING,
     )  # fmt: skip
     tools: Sequence[Mapping[str, Any]] | None = option(
@@ -164,7 +164,7 @@ class GenerationOptions:
         },
     )  # fmt: skip
     logprobs: int | None = option(
-        "count", help="Log-probabilities of each token and of so many others.",
+        "count", help="Log-probabilities of each token of the answer and of so many others.",
         http={"chat": ("logprobs", "top_logprobs"), "completions": ("logprobs",)},
         http_range=(0, MAX_LOGPROBS),
     )  # fmt: skip

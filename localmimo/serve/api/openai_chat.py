@@ -182,7 +182,12 @@ class Chat:
         return self._head | {"object": kind, "choices": choices}
 
     def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any] | None:
-        drawn = [step for step in steps if step.token is not None and step.logprob is not None]
+        """Of the answer's tokens: thinking is not part of the content."""
+        drawn = [
+            step
+            for step in steps
+            if step.token is not None and step.logprob is not None and step.kind != "thinking"
+        ]
         return {"content": [self._logprob(step) for step in drawn], "refusal": None} if drawn else None
 
     def _logprob(self, step: Step) -> dict[str, Any]:
