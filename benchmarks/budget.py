@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.make_checkpoint import Shape, make_checkpoint
 from benchmarks.mmap import GROUPS, capped
 from benchmarks.report import write_result
-from localmimo.hardware.host import parse_bytes
+from localmimo.hardware.units import parse_bytes
 from quant import convert
 
 OVER = 1.03  # of the budget, at most
@@ -39,7 +39,7 @@ import json, sys
 import torch
 from localmimo import Sampling, load
 from localmimo.engine import Engine
-from localmimo.hardware.host import parse_bytes
+from localmimo.hardware.units import parse_bytes
 
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))

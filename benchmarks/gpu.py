@@ -31,7 +31,8 @@ import torch
 from benchmarks.report import write_result
 from localmimo.errors import NoDevice
 from localmimo.hardware.device import Device, find_device
-from localmimo.hardware.host import Machine, format_bytes
+from localmimo.hardware.host import Machine
+from localmimo.hardware.units import format_bytes
 from localmimo.model.config import ModelConfig
 from quant import gpu
 from quant.formats.codec import codec

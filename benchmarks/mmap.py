@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import write_result
-from localmimo.hardware.host import parse_bytes
+from localmimo.hardware.units import parse_bytes
 
 GROUPS = Path("/sys/fs/cgroup/memory")
 LIBRARIES = 450 << 20  # interpreter, torch and its pools: in the cap, outside our --ram

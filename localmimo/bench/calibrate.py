@@ -19,7 +19,8 @@ from localmimo.decode.options import Sampling
 from localmimo.engine import load
 from localmimo.errors import BadModel
 from localmimo.experts.tiers.tiers import DiskTier, RamTier
-from localmimo.hardware.bandwidth import Speeds, file_spots, keep, kept, measured_speeds, products_key
+from localmimo.hardware.bandwidth import Speeds, file_spots, measured_speeds, products_key
+from localmimo.hardware.measurements import keep, kept
 from localmimo.planning.footprint import Footprint, footprint_of
 from quant import Pack
 from quant.pack.pack import PageAt, experts_of

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localmimo.hardware.host import Machine, format_bytes
+from localmimo.hardware.host import Machine
+from localmimo.hardware.units import format_bytes
 
 if TYPE_CHECKING:
     from quant import Source

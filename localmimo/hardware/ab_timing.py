@@ -1,4 +1,4 @@
-"""A/B timing: two ways of doing the same, held against each other in turns, by the ratios of neighbouring measurements.
+"""A/B timing: two ways of doing the same, compared in turns, by the ratios of neighbouring measurements.
 
 A machine that is now faster, now slower, changes no such ratio much, and its median takes no notice of a stall. Pure;
 knows seconds, not what took them.

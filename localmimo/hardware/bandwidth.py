@@ -1,4 +1,4 @@
-"""Speeds: how fast this machine's disk and memory are, measured in a second or two, or said by the user.
+"""Bandwidth: how fast this machine's disk and memory are, measured in a second or two, or given by the user.
 
 Disk: whole pages by direct reads into huge pages, one and four at a time, as the engine reads them; then the same ones
 again, which a cache in the drive or in a virtual machine's host may answer. Memory: a sum over half a gigabyte on every
@@ -7,7 +7,6 @@ core. Measurements are kept under LOCALMIMO_HOME for a week. Knows files and byt
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import tempfile
@@ -19,9 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from localmimo.hardware.measurements import keep, kept
 from localmimo.limits import N_READERS
-from localmimo.system.paths import home
-from quant.files.atomic import written_aside
 from quant.files.hugepages import mapping
 
 ALIGN = 4096
@@ -31,9 +29,7 @@ DISK_MOST_S = 3.0
 DISK_SAMPLE_BYTES = 1 << 30  # at most
 SCRATCH_BYTES = 256 << 20
 RAM_SAMPLE_BYTES = 512 << 20
-FRESH_S = 7 * 86_400
 CACHED = 1.25  # times faster, the second time: then a cache answers
-CACHE = "speeds.json"
 
 Origin = Literal["measured", "given", "assumed"]
 Spot = tuple[Path, int]  # a file and an aligned offset in it
@@ -199,33 +195,6 @@ def _open(file: Path) -> tuple[int, bool]:
 
 
 # ---- kept measurements ----
-
-
-def kept(key: str, *figures: str, fresh_s: float = FRESH_S) -> dict[str, Any] | None:
-    """A measurement of the last week (or so) under this key, where the file has these figures of it."""
-    entry = _read().get(key)
-    names = {"at", *figures}
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), int | float) for name in names):
-        return None
-    return entry if 0 <= time.time() - entry["at"] < fresh_s else None
-
-
-def keep(key: str, figures: dict[str, Any]) -> None:
-    """Remember a measurement; a home that can not be written is no reason to fail."""
-    entries = _read() | {key: figures | {"at": time.time()}}
-    try:
-        with written_aside(home() / CACHE) as file:
-            file.write(json.dumps(entries).encode())
-    except OSError:
-        pass
-
-
-def _read() -> dict[str, Any]:
-    try:
-        entries = json.loads((home() / CACHE).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
 
 
 def disk_speed(spots: Sequence[Spot], page_bytes: int, folder: Path, *, anew: bool = False) -> DiskSpeed:

@@ -1,4 +1,4 @@
-"""Device: where dense weights, KV and the hottest experts lie: main memory, or one GPU that can be computed on.
+"""Device: where dense weights, KV and the hottest experts are kept: main memory, or one GPU.
 
 A GPU is looked at before anything is read, and what is wrong with it is a sentence. Knows what torch and the driver
 say; no model and no budget. Imports torch only to look.

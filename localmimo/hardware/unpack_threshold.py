@@ -1,4 +1,4 @@
-"""Crossover: from how many tokens on a packed matrix on a GPU is better unpacked, for the library to multiply with.
+"""Unpack threshold: the number of tokens from which a packed matrix on a GPU is unpacked for the library's product.
 
 Measured on one matrix of each codec, once per GPU and version, and kept without end: the same machine goes on giving
 the same bits. Knows matrices and seconds; nothing of models.
@@ -10,7 +10,7 @@ from math import inf
 
 import torch
 
-from localmimo.hardware.bandwidth import keep, kept
+from localmimo.hardware.measurements import keep, kept
 from quant import QTensor, gpu
 
 COUNTS = (16, 32, 64, 128, 256, 512, 1024)  # of tokens, ascending

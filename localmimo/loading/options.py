@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from localmimo.decode.draft_depth import Draft, check_draft
 from localmimo.errors import BadRequest, DoesNotFit, NoDevice
 from localmimo.hardware.device import CPU, Device, check_device, find_device
-from localmimo.hardware.host import Machine, format_bytes, parse_bytes
+from localmimo.hardware.host import Machine
+from localmimo.hardware.units import format_bytes, parse_bytes
 from localmimo.limits import DEFAULT_CONTEXT, MAX_BATCH, MAX_DRAFTS, SLACK
 from localmimo.option import option, options_of
 from localmimo.planning.memory import Plan, make_plan

@@ -1,4 +1,4 @@
-"""Structure: what a model weighs, to the byte, from a pack, a checkpoint folder, a config.json or a family name.
+"""Footprint: what a model takes, to the byte, from a pack, a checkpoint folder, a config.json or a family name.
 
 Nothing is read but headers and manifests, and nothing at all of what is not here yet. Knows no machine and no torch.
 """

@@ -1,4 +1,4 @@
-"""Hits: which share of expert requests a number of slots should answer, replayed, expected, or assumed.
+"""Hit rates: which share of expert requests a number of slots should answer, replayed, expected, or assumed.
 
 A recorded trace is replayed through the policies; a profile of earlier sessions gives what its hottest pages would
 answer; with neither, others' published caches have to do. Knows pages and counts; no bytes and no torch.

@@ -1,4 +1,4 @@
-"""Plan: dense weights + KV + workspace + expert slots against one budget or two, or the reason they do not fit.
+"""Memory plan: dense weights + KV + workspace + expert slots against one budget or two, or the reason they do not fit.
 
 Without a GPU all of it is RAM's. With one, VRAM has the dense weights, the windows' KV, the workspace of a prompt and
 slots with the rest: for experts, which give way to the global layers' KV as the context grows. RAM has the embeddings,
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from localmimo.errors import DoesNotFit
-from localmimo.hardware.host import format_bytes
+from localmimo.hardware.units import format_bytes
 from localmimo.kv.sizes import DeviceKv, device_kv, draft_bytes, kv_bytes, kv_row_bytes
 from localmimo.limits import (
     ATTENTION_WORKSPACE_BYTES,

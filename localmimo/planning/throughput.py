@@ -1,4 +1,4 @@
-"""Estimate: how fast a plan should answer, as a range, from bytes, measured speeds and a hit rate.
+"""Throughput: how fast a plan should answer, as a range, from bytes, measured speeds and a hit rate.
 
 Arithmetic only. A decode step computes with the dense weights, the KV and its experts, and reads the missing ones. A
 layer's reads start when its router has spoken, or earlier where it was guessed: they go on beside the computing of all

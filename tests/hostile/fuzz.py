@@ -24,7 +24,7 @@ from localmimo.errors import LocalMimoError
 from localmimo.experts.policy.profile import BadProfile, Profile, read_profile, write_profile
 from localmimo.experts.policy.trace import read_trace
 from localmimo.experts.store.placement import _read as read_placement
-from localmimo.hardware import bandwidth as speeds
+from localmimo.hardware import measurements
 from localmimo.model.config import ModelConfig
 from localmimo.serve.api.anthropic_messages import read_messages
 from localmimo.serve.api.json_fields import Fields
@@ -119,7 +119,7 @@ class FuzzTarget:
             "conversation": lambda raw: read_conversation(at(raw), "x"),
             "placement": lambda raw: read_placement(at(raw), {1: 8}),
             "speeds": lambda raw: self._swapped(
-                self.folder / "speeds.json", raw, lambda: speeds.kept("ram", "read")
+                self.folder / "speeds.json", raw, lambda: measurements.kept("ram", "read")
             ),
             "session_tokens": lambda raw: self._stored(".tokens", raw),
             "notes": lambda raw: self._stored(".notes.json", raw),

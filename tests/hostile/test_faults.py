@@ -27,7 +27,7 @@ from localmimo.experts.policy.profile import read_profile
 from localmimo.experts.store.memory_pressure import MemoryPressure
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.io_threads import IoThreads
-from localmimo.hardware import bandwidth as speeds
+from localmimo.hardware import measurements
 from localmimo.serve.session_store import SessionStore, StoredSession
 from quant.pack.pack import Pack
 from tests.packs import PACKS, make_pack
@@ -322,12 +322,12 @@ def test_a_clock_that_jumps_changes_no_token(
 
 def test_measurements_from_the_future_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
-    speeds.keep("ram", {"read": 1e9})
-    assert speeds.kept("ram", "read")
+    measurements.keep("ram", {"read": 1e9})
+    assert measurements.kept("ram", "read")
     now = time.time()
     for jump in (-3600, 8 * 86400):
         monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
-        assert speeds.kept("ram", "read") is None
+        assert measurements.kept("ram", "read") is None
 
 
 def test_the_last_used_file_stays_though_the_clock_went_back(

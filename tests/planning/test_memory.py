@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from localmimo.errors import BadRequest, DoesNotFit
-from localmimo.hardware.host import Machine, _cgroup, format_bytes, parse_bytes
+from localmimo.hardware.host import Machine, _cgroup
+from localmimo.hardware.units import format_bytes, parse_bytes
 from localmimo.kv.cache import GlobalKV, WindowKV
 from localmimo.kv.sizes import draft_bytes, kv_row_bytes
 from localmimo.limits import N_SNAPSHOTS, PREFILL_CHUNK, SLACK

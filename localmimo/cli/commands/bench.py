@@ -28,7 +28,8 @@ from localmimo.decode.draft_depth import check_draft
 from localmimo.errors import BadRequest
 from localmimo.experts.policy.trace import TraceWriter
 from localmimo.hardware.bandwidth import Speeds
-from localmimo.hardware.host import Machine, format_bytes
+from localmimo.hardware.host import Machine
+from localmimo.hardware.units import format_bytes
 from localmimo.limits import DEFAULT_CONTEXT
 from localmimo.loading.options import LoadOptions
 from localmimo.model.config import ModelConfig

@@ -23,7 +23,7 @@ from localmimo.cli.terminal.tool_approval import Ask, ToolApproval
 from localmimo.cli.ui import Ui
 from localmimo.decode.options import SAMPLING_OPTIONS
 from localmimo.errors import BadRequest
-from localmimo.hardware.host import format_bytes
+from localmimo.hardware.units import format_bytes
 from localmimo.loading.options import LoadOptions
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ import typer
 from localmimo.cli.options import Json, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.ui import Ui
 from localmimo.errors import LocalMimoError, with_flags
-from localmimo.hardware.host import Machine, format_bytes
+from localmimo.hardware.host import Machine
+from localmimo.hardware.units import format_bytes
 
 Verdict = Literal["ok", "warn", "fail"]
 SYMBOLS = {"ok": "✓", "warn": "!", "fail": "✗"}

@@ -153,7 +153,8 @@ def _engines(job: PerplexityOptions, ui: Ui) -> Iterator[Engine]:
     folders = [
         None if name == EMBEDDED else str(pack_folder(name)) for name in names
     ]  # before torch is loaded
-    from localmimo.hardware.host import Machine, parse_bytes
+    from localmimo.hardware.host import Machine
+    from localmimo.hardware.units import parse_bytes
 
     ram = job.loading.ram
     budget = Machine.probe().automatic_ram_bytes if ram is None else parse_bytes(ram)

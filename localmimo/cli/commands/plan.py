@@ -18,7 +18,8 @@ from localmimo.cli.ui import Ui, parse_count
 from localmimo.errors import BadRequest, DoesNotFit, with_flags
 from localmimo.experts.policy.trace import Trace, read_trace
 from localmimo.hardware.bandwidth import Speeds, file_spots, measured_speeds
-from localmimo.hardware.host import Machine, format_bytes, parse_bytes
+from localmimo.hardware.host import Machine
+from localmimo.hardware.units import format_bytes, parse_bytes
 from localmimo.kv.sizes import device_kv, kv_bytes
 from localmimo.limits import DEFAULT_CONTEXT, PREFILL_CHUNK, SLACK
 from localmimo.planning.footprint import Footprint, footprint_of

@@ -20,7 +20,7 @@ from localmimo.cli.disk_space import DiskSpace
 from localmimo.cli.options import Json, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.ui import Ui, bar, seconds
 from localmimo.errors import BadRequest
-from localmimo.hardware.host import format_bytes
+from localmimo.hardware.units import format_bytes
 from localmimo.model.config import ModelConfig
 from localmimo.model.members import find_member
 

@@ -21,7 +21,7 @@ from localmimo.cli.open_engine import open_engine
 from localmimo.cli.options import Model, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.ui import Ui
 from localmimo.errors import BadRequest
-from localmimo.hardware.host import parse_bytes
+from localmimo.hardware.units import parse_bytes
 from localmimo.loading.options import LoadOptions
 from localmimo.serve.http.listen import is_loopback, listen
 

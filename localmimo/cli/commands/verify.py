@@ -11,7 +11,7 @@ import typer
 from localmimo.cli.options import Json, Quiet, Verbose, run_interruptible, ui_of
 from localmimo.cli.packs import pack_folder
 from localmimo.cli.ui import Ui, bar, seconds
-from localmimo.hardware.host import format_bytes
+from localmimo.hardware.units import format_bytes
 
 if TYPE_CHECKING:
     from quant.pack.verify import Report

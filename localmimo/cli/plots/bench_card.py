@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localmimo import __version__
-from localmimo.hardware.host import Machine, format_bytes
+from localmimo.hardware.host import Machine
+from localmimo.hardware.units import format_bytes
 
 if TYPE_CHECKING:
     from localmimo.bench.corpus import Corpus

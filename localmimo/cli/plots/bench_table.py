@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from localmimo.cli.ui import rows, seconds
-from localmimo.hardware.host import format_bytes
+from localmimo.hardware.units import format_bytes
 
 if TYPE_CHECKING:
     from localmimo.bench.runs import BenchRun

@@ -11,7 +11,7 @@ from typing import Any
 
 from localmimo.cli.ui import rows, seconds
 from localmimo.hardware.bandwidth import Speeds
-from localmimo.hardware.host import format_bytes
+from localmimo.hardware.units import format_bytes
 from localmimo.planning.footprint import Footprint
 from localmimo.planning.memory import (
     Plan,

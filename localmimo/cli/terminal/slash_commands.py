@@ -17,7 +17,7 @@ from localmimo.cli.terminal.screen import figures
 from localmimo.cli.ui import fit, parse_count
 from localmimo.decode.options import OPTIONS, SAMPLING_OPTIONS
 from localmimo.errors import BadRequest, LocalMimoError, with_flags
-from localmimo.hardware.host import format_bytes
+from localmimo.hardware.units import format_bytes
 
 if TYPE_CHECKING:
     from localmimo.cli.terminal.conversation import Conversation

@@ -1,4 +1,4 @@
-"""HybridRunner: the routed experts of a layer where the rest of the model lies on a GPU.
+"""HybridRunner: the routed experts of a layer where the rest of the model is on a GPU.
 
 A step's experts are computed where their pages are: on the GPU, and on the CPU meanwhile. The pages of a long prompt
 pass through the GPU. Owns no page. The outputs of a token are added in ascending order of its experts.

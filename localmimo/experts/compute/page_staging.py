@@ -1,4 +1,4 @@
-"""Conveyor: pages of a prompt pass through a few slots of the device, one being copied while others are computed with.
+"""Page staging: a prompt's pages pass through a few slots of the device, some copied while others are computed with.
 
 Knows bytes and streams; not whose pages they are.
 """

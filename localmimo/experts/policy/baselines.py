@@ -1,4 +1,4 @@
-"""Policy: which page gives way. Pure decisions over pages; knows no bytes, no torch, no disk.
+"""Policies: which page is evicted. Pure decisions over pages; knows no bytes, no torch, no disk.
 
 A policy hears what is asked for (`request`), what is held (`admit`, `drop`), and names who should go (`victims`). The
 store and `localmimo replay` drive the same objects.

@@ -1,4 +1,4 @@
-"""Uploads: which pages are worth a place on the GPU. Pure decisions over chances and costs; no torch, no bytes.
+"""Promotion: which pages are worth a slot on the GPU. Pure decisions over chances and costs; no torch, no bytes.
 
 A page takes the place of another only where the time that its expected uses will save there exceeds that of the copy.
 A free slot is worth filling in any case: it makes room in RAM.

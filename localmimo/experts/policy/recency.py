@@ -1,4 +1,4 @@
-"""Ages: the chance that a page is used, by how long it has not been. Learnt from the traffic, the same for all pages.
+"""Recency: the chance that a page is used, by how long it was not. Learnt from the requests, the same for all pages.
 
 Knows rows, experts and how long ago each was used; not which page it is.
 """

@@ -1,4 +1,4 @@
-"""Recall: the past tokens whose routing resembles the present one's, and what they and the tokens after them used.
+"""Similar tokens: past tokens whose routing resembles the present one's, and what they and the tokens after them used.
 
 Text repeats itself, and so does its routing: once some layers of a token are known, tokens like it say what its other
 layers and the next tokens will use. Knows rows and experts as numbers; no slots, no pages held.

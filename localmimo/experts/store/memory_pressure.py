@@ -1,4 +1,4 @@
-"""Pressure: gives slots back while the system is short of memory, and takes them again when it no longer is.
+"""Memory pressure: gives slots back while the system is short of memory, and takes them again when it no longer is.
 
 Knows free bytes and numbers of slots; not what lies in a slot. The budget was checked when the pack was opened; this is
 for what other programs do afterwards.

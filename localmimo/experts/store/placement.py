@@ -1,4 +1,4 @@
-"""Placement: where the pages lie that a running engine holds, in a small file that other processes can look at.
+"""Placement: where a running engine has its pages, in a small file that other processes can read.
 
 The file stands beside the profile while the engine is open: `stats` reads it. Knows pages and tiers; no bytes.
 """

@@ -1,4 +1,4 @@
-"""PrefetchGate: whether guessing the next layer's pages pays. Pure; knows counts and seconds, no pages.
+"""Prefetch gate: whether prefetching the next layer's pages pays. Pure; knows counts and seconds, no pages.
 
 Two questions, asked all the time. Are most guesses right? And are steps with guesses faster than steps without? The
 second is asked of two steps without, two with, in turns; then the faster way is kept, and compared again after ever

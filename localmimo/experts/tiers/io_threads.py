@@ -1,4 +1,4 @@
-"""Readers: a few threads that run jobs of reading, what is needed now before what is only guessed.
+"""I/O threads: they run jobs of reading, what is needed now before what is only prefetched.
 
 Knows jobs; nothing of pages, files or why one is guessed. `concurrent.futures` would do, at twice the cost to the
 asking thread (benchmarks.paging --only bookkeeping): a token may ask for a hundred.

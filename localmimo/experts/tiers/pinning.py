@@ -1,4 +1,4 @@
-"""Pinning: locks stretches of main memory, so that a GPU copies from them by itself while the host goes on.
+"""Pinning: locks parts of main memory, so that a GPU copies from them by itself while the host continues.
 
 Knows addresses and bytes. Where the system refuses, everything works, only slower: it says so and does not try again.
 """

@@ -1,4 +1,4 @@
-"""Slots: which page lies in which slot of RAM, which slots are free, lent to a read, or given back to the system.
+"""RAM slots: which page is in which slot, which slots are free, in use by a read, or returned to the system.
 
 Knows pages as names and slots as numbers; not how a page is read or who asks for it.
 """

@@ -1,4 +1,4 @@
-"""Tiers: places for pages. A slab of equal slots in RAM, and whole-page reads from the pack's files.
+"""Tiers: memory for pages. A slab of equal slots in RAM, and whole-page reads from the pack's files.
 
 A page is one expert's packed bytes. Knows offsets and bytes; not which page is worth keeping, nor what is in it.
 """

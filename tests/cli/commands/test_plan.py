@@ -10,6 +10,7 @@ import pytest
 from localmimo.cli.commands.plan import Planner, PlanOptions
 from localmimo.errors import DoesNotFit
 from localmimo.experts.policy.trace import Trace
+from localmimo.hardware import measurements
 from localmimo.hardware.bandwidth import ASSUMED, Speeds, file_spots, measure_disk, measure_ram, scratch_spots
 from localmimo.hardware.host import Machine
 from localmimo.model.config import ModelConfig
@@ -259,18 +260,17 @@ def test_measuring_a_disk_and_memory(tmp_path: Path) -> None:
 
 
 def test_what_a_measured_plan_says(nf4_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from localmimo.hardware import bandwidth as speeds
 
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
     ask = ("plan", str(nf4_pack), "--ram", "64MiB", "-c", "256")
     page, device = footprint_of(nf4_pack).page_bytes, nf4_pack.stat().st_dev
-    speeds.keep("ram", {"read": 2e10})
+    measurements.keep("ram", {"read": 2e10})
     disk = {"together": 1e9, "alone": 5e8, "again": 1.1e9, "direct": True}
-    speeds.keep(f"disk {device} {page}", disk)
+    measurements.keep(f"disk {device} {page}", disk)
     out = localmimo(*ask)[1]
     assert "disk 1.0 GB/s of pages four at a time, 500 MB/s one at a time (measured)" in out
     assert "a cache answers" not in out and "kept for a week: --remeasure." in out
-    speeds.keep(f"disk {device} {page}", disk | {"again": 2e9})
+    measurements.keep(f"disk {device} {page}", disk | {"again": 2e9})
     out = localmimo(*ask)[1]
     assert "just read come again at 2.0 GB/s: a cache answers, which may hold all of this pack\n" in out
     found = json.loads(localmimo(*ask, "--json")[1])
@@ -281,10 +281,10 @@ def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from localmimo.hardware import bandwidth as speeds
 
     monkeypatch.setenv("LOCALMIMO_HOME", str(tmp_path))
-    speeds.keep("ram", {"read": 5e9})
+    measurements.keep("ram", {"read": 5e9})
     assert speeds.ram_speed(1) == 5e9
-    (tmp_path / speeds.CACHE).write_text("{")
-    assert speeds.kept("ram") is None
+    (tmp_path / measurements.CACHE).write_text("{")
+    assert measurements.kept("ram") is None
 
 
 def test_structure_of_a_pack_counts_what_a_token_reads(nf4_pack: Path) -> None:
