@@ -1,6 +1,7 @@
 """The tools of examples/agent.py keep to their folder and their limits."""
 
 import importlib.util
+import os
 import socket
 import subprocess
 import sys
@@ -89,6 +90,10 @@ def test_the_calculator_takes_sums_only(agent: ModuleType) -> None:
 
 def test_it_shows_its_usage() -> None:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--help"], capture_output=True, text=True, check=False
+        [sys.executable, str(EXAMPLE), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLE.parents[1])},  # whether or not it is installed
     )
     assert done.returncode == 0 and "--folder" in done.stdout

@@ -248,10 +248,10 @@ def _markdown(text: str) -> Any:
         def __rich_console__(self, console: Console, options: Any) -> Any:
             yield Text.assemble((self.text.plain, "bold"), justify="left")
 
-    class Answer(Markdown):
+    class MarkdownWithLeftHeadings(Markdown):
         elements: ClassVar = {**Markdown.elements, "heading_open": LeftHeading}
 
-    answer = Answer(text, code_theme="ansi_dark", hyperlinks=False)
+    answer = MarkdownWithLeftHeadings(text, code_theme="ansi_dark", hyperlinks=False)
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").enable("strikethrough")
     answer.parsed = parser.parse(text)
     for token in answer.parsed:
