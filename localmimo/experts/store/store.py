@@ -2,13 +2,13 @@
 
 Knows pages, slots and bytes; nothing of tokens or of what an expert computes.
 
-Two ways to ask. `fetch` serves a decode step: a few pages of a layer, those in RAM at once, others as they are read.
-`stream` serves a prompt: many pages of a layer in the order of the file, through a few slots (prompt_stream.py).
+Two ways to ask. `fetch` serves a decode step: a few pages of a layer, those in RAM at once, others as they are read
+(step_fetch.py). `stream` serves a prompt: many pages of a layer in the order of the file, through a few slots
+(prompt_stream.py).
 """
 
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -22,6 +22,7 @@ from localmimo.experts.store.prefetch import PrefetchReads
 from localmimo.experts.store.prefetch_gate import PrefetchGate
 from localmimo.experts.store.prompt_stream import PromptStream
 from localmimo.experts.store.slot_supply import SlotSupply
+from localmimo.experts.store.step_fetch import StepFetch
 from localmimo.experts.tiers.gpu_slots import GpuSlots
 from localmimo.experts.tiers.pinning import Pinning
 from localmimo.experts.tiers.ram_slots import Arrival, RamSlots
@@ -67,8 +68,11 @@ class ExpertStore:
         self._gate = PrefetchGate() if prefetch and 4 <= n_slots < pack.n_pages else None
         self._prefetches = PrefetchReads(pack, self._disk, self._slots, self._counters, self._gate)
         self._supply = SlotSupply(self._slots, self._prefetches, gpu, stall_s)
-        self._new_reads = partial(
+        new_reads = partial(
             PageReads, pack, self._disk, self._slots, self._prefetches, self._counters, stall_s
+        )
+        self._step_fetch = StepFetch(
+            policy, self._slots, self._supply, self._prefetches, self._counters, new_reads, self._n_kept_free
         )
         self._prompt_stream = PromptStream(
             experts_of(pack),
@@ -76,7 +80,7 @@ class ExpertStore:
             self._supply,
             self._prefetches,
             self._counters,
-            self._new_reads,
+            new_reads,
             self._on_gpu,
         )
         self.deferred = DeferredCounts(policy, self._counters)
@@ -128,55 +132,14 @@ class ExpertStore:
             elsewhere = experts if self.gpu is None else self.without_gpu(layer, experts)
             pages = [(layer, expert) for expert in elsewhere]
             self._prefetches.settle(layer, pages)
-            yield from self._serve(layer, experts, pages)
+            if self._gate is not None:
+                self._gate.step(layer, any(page not in self._slots for page in pages))
+            for arrived in self._step_fetch.pages(layer, experts, pages):
+                yield self._arrivals(arrived)
 
-    def _serve(self, layer: int, experts: Sequence[int], pages: list[Page]) -> Iterator[list[Arrival]]:
-        held = [page for page in pages if page in self._slots]
-        missing = deque(page for page in pages if page not in self._slots)
-        reads = self._new_reads()
-        if self._gate is not None:
-            self._gate.step(layer, bool(missing))
-        try:
-            self._supply.pinned = set(held)
-            self._take_over_prefetched(missing, reads)
-            self._read_into(self._slots.take(len(missing)), missing, reads)
-            self._policy.request(layer, experts)  # the disk works meanwhile
-            self._begin_reads(missing, reads)
-            self._count_held(held)
-            yield self._arrivals(held)
-            while reads or missing:
-                self._supply.pinned.clear()
-                self._begin_reads(missing, reads)
-                landed = reads.wait_for_any()
-                self._supply.pinned = set(landed)
-                yield self._arrivals(landed)
-            if self.n_slots < self._pack.n_pages:
-                self._supply.keep_free(min(N_READERS, self.n_slots // FREE_SHARE))
-        finally:
-            self._supply.pinned.clear()
-            reads.abandon()
-
-    def _take_over_prefetched(self, missing: deque[Page], reads: PageReads) -> None:
-        for page in [page for page in missing if page in self._prefetches]:
-            self._supply.next_layer.discard(page)
-            reads.take_over(page)
-            missing.remove(page)
-
-    def _begin_reads(self, missing: deque[Page], reads: PageReads) -> None:
-        """Begin to read as many missing pages as slots can be had for; one in any case."""
-        slots = self._supply.take(len(missing)) if missing else []
-        if missing and not slots and not reads and not self._supply.pinned:
-            slots = [self._supply.must_take()]
-        self._read_into(slots, missing, reads)
-
-    def _read_into(self, slots: Sequence[int], missing: deque[Page], reads: PageReads) -> None:
-        for slot in slots:
-            reads.begin(missing.popleft(), slot)
-
-    def _count_held(self, held: Sequence[Page]) -> None:
-        self._counters.ram_pages += len(held)
-        for page in held:
-            self._supply.streamed.pop(page, None)  # decode uses it: from now on the policy decides
+    def _n_kept_free(self) -> int:
+        """Slots that are free when a layer asks: none where every page has one."""
+        return min(N_READERS, self.n_slots // FREE_SHARE) if self.n_slots < self._pack.n_pages else 0
 
     def _arrivals(self, pages: Sequence[Page]) -> list[Arrival]:
         return [Arrival(page[1], self._layout(page), self._tensor(page)) for page in pages]
