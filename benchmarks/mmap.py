@@ -36,10 +36,10 @@ with load(pack, ram=ram, context=1024, profile=None) as engine, engine.session()
     session.sync(tokens[:8])
     for token in tokens[8 : 8 + warm]:
         session.step(token)
-    before, began = engine._store.traffic.copy(), time.perf_counter()
+    before, began = engine._store.counters.copy(), time.perf_counter()
     for token in tokens[8 + warm :]:
         session.step(token)
-    wall, traffic = time.perf_counter() - began, engine._store.traffic.since(before)
+    wall, traffic = time.perf_counter() - began, engine._store.counters.since(before)
     n = len(tokens) - 8 - warm
     pages = traffic.ram_pages + traffic.disk_pages
     print(json.dumps({"tps": n / wall, "token_bytes": traffic.disk_bytes / n, "hit_rate": traffic.ram_pages / pages,

@@ -1,4 +1,4 @@
-"""The same ten turns of tools and thinking through every face, with drafts: the same tokens, and nothing read twice.
+"""The same ten turns of tools and thinking through every interface, with drafts: the same tokens, and nothing read twice.
 
 The embedded model with three draft heads that often err, so that sessions are rewound all the time.
 """
@@ -37,14 +37,21 @@ def get_weather(city: str, days: int) -> str:
 
 
 @dataclass
-class TurnCache:
-    """What was read, kept and said for each answer of a conversation."""
+class AnswerRecord:
+    """What was read, reused and said for each answer of a conversation."""
 
     prompts: list[list[int]] = field(default_factory=list)
     reused: list[int] = field(default_factory=list)
     said: list[int] = field(default_factory=list)
     accepted: int = 0
     drafted: int = 0
+
+    def restart(self, engine: Engine) -> None:
+        """Forget all of it, and let the engine forget the answers and the session."""
+        self.prompts, self.reused, self.said, self.accepted, self.drafted = [], [], [], 0, 0
+        engine.prompts.turn_cache = Kept()
+        with engine.session() as session:
+            session.rewind(session.position)
 
     def check(self) -> None:
         """Each turn begins with all that was held after the one before."""
@@ -57,9 +64,9 @@ class TurnCache:
 
 
 @pytest.fixture
-def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> TurnCache:
+def turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> AnswerRecord:
     """Filled as answers are made; one draft in four is wrong."""
-    turns, rng = TurnCache(), random.Random(4)
+    turns, rng = AnswerRecord(), random.Random(4)
     begin, guess, end = Generation.begin, Generation._draw_draft, Generation.end
 
     def begun(self: Generation, prompt: list[int]) -> Any:
@@ -114,7 +121,7 @@ def by(client: Callable[[], talks.Client]) -> Callable[[Engine, Script, Path], N
     return talk
 
 
-FACES: dict[str, Callable[[Engine, Script, Path], None]] = {
+INTERFACES: dict[str, Callable[[Engine, Script, Path], None]] = {
     "python": by_python,
     "repl": by_repl,
     "chat": by(talks.ChatClient),
@@ -124,16 +131,18 @@ FACES: dict[str, Callable[[Engine, Script, Path], None]] = {
     "responses by id": by(lambda: talks.ResponsesClient(by_id=True)),
     "completions": by(talks.CompletionsClient),
 }
-SEEN: list[list[list[int]]] = []  # the prompts of the faces that were tried before
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_every_face_holds_the_same_tokens(
-    engine: Engine, turns: TurnCache, face: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_every_interface_holds_the_same_tokens(
+    engine: Engine, turns: AnswerRecord, interface: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(talks, "SCHEMA", tools_of([get_weather])[0][0]["function"]["parameters"])
-    FACES[face](engine, Script(engine, monkeypatch), tmp_path)
+    script = Script(engine, monkeypatch)
+    INTERFACES["python"](engine, script, tmp_path)
+    expected = turns.prompts
+    turns.restart(engine)
+    INTERFACES[interface](engine, script, tmp_path)
     turns.check()
-    if face != "completions":  # which sends text of its own
-        SEEN.append(turns.prompts)
-        assert SEEN[0] == turns.prompts
+    if interface != "completions":  # which sends text of its own
+        assert turns.prompts == expected
