@@ -156,7 +156,7 @@ def test_errors_are_shown(driver: Any, server: Running) -> None:
     page.driver.execute_script("arguments[0].value = 'word '.repeat(6000)", page.find("prompt"))
     page.find("send").click()
     wait_for(lambda: page.all("article .wrong"))
-    assert "4,096" in page.all("article .wrong")[0].text
+    assert "4096 tokens" in page.all("article .wrong")[0].text
     page.find("settings").find_element("tag name", "summary").click()
     page.find("tools").send_keys("{")
     page.find("prompt").send_keys("x\n")
