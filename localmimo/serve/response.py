@@ -187,9 +187,12 @@ class StreamingResponse:
 
 
 def warning_headers(request: Request) -> dict[str, str]:
-    """The header that says what of a request was left out; none where nothing was."""
+    """The header that says what of a request was left out; none where nothing was.
+
+    Printable ASCII without white space at its ends, which is all that a header may hold.
+    """
     text = "; ".join(request.warnings).encode("ascii", "replace").decode()
-    text = "".join(char if char.isprintable() else "?" for char in text)[:MAX_WARNING_CHARS]
+    text = "".join(char if char.isprintable() else "?" for char in text)[:MAX_WARNING_CHARS].strip()
     return {WARNING_HEADER: text} if text else {}
 
 

@@ -1,4 +1,4 @@
-"""The same ten turns of tools and thinking through every interface, with drafts: the same tokens, and nothing read twice.
+"""The same ten turns of tools and thinking through every interface, with drafts: the same tokens, nothing read twice.
 
 The embedded model with three draft heads that often err, so that sessions are rewound all the time.
 """

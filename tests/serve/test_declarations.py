@@ -1,5 +1,6 @@
 """Optional declarations do not fail a request: what cannot be carried out is left out and named, or refused by name."""
 
+import json
 from typing import Any
 
 import pytest
@@ -57,6 +58,24 @@ def test_tools_that_cannot_be_run_are_left_out_and_named(
     assert answer.headers["x-localmimo-warnings"].endswith(f"functions of the client: {named}")
     if kept is not None:
         assert [tool["function"]["name"] for tool in offered[0] or ()] == kept
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("kind", ["", " ", " a ", "a\r\nb: c", "\x00", "\ud800", "ü" * 4000])
+def test_what_is_left_out_is_named_in_a_legal_header_whatever_it_is_called(
+    server: Running, path: str, kind: str
+) -> None:
+    """Found by random requests: a kind without a character ended the header with a space, which no client may get."""
+    tools = [{"type": kind, "name": kind}] * 2
+    answer = server.http.post(
+        path,
+        content=json.dumps(BODIES[path] | {"tools": tools, "stream": False}),
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 200:
+        warning = answer.headers["x-localmimo-warnings"]
+        assert warning == warning.strip() and warning.isascii() and warning.isprintable()
 
 
 @pytest.mark.parametrize("path", BODIES)
