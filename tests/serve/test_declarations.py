@@ -60,7 +60,7 @@ def test_tools_that_cannot_be_run_are_left_out_and_named(
         assert [tool["function"]["name"] for tool in offered[0] or ()] == kept
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", [path for path in BODIES if "/completions" not in path or "chat" in path])
 @pytest.mark.parametrize("kind", ["", " ", " a ", "a\r\nb: c", "\x00", "\ud800", "ü" * 4000])
 def test_what_is_left_out_is_named_in_a_legal_header_whatever_it_is_called(
     server: Running, path: str, kind: str
