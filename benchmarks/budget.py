@@ -122,7 +122,7 @@ def make(folder: Path, shape: Shape, seed: int) -> Path:
 def least_bytes(pack: Path, context: int) -> int:
     """The smallest budget: what a refusal names."""
     said = str(measure(pack, "1MiB", context)["refused"])
-    asked = re.search(r"--ram (\w+)", said)
+    asked = re.search(r"Give ram=(\w+)", said)
     assert asked, said
     return parse_bytes(asked[1])
 
