@@ -78,6 +78,17 @@ def test_lru_names_the_longest_unasked() -> None:
     assert lru.victims(9, ()) == [(1, 2), (1, 0)]
 
 
+def test_lru_goes_by_requests_not_by_arrivals() -> None:
+    """A page in RAM is not admitted again when it is asked for; pages of one request arrive in any order."""
+    lru = Lru(5, 8)
+    lru.request(1, [0, 1, 2])
+    for expert in (2, 1, 0):
+        lru.admit((1, expert))
+    assert lru.victims(9, ()) == [(1, 0), (1, 1), (1, 2)]
+    lru.request(1, [0])
+    assert lru.victims(9, ()) == [(1, 1), (1, 2), (1, 0)]
+
+
 def test_lfu_names_the_least_asked_then_the_longest_unasked() -> None:
     lfu = fed(Lfu(5, 8), [(1, 0), (1, 0), (1, 1), (1, 2)])
     assert lfu.victims(9, ()) == [(1, 1), (1, 2), (1, 0)]
@@ -101,6 +112,19 @@ def test_ours_keeps_what_is_used_always_and_what_comes_next() -> None:
                 policy.admit((layer, expert))
     order = policy.victims(100, ())
     assert set(order[-6:]) == {(layer, expert) for layer in LAYERS for expert in (0, 1 + 40 % 7)}
+
+
+def test_between_forecasts_the_pages_used_now_stay_and_their_layer_has_had_its_turn() -> None:
+    """Forty layers: a forecast serves several of them."""
+    policy = Adaptive(RouterStats(range(40), 4))
+    for layer in range(40):
+        for expert in range(4):
+            policy.admit((layer, expert))
+    first = policy.victims(1, ())  # the next victims are looked up in advance
+    assert first[0][0] == 39  # its turn is farthest away
+    policy.request(0, [2])
+    assert set(policy.victims(3, ())) == {(0, 0), (0, 1), (0, 3)}
+    assert policy.victims(160, ())[-1] == (0, 2)
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "ours"])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmimo.errors import BadRequest
+from localmimo.experts.policy import router_stats
 from localmimo.experts.policy.profile import PROFILE_TOKENS, SESSION_TOKENS, profile_path, read_profile
 from localmimo.experts.policy.router_stats import RouterStats
 
@@ -103,6 +104,32 @@ def test_processes_writing_at_once_lose_nothing(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.map(_add_one_token, [str(path)] * 12)
     assert read_profile(path, 2, 6).tokens == 12
+
+
+def test_a_profile_is_read_and_written_with_its_lock_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    path, seen = tmp_path / "p.safetensors", []
+
+    def watched(name: str) -> None:
+        function = getattr(router_stats, name)
+
+        def call(*arguments: object) -> object:
+            with (tmp_path / ".p.safetensors.lock").open("a") as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(router_stats, name, call)
+
+    watched("read_profile")
+    watched("write_profile")
+    assert used(1).save(path)
+    assert seen == ["read_profile", "write_profile"]
+    with (tmp_path / ".p.safetensors.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is given back
 
 
 def _add_one_token(path: str) -> None:

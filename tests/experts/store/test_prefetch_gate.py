@@ -55,6 +55,20 @@ def test_a_pause_between_answers_is_not_measured() -> None:
     assert gate._wanted
 
 
+def test_no_ratio_contains_a_pause() -> None:
+    """The median would not notice one: every ratio is looked at."""
+    now, ratios = [0.0], set()
+    gate = PrefetchGate(lambda: now[0])
+    for step in range(3 * BLOCK * (RATIOS + 3)):
+        gate.step(1, True)
+        now[0] += 0.05 if gate._guessing else 0.1
+        if step % 7 == 6:
+            now[0] += 1000.0
+        if gate._paired is not None:
+            ratios.update(gate._paired.ratios)
+    assert len(ratios) > 1 and 0.1 < min(ratios) <= max(ratios) < 3
+
+
 def test_ratios_of_neighbours_know_no_drift() -> None:
     """The second way takes 1.3 times as long, on a machine that grows slower all the time and stalls once."""
     paired = ABTiming()

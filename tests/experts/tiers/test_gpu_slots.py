@@ -16,6 +16,7 @@ from localmimo.experts.policy.promotion import HORIZON, Costs, Swap, choose, mos
 from localmimo.experts.store.store import ExpertStore
 from localmimo.experts.tiers.gpu_slots import EVERY, GpuSlots
 from localmimo.experts.tiers.tiers import GpuTier
+from localmimo.kv.block_table import BlockTable
 from quant import Pack
 from quant.pack.pack import experts_of
 from tests.gpu.pages import relative
@@ -167,4 +168,61 @@ def test_slots_are_given_back_and_the_sums_stay(pack: Pack) -> None:
         uploaded.append(gpu.n_slots)
         assert not list(gpu) and torch.equal(shared.run(2, *routed(3, 1)), before)
     assert uploaded == [6, 4, 3, 2, 1, 0]
+    store.close()
+
+
+class Requests(Lru):
+    """Remembers what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 8)
+        self.asked: list[tuple[int, list[int]]] = []
+
+    def request(self, layer: int, experts: Sequence[int]) -> None:
+        self.asked.append((layer, list(experts)))
+        super().request(layer, experts)
+
+
+def test_pages_are_counted_in_the_tier_where_they_were_found(pack: Pack) -> None:
+    assert pack.page is not None
+    store = ExpertStore(pack, pack.page.bytes, 16, Lru(5, 8), gpu=gpu_slots(pack, 4, {}), prefetch=False)
+    assert store.promote([(2, expert) for expert in range(4)]) == 4
+    found = []
+    for ask, experts in ((store.fetch, [0, 1, 5]), (store.fetch, [0, 1, 5]), (store.stream, range(8))):
+        before = store.counters.copy()
+        for _ in ask(2, experts):
+            pass
+        found.append(store.counters.since(before).by_tier)
+    assert found == [
+        {"gpu": 2, "ram": 0, "disk": 1},
+        {"gpu": 2, "ram": 1, "disk": 0},
+        {"gpu": 4, "ram": 1, "disk": 3},
+    ]
+    assert store.counters.n_pages == 14
+    store.close()
+
+
+def test_steps_on_the_gpu_are_counted_before_what_comes_after_them(pack: Pack) -> None:
+    assert pack.page is not None
+    policy = Requests()
+    store = ExpertStore(pack, pack.page.bytes, 16, policy, gpu=gpu_slots(pack, 4, {}))
+    store.deferred.note(1, torch.tensor([[0, 3]]))
+    for _ in store.fetch(2, [1]):
+        pass
+    assert policy.asked == [(1, [0, 3]), (2, [1])]
+    store.begin_layer(3)
+    store.deferred.note(3, torch.tensor([[4, 5]]))
+    store.begin_layer(1)  # another token: what pays back on the GPU is decided anew
+    assert policy.asked[2:] == [(3, [4, 5])]
+    store.close()
+
+
+def test_keys_and_values_take_the_slots_of_the_least_likely_pages(pack: Pack) -> None:
+    assert pack.page is not None
+    gpu = gpu_slots(pack, 4, {(2, 0): 0.9, (2, 1): 0.1, (2, 2): 0.8, (2, 3): 0.2})
+    store = ExpertStore(pack, pack.page.bytes, 8, Lru(5, 8), gpu=gpu)
+    store.promote([(2, expert) for expert in range(4)])
+    blocks = BlockTable(gpu, 16, 64)
+    blocks.reserve(32)
+    assert set(gpu) == {(2, 0), (2, 2)} and gpu.n_slots == 2
     store.close()

@@ -71,3 +71,27 @@ def test_revoked_slots_are_the_systems_until_they_are_restored(slots: RamSlots, 
     assert (slots.n_slots, slots.n_free) == (3, 3)
     slots.restore(9)
     assert (slots.n_slots, slots.n_free) == (4, 4) and sorted(slots.take(9)) == [0, 1, 2, 3]
+
+
+class Locks:
+    """The addresses that are locked for a GPU."""
+
+    def __init__(self) -> None:
+        self.locked: set[int] = set()
+
+    def lock(self, address: int, nbytes: int) -> None:
+        self.locked.add(address)
+
+    def unlock(self, address: int) -> None:
+        self.locked.remove(address)
+
+
+def test_memory_that_goes_back_to_the_system_is_not_locked_for_the_gpu() -> None:
+    locks = Locks()
+    slots = RamSlots(RamTier(4, 4096, locks), Lru(2, 8))  # type: ignore[arg-type]
+    for slot in slots.take(2):
+        slots.memory(slot)[:1] = b"x"
+        slots.release(slot)
+    assert len(locks.locked) == 2
+    slots.revoke(slots.take(2))
+    assert not locks.locked
